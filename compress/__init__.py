@@ -1,0 +1,1 @@
+"""Compression of causal language models: calibrate, rotate, fit structured matrices, write a checkpoint."""

@@ -1,0 +1,99 @@
+"""The errors that a user can meet, and the one place where they become exit codes.
+
+Every message is one sentence or two: what was wrong, the value seen, where, and what to do next. Exit codes:
+0 ok; 1 a bug; 2 usage; 3 a gate failed; 4 the environment lacks something; 5 an artefact is corrupt, does not
+match, or cannot be written; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+
+class ProcrustesError(Exception):
+    """A failure that we can put into a sentence. Raised itself only for a bug in this project."""
+
+    exit_code = 1
+
+
+class UsageError(ProcrustesError):
+    """What was asked for cannot be done: a bad flag, an unknown name, an unsupported model."""
+
+    exit_code = 2
+
+
+class GateError(ProcrustesError):
+    """A measured figure is past the limit that the user set."""
+
+    exit_code = 3
+
+
+class MissingDependencyError(ProcrustesError):
+    """The environment lacks a package, a library or a device."""
+
+    exit_code = 4
+
+
+class ArtifactError(ProcrustesError):
+    """A file is missing, truncated, changed or hostile, does not match another one, or cannot be written."""
+
+    exit_code = 5
+
+
+INTERRUPTED = 130
+
+# What the operating system refused -> what to do next.
+_WRITE_ADVICE = {
+    errno.ENOSPC: "free some space there or choose another folder, then run the same command again",
+    errno.EDQUOT: "free some of your quota or choose another folder, then run the same command again",
+    errno.EACCES: "choose a folder that you may write to, or change its permissions",
+    errno.EPERM: "choose a folder that you may write to, or change its permissions",
+    errno.EROFS: "choose a folder on a file system that is not mounted read-only",
+}
+
+
+def run_cli(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
+    """Run a command's `main` and return its exit code; the caller passes it to `sys.exit`.
+
+    A `ProcrustesError` or an operating-system refusal prints `error: <sentence>` on stderr, with no traceback
+    unless `--debug` is among the arguments or PROCRUSTES_DEBUG=1. Anything else is a bug: its traceback is
+    printed and the code is 1. `argv=None` means the process's own arguments, as for argparse; SystemExit
+    (argparse's own usage errors) passes through.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments or os.environ.get("PROCRUSTES_DEBUG", "0") not in ("", "0")
+    try:
+        code = main(argv)
+        sys.stdout.flush()  # a closed pipe shows here, where it can be handled, and not at interpreter exit
+        return code
+    except KeyboardInterrupt:
+        return _fail("interrupted; run the same command again to resume", INTERRUPTED, debug, prefix="")
+    except BrokenPipeError:
+        # The reader of our output (head, less) is gone. Later writes must not raise again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+    except ProcrustesError as error:
+        return _fail(str(error), error.exit_code, debug)
+    except OSError as error:
+        advice = _WRITE_ADVICE.get(error.errno or 0)
+        if advice is None:
+            raise
+        return _fail(f"{describe_os_error(error)}; {advice}", ArtifactError.exit_code, debug)
+
+
+def describe_os_error(error: OSError) -> str:
+    """`No space left on device: 'out/demo/checkpoint'`, with the file named where the error knows it."""
+    reason = error.strerror or type(error).__name__
+    path = error.filename2 if error.filename2 is not None else error.filename
+    return reason if path is None else f"{reason}: {os.fsdecode(path)!r}"
+
+
+def _fail(sentence: str, code: int, debug: bool, prefix: str = "error: ") -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"{prefix}{sentence}", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,35 @@
+"""Progress on stderr: a bar on a terminal, one line per item anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def log(message: str) -> None:
+    """Print one line on stderr; stdout is for results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def track(iterable: Iterable[T], *, description: str, total: int | None = None) -> Iterator[T]:
+    """Yield the items and show how far we are.
+
+    On a terminal this is a tqdm bar. Elsewhere (CI, a log file) each finished item prints one line,
+    `description 3/30 (12.4 s)`, where the seconds are those since the first item was asked for.
+    """
+    if total is None and isinstance(iterable, Sized):
+        total = len(iterable)
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(iterable, desc=description, total=total, file=sys.stderr)
+        return
+    start = time.monotonic()
+    of_total = "" if total is None else f"/{total}"
+    for count, item in enumerate(iterable, start=1):
+        yield item
+        log(f"{description} {count}{of_total} ({time.monotonic() - start:.1f} s)")

@@ -1,0 +1,1 @@
+"""Checkpoint to ONNX, and from ONNX to an engine."""

@@ -1,0 +1,1 @@
+"""Proof on an artefact: parity ladder, perplexity, speed, and the report with its gates."""
