@@ -1,0 +1,84 @@
+"""Text -> tokens -> windows, for perplexity. The texts themselves are in compress/textdata.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.errors import UsageError
+from compress.textdata import TextData
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows of equal length over one text.
+
+    `ids` is the whole text, tokenised once: (tokens,). Window w is ids[w * stride : w * stride + length]. Its
+    first token is context only; where windows overlap, so are the tokens that the one before has scored.
+    """
+
+    ids: Tensor
+    length: int
+    stride: int
+    count: int
+    begins_with_bos: bool
+
+    def scored_from(self, window: int) -> int:
+        """The first position of `window` whose token is predicted and scored: every token at most once."""
+        return 1 if window == 0 else max(1, self.length - self.stride)
+
+    def predicted(self) -> int:
+        """How many tokens are scored in all."""
+        return sum(self.length - self.scored_from(w) for w in range(self.count))
+
+    def batches(self, size: int) -> Iterator[tuple[int, Tensor]]:
+        """(index of the first window, ids (at most size, length)), in order."""
+        for first in range(0, self.count, size):
+            starts = range(first * self.stride, min(first + size, self.count) * self.stride, self.stride)
+            yield first, torch.stack([self.ids[s : s + self.length] for s in starts])
+
+
+def make_windows(
+    text: TextData,
+    tokenizer: Any,
+    *,
+    length: int,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    vocab_size: int | None = None,
+) -> Windows:
+    """Tokenise `text` as a whole, with the tokenizer's own choice of special tokens (BOS once, or none).
+
+    A last, incomplete window is left out. Raises UsageError when the text is shorter than one window, or the
+    tokenizer gives ids that are not in the model's vocabulary.
+    """
+    stride = length if stride is None else stride
+    if length < 2 or not 1 <= stride <= length or (max_windows is not None and max_windows < 1):
+        raise UsageError(
+            f"windows of {length} tokens, {stride} apart, at most {max_windows}: the length must be "
+            "at least 2, the stride from 1 to the length, the number of windows at least 1"
+        )
+    ids = torch.tensor(tokenizer(text.text(), verbose=False)["input_ids"], dtype=torch.long)
+    if len(ids) < length:
+        raise UsageError(
+            f"the text {text.name!r} is too short: {len(ids)} tokens, and one window takes {length}; "
+            "give a longer text or a smaller --sequence-length"
+        )
+    if vocab_size is not None and int(ids.max()) >= vocab_size:
+        raise UsageError(
+            f"the tokenizer gives token {int(ids.max())} and the model has {vocab_size}: they do not "
+            "belong together"
+        )
+    count = 1 + (len(ids) - length) // stride
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return Windows(
+        ids=ids,
+        length=length,
+        stride=stride,
+        count=count if max_windows is None else min(count, max_windows),
+        begins_with_bos=bos is not None and int(ids[0]) == bos,
+    )

@@ -1,0 +1,182 @@
+"""Perplexity of the dense and the compressed model on the same windows, by the same code, in one pass.
+
+    ppl = exp(sum over scored tokens of -log p(token | window so far) / number of scored tokens)
+
+Beside it, on the same tokens: KL(dense || compressed) = sum_v p_v (log p_v - log q_v), and how often both
+rank the same token first. Logits are made and dropped in slices of positions: memory does not grow with the
+text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from compress.errors import ArtifactError
+from compress.progress import log
+from validate.data import Windows
+
+if TYPE_CHECKING:
+    from compress.modeling import ProcrustesForCausalLM
+
+POSITIONS_AT_ONCE = 128
+LARGEST_NLL = 700.0  # nats per token; exp of more is no longer a float
+
+
+class LogitsSource(Protocol):
+    """Something that turns windows of tokens into logits."""
+
+    runtime: str
+
+    def slices(self, ids: Tensor) -> Iterator[Tensor]:
+        """ids (batch, length) -> logits (batch, slice, vocabulary), slice after slice of positions."""
+        ...
+
+
+class TorchLogits:
+    """The decoder in PyTorch; the head runs slice by slice."""
+
+    runtime = "PyTorch"
+
+    def __init__(self, model: ProcrustesForCausalLM) -> None:
+        self.model = model
+
+    def slices(self, ids: Tensor) -> Iterator[Tensor]:
+        with torch.inference_mode():
+            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+            hidden = self.model.model(ids, None, positions, None)  # (batch, length, d)
+            for part in torch.split(hidden, POSITIONS_AT_ONCE, dim=1):
+                yield self.model.lm_head(part)
+
+
+class OrtLogits:
+    """The exported graph in ONNX Runtime; `runner` is an export.engines.ort.OrtRunner."""
+
+    runtime = "ONNX Runtime"
+
+    def __init__(self, runner: Any) -> None:
+        self.runner = runner
+
+    def slices(self, ids: Tensor) -> Iterator[Tensor]:
+        logits = torch.as_tensor(self.runner.run_full(ids.numpy()))
+        yield from torch.split(logits, POSITIONS_AT_ONCE, dim=1)
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """`mean_nll` in nats per token; `standard_error` is that of `mean_nll`, taken over windows."""
+
+    perplexity: float
+    mean_nll: float
+    standard_error: float | None
+    tokens: int
+    windows: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both models, and how far apart they are. `relative_increase` = compressed / dense - 1.
+
+    `kl` is the mean of KL(dense || compressed) in nats per token; `top1_agreement` is a fraction of tokens;
+    `increase_standard_error` is that of the difference of the mean NLLs over windows: both score the same
+    text, so it is much smaller than either one's own. Standard errors are None for a single window.
+    """
+
+    dense: Perplexity
+    compressed: Perplexity
+    relative_increase: float
+    increase_standard_error: float | None
+    kl: float
+    kl_standard_error: float | None
+    top1_agreement: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For quality.json."""
+        return asdict(self)
+
+
+def compare(
+    dense: LogitsSource, compressed: LogitsSource, windows: Windows, batch_size: int = 1
+) -> Comparison:
+    """Score every window with both models. Raises ArtifactError when a figure is NaN or infinite."""
+    kept: list[
+        Tensor
+    ] = []  # per batch: (batch, 4) sums over scored tokens: nll dense, nll compressed, kl, same top-1
+    for first, ids in windows.batches(batch_size):
+        sums = torch.zeros(len(ids), 4, dtype=torch.float64)
+        position = 0
+        for a, b in zip(dense.slices(ids), compressed.slices(ids), strict=True):
+            sums += _score(a, b, ids, position, [windows.scored_from(first + i) for i in range(len(ids))])
+            position += a.shape[1]
+        kept.append(sums)
+        done = torch.cat(kept).sum(0) / _scored(windows, first + len(ids))
+        log(
+            f"perplexity: window {first + len(ids)}/{windows.count}: dense {torch.exp(done[0]):.4f}, "
+            f"compressed {torch.exp(done[1]):.4f}"
+        )
+    per_window = torch.cat(kept)  # (windows, 4)
+    counts = torch.tensor([windows.length - windows.scored_from(w) for w in range(windows.count)]).double()
+    means, errors = _means(per_window, counts)
+    difference, difference_error = _means((per_window[:, 1] - per_window[:, 0])[:, None], counts)
+    if not (bool(torch.isfinite(means).all()) and float(means[:2].max()) < LARGEST_NLL):
+        raise ArtifactError(
+            "a model's log-likelihood on this text is not finite: its weights are damaged, or compression "
+            "broke the model altogether; compress it again"
+        )
+    tokens = int(counts.sum())
+
+    def result(i: int) -> Perplexity:
+        return Perplexity(math.exp(float(means[i])), float(means[i]), errors[i], tokens, windows.count)
+
+    return Comparison(
+        dense=result(0),
+        compressed=result(1),
+        relative_increase=math.exp(float(difference[0])) - 1.0,
+        increase_standard_error=difference_error[0],
+        kl=float(means[2]),
+        kl_standard_error=errors[2],
+        top1_agreement=float(means[3]),
+    )
+
+
+def _score(a: Tensor, b: Tensor, ids: Tensor, position: int, scored_from: list[int]) -> Tensor:
+    """Sums over the scored tokens of one slice.
+
+    a, b: logits (batch, slice, vocabulary) at `position`, ...; the logits at position t predict token t + 1.
+    """
+    length = ids.shape[1]
+    span = min(a.shape[1], length - 1 - position)  # the last position predicts nothing
+    if span <= 0:
+        return torch.zeros(len(ids), 4, dtype=torch.float64)
+    target = ids[:, position + 1 : position + 1 + span]  # (batch, span)
+    token = torch.arange(position + 1, position + 1 + span)
+    scored = token[None, :] >= torch.tensor(scored_from)[:, None]  # (batch, span)
+    log_p, log_q = (x[:, :span].float().log_softmax(-1) for x in (a, b))  # (batch, span, vocabulary)
+    nll_p, nll_q = (-x.gather(-1, target[..., None])[..., 0] for x in (log_p, log_q))
+    same = (log_p.argmax(-1) == log_q.argmax(-1)).double()
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    figures = torch.stack([nll_p.double(), nll_q.double(), kl.double(), same], dim=-1)  # (batch, span, 4)
+    return (figures * scored[..., None]).sum(1)
+
+
+def _means(sums: Tensor, counts: Tensor) -> tuple[Tensor, list[float | None]]:
+    """Mean per token and its standard error over windows; sums (windows, k), counts (windows,).
+
+    The error is that of a ratio of sums: sqrt(n / (n - 1) sum_w (s_w - c_w mean)^2) / sum_w c_w; no error
+    for one window.
+    """
+    mean = sums.sum(0) / counts.sum()
+    n = len(counts)
+    if n < 2:
+        return mean, [None] * len(mean)
+    spread = (sums - counts[:, None] * mean).square().sum(0) * n / (n - 1)
+    return mean, [float(e) for e in spread.sqrt() / counts.sum()]
+
+
+def _scored(windows: Windows, upto: int) -> int:
+    return sum(windows.length - windows.scored_from(w) for w in range(upto))
