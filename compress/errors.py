@@ -50,8 +50,10 @@ INTERRUPTED = 130
 _WRITE_ADVICE = {
     errno.ENOSPC: "free some space there or choose another folder, then run the same command again",
     errno.EDQUOT: "free some of your quota or choose another folder, then run the same command again",
-    errno.EACCES: "choose a folder that you may write to, or change its permissions",
-    errno.EPERM: "choose a folder that you may write to, or change its permissions",
+    errno.EACCES: "choose a folder that you may read and write, or change its permissions",
+    errno.EPERM: "choose a folder that you may read and write, or change its permissions",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f) or choose another file system",
+    errno.ENAMETOOLONG: "choose a folder with a shorter name",
     errno.EROFS: "choose a folder on a file system that is not mounted read-only",
 }
 
@@ -59,10 +61,10 @@ _WRITE_ADVICE = {
 def run_cli(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """Run a command's `main` and return its exit code; the caller passes it to `sys.exit`.
 
-    A `ProcrustesError` or an operating-system refusal prints `error: <sentence>` on stderr, with no traceback
-    unless `--debug` is among the arguments or PROCRUSTES_DEBUG=1. Anything else is a bug: its traceback is
-    printed and the code is 1. `argv=None` means the process's own arguments, as for argparse; SystemExit
-    (argparse's own usage errors) passes through.
+    A `ProcrustesError` or a refusal by the operating system prints `error: <sentence>` on stderr, with no
+    traceback unless `--debug` is among the arguments or PROCRUSTES_DEBUG=1. Anything else is a bug and passes
+    through, so that the interpreter prints its traceback and exits with 1; so does SystemExit, which argparse
+    raises for usage errors. `argv=None` means the process's own arguments, as for argparse.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("PROCRUSTES_DEBUG", "0") not in ("", "0")

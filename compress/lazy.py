@@ -11,8 +11,8 @@ from compress.errors import MissingDependencyError
 def require(module: str, *, pip: str, purpose: str) -> ModuleType:
     """Import `module`, or say which pip package gives it.
 
-    `pip` is what follows `pip install`, for instance "'procrustes-llm[eval]'"; `purpose` completes "is needed
-    to ...". Raises MissingDependencyError when the module is not installed, or is but lacks a part of its own.
+    `pip` is what follows `pip install`, for instance "'procrustes-llm[eval]'"; `purpose` completes
+    "is needed to ...". Raises MissingDependencyError when the module is not installed, or does not import.
     """
     try:
         return importlib.import_module(module)

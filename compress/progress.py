@@ -11,8 +11,13 @@ T = TypeVar("T")
 
 
 def log(message: str) -> None:
-    """Print one line on stderr; stdout is for results."""
-    print(message, file=sys.stderr, flush=True)
+    """Print one line on stderr, above a bar where there is one; stdout is for results."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        tqdm.write(message, file=sys.stderr)
+    else:
+        print(message, file=sys.stderr, flush=True)
 
 
 def track(iterable: Iterable[T], *, description: str, total: int | None = None) -> Iterator[T]:

@@ -1,1 +1,1 @@
-"""The place of the TensorRT plugins for the operators of domain `procrustes`; see README.md beside this file."""
+"""The place of the TensorRT plugins for the operators of domain `procrustes`; README.md says what comes."""

@@ -1,0 +1,92 @@
+"""Real files only: hashing, flushing and checking what an artefact holds."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from compress.errors import ArtifactError
+from compress.manifest import FileEntry
+
+_CHUNK = 1 << 20
+
+
+def named(error: OSError, path: Path) -> None:
+    """A failed write() does not know its file: name the one, or at least the folder, that it was for."""
+    if error.errno is not None and error.filename is None:
+        error.filename = str(path)
+
+
+def files_below(path: Path) -> Iterator[Path]:
+    """Everything at or below `path` that is not a folder, in order of name; links are not followed."""
+    if path.is_symlink() or not path.is_dir():
+        yield path
+        return
+    for child in sorted(path.iterdir()):
+        yield from files_below(child)
+
+
+def seal(root: Path, stage: str) -> dict[str, FileEntry]:
+    """Flush a stage's files to the disk and return their manifest entries. Raises ArtifactError for links."""
+    entries: dict[str, FileEntry] = {}
+    for path in files_below(root):
+        refuse_links(path, root.parent)
+        fsync(path)
+        name = stage if path == root else f"{stage}/{path.relative_to(root).as_posix()}"
+        entries[name] = {"size": path.lstat().st_size, "sha256": sha256_of(path)}
+    if not entries:
+        raise ArtifactError(f"nothing was written for {stage}; this is a bug in the step that makes it")
+    if root.is_dir():
+        for folder in [root, *(p for p in root.rglob("*") if p.is_dir())]:
+            fsync(folder)
+    return entries
+
+
+def refuse_links(path: Path, top: Path) -> None:
+    """Raise ArtifactError unless `path` is a regular file with one name, reached through real folders."""
+    for parent in [p for p in reversed(path.parents) if p != top and top in p.parents]:
+        if parent.is_symlink():
+            raise ArtifactError(f"{parent} is a symbolic link; an artefact holds real files only")
+    try:
+        status = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ArtifactError(f"{path} is missing; build it again") from None
+    if stat.S_ISLNK(status.st_mode):
+        raise ArtifactError(f"{path} is a symbolic link; an artefact holds real files only")
+    if not stat.S_ISREG(status.st_mode):
+        raise ArtifactError(f"{path} is not a regular file; an artefact holds real files only")
+    if status.st_nlink > 1:
+        raise ArtifactError(f"{path} is a hard link (it has {status.st_nlink} names); copy it instead")
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot fsync a folder
+            named(error, path)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder; that it is not there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

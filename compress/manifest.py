@@ -1,0 +1,155 @@
+"""manifest.json: what is in OUT, from what and by what it was made, and each file's size and SHA-256.
+
+{"schema": 1, "source": {...}, "recipe_sha256": "...", "versions": {...},
+ "files": {"checkpoint/config.json": {"size": 1234, "sha256": "..."}, ...},
+ "gates": {...}, "stages": {"checkpoint": {...}, "onnx": {"inputs": {"checkpoint": "<digest>"}, ...}}}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, TypedDict
+
+from compress.errors import ArtifactError
+
+SCHEMA = 1
+_REPLACED, _MERGED = ("source", "recipe_sha256"), ("versions", "gates")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class FileEntry(TypedDict):
+    """Size in bytes and SHA-256 in lower-case hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One state of manifest.json; the methods return new states."""
+
+    schema: int = SCHEMA
+    source: dict[str, Any] = field(default_factory=dict)
+    recipe_sha256: str = ""
+    versions: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    gates: dict[str, Any] = field(default_factory=dict)
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Raises ArtifactError, naming the file and the first thing wrong in it."""
+        try:
+            value = json.loads(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            raise ArtifactError(
+                f"{path} is missing: no build has been completed in {path.parent}; "
+                f"run python -m export.build --out {path.parent} first"
+            ) from None
+        except (ValueError, RecursionError) as error:
+            raise ArtifactError(f"{path} is not JSON ({error}); build the artefact again") from error
+        fault = _fault(value)
+        if fault is not None:
+            raise ArtifactError(f"{path} is malformed: {fault}")
+        return cls(**value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A copy that the caller may change."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """Indented, with sorted keys: two equal artefacts have equal manifests."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+    def digest(self, stage: str) -> str:
+        """One SHA-256 over the names and hashes of a stage's files."""
+        lines = [
+            f"{entry['sha256']}  {name}\n"
+            for name, entry in sorted(self._files_of(stage, self.files).items())
+        ]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def with_stage(self, stage: str, facts: dict[str, Any], files: Mapping[str, FileEntry]) -> Manifest:
+        """`stage` made anew: its files replace the older ones. Gates stay only when it is reports itself."""
+        previous = self._files_of(stage, self.files)
+        kept = {name: entry for name, entry in self.files.items() if name not in previous}
+        return replace(
+            self,
+            files={**kept, **files},
+            stages={**self.stages, stage: facts},
+            gates=self.gates if stage == "reports" else {},
+        )
+
+    def updated(self, section: Mapping[str, Any]) -> Manifest:
+        """`source` and `recipe_sha256` replaced, `versions` and `gates` merged; other keys: ValueError."""
+        changes: dict[str, Any] = {}
+        for key, value in section.items():
+            if key in _REPLACED:
+                changes[key] = value
+            elif key in _MERGED:
+                changes[key] = {**getattr(self, key), **value}
+            else:
+                raise ValueError(f"{key!r} is not one of {(*_REPLACED, *_MERGED)}")
+        changed = replace(self, **changes)
+        fault = _fault(asdict(changed))
+        if fault is not None:
+            raise ValueError(fault)
+        return changed
+
+    @staticmethod
+    def _files_of(stage: str, files: Mapping[str, FileEntry]) -> dict[str, FileEntry]:
+        return {name: e for name, e in files.items() if name == stage or name.startswith(stage + "/")}
+
+
+def _fault(value: Any) -> str | None:
+    """The first thing wrong in a parsed manifest, as a clause; None when it is sound."""
+    if not isinstance(value, dict):
+        return f"it is a JSON {type(value).__name__}, not an object"
+    schema = value.get("schema")
+    if isinstance(schema, int) and schema > SCHEMA:
+        return f"its schema is {schema}, and this version reads {SCHEMA}; upgrade procrustes-llm"
+    if schema != SCHEMA or isinstance(schema, bool):
+        return f"its schema is {schema!r}, not {SCHEMA}"
+    defaults = asdict(Manifest())
+    for key in defaults.keys() - value.keys():
+        return f"it has no {key!r}"
+    for key in sorted(value.keys() - defaults.keys()):
+        return f"it has an unknown key {key!r}"
+    for key, default in defaults.items():
+        if not isinstance(value[key], type(default)):
+            return f"{key!r} is a {type(value[key]).__name__}, not a {type(default).__name__}"
+    for name, entry in value["files"].items():
+        fault = _path_fault(name) or _entry_fault(entry)
+        if fault is not None:
+            return f"file {name!r} {fault}"
+    for name, facts in value["stages"].items():
+        if not isinstance(facts, dict) or not isinstance(facts.get("inputs", {}), dict):
+            return f"stage {name!r} is not an object with an object of inputs"
+    return None
+
+
+def _path_fault(name: str) -> str | None:
+    """Only plain relative paths that stay inside OUT: checked before anything is opened."""
+    if not name or "\\" in name or "\0" in name:
+        return "is no plain relative path"
+    if PurePosixPath(name).is_absolute() or re.match(r"[A-Za-z]:", name):
+        return "is an absolute path"
+    if any(part in ("", ".", "..") for part in name.split("/")):
+        return "leaves its folder or is not in its simplest form"
+    return None
+
+
+def _entry_fault(entry: Any) -> str | None:
+    if not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
+        return "has not exactly a size and a sha256"
+    size, digest = entry["size"], entry["sha256"]
+    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+        return f"has size {size!r}"
+    if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+        return f"has sha256 {digest!r}"
+    return None

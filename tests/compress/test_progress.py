@@ -1,0 +1,72 @@
+"""Progress goes to stderr: lines where it is no terminal, a bar where it is."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+
+import pytest
+
+from compress.progress import log, track
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_one_line_per_item_off_a_terminal(capsys):
+    assert list(track(["a", "b"], description="layer")) == ["a", "b"]
+    output = capsys.readouterr()
+    assert output.out == ""
+    lines = output.err.splitlines()
+    assert len(lines) == 2
+    for count, line in enumerate(lines, start=1):
+        assert re.fullmatch(rf"layer {count}/2 \(\d+\.\d s\)", line)
+
+
+def test_a_line_comes_after_its_item(capsys):
+    steps = track(iter([1, 2]), description="step", total=2)
+    next(steps)
+    assert capsys.readouterr().err == ""
+    next(steps)
+    assert capsys.readouterr().err.startswith("step 1/2 ")
+
+
+def test_unknown_total(capsys):
+    assert list(track((i for i in range(2)), description="batch")) == [0, 1]
+    assert re.match(r"batch 1 \(", capsys.readouterr().err)
+
+
+def test_empty():
+    assert list(track([], description="nothing")) == []
+
+
+def test_an_error_of_the_source_passes_through():
+    def source():
+        yield 1
+        raise RuntimeError("source")
+
+    with pytest.raises(RuntimeError, match="source"):
+        list(track(source(), description="x"))
+
+
+def test_bar_on_a_terminal(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    items = []
+    for item in track(range(3), description="layer"):
+        log(f"saw {item}")
+        items.append(item)
+    assert items == [0, 1, 2]
+    text = terminal.getvalue()
+    assert "layer: 100%" in text
+    assert "3/3" in text
+    assert "saw 1\n" in text
+
+
+def test_log_writes_to_stderr(capsys):
+    log("reading weights")
+    output = capsys.readouterr()
+    assert (output.out, output.err) == ("", "reading weights\n")
