@@ -1,0 +1,62 @@
+# Everything that a newcomer needs: make demo, make test. `make help` lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= out/demo
+# Test processes side by side, each on one thread.
+WORKERS ?= 2
+
+bin := $(VENV)/bin
+# More threads than free cores make small matrix products slower, and paired timings worthless.
+one_thread := OMP_NUM_THREADS=1
+offline := HF_HUB_OFFLINE=1
+pip := $(bin)/python -m pip install --disable-pip-version-check --quiet
+
+.PHONY: help venv demo test test-slow quality format clean
+
+help:
+	@echo 'make demo       set up; compress, export and validate a real model on the CPU; print the summary'
+	@echo 'make test       set up; lint, format check, types, tests'
+	@echo 'make test-slow  set up; the tests that take minutes or the real model'
+	@echo 'make quality    set up; lint, format check, types'
+	@echo 'make format     set up; let ruff format and mend what it can'
+	@echo 'make venv       set up: $(VENV) with this project, editable, and its tools'
+	@echo 'make clean      remove caches and the output of the demo; the environment stays'
+	@echo
+	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) OUT=$(OUT) WORKERS=$(WORKERS)'
+
+venv: $(VENV)/.ready
+
+# Each stamp is as old as the last complete installation of what it depends on.
+$(VENV)/.ready: pyproject.toml constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "$(PYTHON) is too old: Python 3.10 or later is needed; name one with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(pip) --constraint constraints-cpu.txt --editable '.[dev,eval]'
+	@touch $@
+
+$(VENV)/.ready-demo: $(VENV)/.ready requirements-demo.txt
+	$(pip) --no-deps --require-hashes --requirement requirements-demo.txt
+	@touch $@
+
+demo: $(VENV)/.ready-demo
+	$(one_thread) $(bin)/python -m export.build --model smollm2-135m --structure kron --ratio 0.75 --engine ort --out $(OUT)
+	$(one_thread) $(bin)/python -m validate.run $(OUT)
+
+quality: venv
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+
+test: quality
+	$(one_thread) $(offline) $(bin)/python -m pytest -q --numprocesses $(WORKERS)
+
+test-slow: $(VENV)/.ready-demo
+	$(one_thread) $(offline) $(bin)/python -m pytest -q -m slow
+
+format: venv
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+
+clean:
+	rm -rf $(OUT) build .pytest_cache .mypy_cache .ruff_cache .hypothesis ./*.egg-info
+	find compress export trt_plugins validate tests -type d -name __pycache__ -exec rm -rf {} +
