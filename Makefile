@@ -58,5 +58,5 @@ format: venv
 	$(bin)/ruff format .
 
 clean:
-	rm -rf $(OUT) build .pytest_cache .mypy_cache .ruff_cache .hypothesis ./*.egg-info
+	rm -rf out/demo build .pytest_cache .mypy_cache .ruff_cache .hypothesis ./*.egg-info
 	find compress export trt_plugins validate tests -type d -name __pycache__ -exec rm -rf {} +
