@@ -1,0 +1,122 @@
+"""Tiny random models for the validation tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from compress.architecture import Architecture
+from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
+from compress.structures import Structure, structure_from_config
+
+MakeModel = Callable[..., ProcrustesForCausalLM]
+
+LLAMA = Architecture(
+    family="llama",
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    vocab_size=199,
+    max_positions=128,
+    norm="rmsnorm",
+    norm_eps=1e-5,
+    positions="rope",
+    position_offset=0,
+    rope={"rope_type": "default", "rope_theta": 10000.0},
+    activation="silu",
+    gated=True,
+    attention_bias=False,
+    output_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    tied=False,
+    sliding_window=None,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+OPT = replace(
+    LLAMA,
+    family="opt",
+    norm="layernorm",
+    num_kv_heads=4,
+    positions="learned",
+    position_offset=2,
+    rope=None,
+    activation="relu",
+    gated=False,
+    attention_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+    tied=True,
+)
+
+
+def _structures(arch: Architecture, name: str) -> dict[str, Structure]:
+    """Every linear at 3/4, by the structure of that name."""
+    found = {}
+    for layer in range(arch.num_layers):
+        for role, (n, m) in arch.linears().items():
+            if name == "kron":
+                mix = "explicit" if role.startswith("attn") else "leading"
+                config = {"structure": "kron", "blocks": 4, "terms": 3, "side": arch.side(role), "mix": mix}
+            elif name == "gs":
+                config = {"structure": "gs", "left_blocks": 2, "right_blocks": 2, "rank": 8}
+            else:
+                config = {"structure": name, "rank": 16}
+            config |= {"in_features": m, "out_features": n}
+            found[f"layers.{layer}.{role}"] = structure_from_config(config)
+    return found
+
+
+def _config(kind: str) -> ProcrustesConfig:
+    base, _, variant = kind.partition("-")
+    arch = {"llama": LLAMA, "opt": OPT}[base]
+    if (
+        variant == "block"
+    ):  # the published form: a rotation a position, skip matrices, a d x d map before the head
+        return ProcrustesConfig.from_architecture(
+            arch,
+            _structures(arch, "kron"),
+            rotation="block",
+            skip="dense",
+            head_map=True,
+            center_embedding=True,
+            tie_word_embeddings=True,
+        )
+    structures = _structures(arch, variant) if variant else {}
+    return ProcrustesConfig.from_architecture(
+        arch, structures, tie_word_embeddings=False, head_bias=base == "opt", rotation="shared"
+    )
+
+
+def fill(model: ProcrustesForCausalLM, seed: int = 0) -> None:
+    """Random weights that keep activations near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            scale = p.shape[-1] ** -0.5 if p.dim() > 1 and "embed" not in name else 1.0
+            if name.endswith(".A"):
+                p.copy_(torch.linalg.qr(torch.randn(p.shape[::-1], generator=generator))[0].T)
+            else:
+                p.copy_(scale * torch.randn(p.shape, generator=generator))
+
+
+def build(kind: str, seed: int = 0) -> ProcrustesForCausalLM:
+    """A model in eval mode; kinds: llama, opt, each with nothing, -kron, -gs, -lowrank, and opt-block."""
+    model = ProcrustesForCausalLM(_config(kind))
+    fill(model, seed)
+    return model.requires_grad_(False).eval()
+
+
+@pytest.fixture
+def make_model() -> MakeModel:
+    """`make_model(kind, seed=0)`, see `build`."""
+    torch.set_num_threads(1)
+    return build
