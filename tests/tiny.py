@@ -1,0 +1,184 @@
+"""Tiny random models with a real tokenizer, written as Hugging Face checkpoints: what most tests run on.
+
+Nothing is left at a value that hides a mistake: norm scales are not 1, biases are not 0, the embedding has a
+mean that is not 0, and logits spread over several units. The same name always gives the same weights.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+VOCAB_SIZE = 320
+MAX_POSITIONS = 128
+
+TEXT = """\
+The mill stands where the river bends, a mile below the bridge. In winter the wheel is still, and ice hangs
+from its boards; in spring the water comes down brown and loud, and the miller opens the gate by one hand's
+width. A stone that turns too fast burns the flour, and a stone that turns too slowly leaves the bran in it.
+So he listens more than he looks. The pitch of the stone tells him the speed, the smell tells him the heat,
+and the dust on the beam tells him how long it is since anyone swept.
+
+Rotating a set of points changes none of the distances between them. Given two sets and the pairs that
+belong together, the rotation that brings the first closest to the second follows from one singular value
+decomposition: multiply one set by the transpose of the other, take the singular vectors, and drop the
+singular values. What is left over after the rotation is the part that no rotation can explain. The name
+comes from an inn-keeper who made his guests fit the bed, and who was in the end made to fit it himself.
+
+A ferry crosses twice a day. The first crossing carries the mail, the bread and the people who work in the
+town; the second carries them back. If there is fog the captain rings a bell every minute, counts to three,
+and listens for the bell on the far side. 12 minutes is a good crossing, 20 is a slow one, and once, in
+1962, it took 7 hours. Nobody was hurt. They shared the bread, sorted the mail, and by the evening everyone
+on board knew everyone else.
+
+To measure a machine you must first leave it alone. Close what else is running, wait until the fan is quiet,
+and run the thing you measure more than once: the first run fills the caches, the second finds them full.
+Take the median and not the mean, for one slow run out of ten says more about the machine than about the
+program. Then change one thing, and only one, and measure again, the old way and the new way in turn, so
+that a warm afternoon is as kind to both of them.
+"""
+"""Some prose, about 2,000 characters: the tokenizer is trained on it, and it serves as text to run."""
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on `TEXT`: encodes any text, fewer than VOCAB_SIZE tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - 8,  # as real models have it: the table is padded past the tokenizer's last id
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(TEXT.splitlines(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side="left",
+        model_max_length=MAX_POSITIONS,
+    )
+
+
+_IDS = {"vocab_size": VOCAB_SIZE, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def _opt(**options: object) -> PretrainedConfig:
+    defaults: dict[str, object] = {
+        "hidden_size": 64,
+        "word_embed_proj_dim": 64,
+        "ffn_dim": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": MAX_POSITIONS,
+        "architectures": ["OPTForCausalLM"],
+    }
+    return OPTConfig(**{**_IDS, **defaults, **options})
+
+
+def _llama_like(config: Callable[..., PretrainedConfig], **options: object) -> PretrainedConfig:
+    defaults: dict[str, object] = {
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": MAX_POSITIONS,
+        "tie_word_embeddings": False,
+    }
+    return config(**{**_IDS, **defaults, **options})
+
+
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "tiny_opt": lambda: _opt(),
+    "tiny_opt_untied": lambda: _opt(tie_word_embeddings=False),
+    "tiny_llama": lambda: _llama_like(LlamaConfig),
+    "tiny_llama_tied": lambda: _llama_like(LlamaConfig, tie_word_embeddings=True),
+    # Every bias that a Llama config can ask for, o and mlp included; full multi-head attention.
+    "tiny_llama_bias": lambda: _llama_like(
+        LlamaConfig, attention_bias=True, mlp_bias=True, num_key_value_heads=4
+    ),
+    "tiny_llama3rope": lambda: _llama_like(
+        LlamaConfig,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "tiny_qwen2": lambda: _llama_like(Qwen2Config, tie_word_embeddings=True),
+    # 4 heads of 24 on a stream of 64: q is wider than the stream, as in Qwen3-0.6B.
+    "tiny_qwen3": lambda: _llama_like(Qwen3Config, head_dim=24),
+    # A window that the tests' sequences exceed.
+    "tiny_mistral": lambda: _llama_like(MistralConfig, sliding_window=8),
+}
+"""Name -> config of every tiny model."""
+
+
+def config(name: str) -> PretrainedConfig:
+    """The config of a tiny model."""
+    return CONFIGS[name]()
+
+
+def model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A tiny model with random weights, in eval mode; the values are drawn in float32 whatever the dtype."""
+    module = AutoModelForCausalLM.from_config(config(name), dtype=torch.float32)
+    randomize(module, seed=zlib.crc32(name.encode()))
+    return module.to(dtype).eval()
+
+
+@torch.no_grad()
+def randomize(module: torch.nn.Module, seed: int) -> None:
+    """Overwrite every parameter by random values of the sizes that trained models have."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(parameter: torch.Tensor, std: float, mean: float = 0.0) -> None:
+        parameter.copy_(mean + std * torch.randn(parameter.shape, generator=generator))
+
+    for name, parameter in module.named_parameters():
+        if "embed_positions" in name:
+            normal(parameter, 0.2)
+        elif "embed_tokens" in name or "lm_head" in name:
+            normal(parameter, 0.3, mean=0.1)
+        elif "norm" in name and name.endswith("weight"):
+            parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
+        elif name.endswith("bias"):
+            normal(parameter, 0.2)
+        else:
+            normal(parameter, parameter.shape[1] ** -0.5)
+
+
+def write(name: str, folder: Path, max_shard_size: str = "1GB") -> Path:
+    """Write a tiny model and its tokenizer to `folder` as a safetensors checkpoint; return `folder`."""
+    model(name).save_pretrained(folder, max_shard_size=max_shard_size)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def token_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids, none of them special: (batch, length), int64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB_SIZE - 8, (batch, length), generator=generator)
