@@ -22,7 +22,8 @@ from compress.errors import ArtifactError
 from compress.structures import DenseStructure, Structure, structure_from_config
 
 Tap = Callable[[str, Tensor], None]
-"""Called with ("attn.in" | "attn.o" | "mlp.in" | "mlp.down", input of those linears) while a block runs."""
+"""Called while a block runs with a place and the tensor there: "attn.in" and "mlp.in" (the normalised stream that
+the readers see), "attn.o" and "mlp.down" (the inputs of the writers), "attn.out" and "mlp.out" (their outputs)."""
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -68,8 +69,14 @@ class Rotary:
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def attention_mask_bool(attention_mask: Tensor | None, batch: int, past: int, length: int, window: int | None,
-                        device: torch.device) -> Tensor:
+def attention_mask_bool(
+    attention_mask: Tensor | None,
+    batch: int,
+    past: int,
+    length: int,
+    window: int | None,
+    device: torch.device,
+) -> Tensor:
     """Which key each query may see: bool (batch, 1, length, past + length).
 
     attention_mask: (batch, past + length), 0 on padding, or None. Every query sees itself, so that a row of
@@ -91,6 +98,10 @@ def positions_from_mask(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def _silent(place: str, value: Tensor) -> None:
+    """The tap of a block that nobody listens to."""
+
+
 class StructuredLinear(nn.Module):
     """A linear layer whose weight is a structure; runs in factors. (..., in_features) -> (..., out_features)."""
 
@@ -100,7 +111,11 @@ class StructuredLinear(nn.Module):
         self.factor_names = tuple(structure.shapes())
         for name, shape in structure.shapes().items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False))
-        self.bias = nn.Parameter(torch.empty(structure.out_features, dtype=dtype), requires_grad=False) if bias else None
+        self.bias = (
+            nn.Parameter(torch.empty(structure.out_features, dtype=dtype), requires_grad=False)
+            if bias
+            else None
+        )
 
     def factors(self) -> dict[str, Tensor]:
         """The structure's parameters by name."""
@@ -149,14 +164,15 @@ class Attention(nn.Module):
             self.q_norm = HeadNorm(arch.head_dim, arch.norm_eps)
             self.k_norm = HeadNorm(arch.head_dim, arch.norm_eps)
 
-    def forward(self, h: Tensor, rotary: Rotary | None, mask: Tensor, cache: Cache | None, tap: Tap | None) -> Tensor:
+    def inner(self, h: Tensor, rotary: Rotary | None, mask: Tensor, cache: Cache | None = None) -> Tensor:
+        """What `o` reads: the heads' mixed values, (batch, length, heads * head_dim)."""
         batch, length, _ = h.shape
 
         def heads(x: Tensor, count: int) -> Tensor:
-            return x.view(batch, length, count, self.arch.head_dim).transpose(1, 2)  # (batch, heads, length, head_dim)
+            return x.view(batch, length, count, self.arch.head_dim).transpose(
+                1, 2
+            )  # (batch, heads, length, head_dim)
 
-        if tap is not None:
-            tap("attn.in", h)
         q = heads(self.q(h), self.arch.num_heads)
         k = heads(self.k(h), self.arch.num_kv_heads)
         v = heads(self.v(h), self.arch.num_kv_heads)
@@ -168,11 +184,7 @@ class Attention(nn.Module):
             k, v = cache.update(k, v, self.layer)
         grouped = self.arch.num_heads != self.arch.num_kv_heads
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-        mixed = mixed.transpose(1, 2).reshape(batch, length, self.arch.num_heads * self.arch.head_dim)
-        if tap is not None:
-            tap("attn.o", mixed)
-        out: Tensor = self.o(mixed)
-        return out
+        return mixed.transpose(1, 2).reshape(batch, length, self.arch.num_heads * self.arch.head_dim)
 
 
 class FeedForward(nn.Module):
@@ -187,20 +199,20 @@ class FeedForward(nn.Module):
             if block == "mlp":
                 self.add_module(short, _linear(arch, structures, layer, role))
 
-    def forward(self, h: Tensor, tap: Tap | None) -> Tensor:
-        if tap is not None:
-            tap("mlp.in", h)
-        inner = self.activation(self.gate(h)) * self.up(h) if self.gated else self.activation(self.up(h))
-        if tap is not None:
-            tap("mlp.down", inner)
-        out: Tensor = self.down(inner)
+    def inner(self, h: Tensor) -> Tensor:
+        """What `down` reads, (batch, length, intermediate_size)."""
+        out: Tensor = (
+            self.activation(self.gate(h)) * self.up(h) if self.gated else self.activation(self.up(h))
+        )
         return out
 
 
 class Block(nn.Module):
     """One decoder block. `structures` maps "layers.{i}.{role}" to a structure; what is absent is dense."""
 
-    def __init__(self, arch: Architecture, structures: Mapping[str, Structure], layer: int, skips: bool) -> None:
+    def __init__(
+        self, arch: Architecture, structures: Mapping[str, Structure], layer: int, skips: bool
+    ) -> None:
         super().__init__()
         self.eps = arch.norm_eps
         self.attn = Attention(arch, structures, layer)
@@ -208,15 +220,30 @@ class Block(nn.Module):
         self.attn_skip: nn.Module = SkipMatrix(arch.hidden_size) if skips else nn.Identity()
         self.mlp_skip: nn.Module = SkipMatrix(arch.hidden_size) if skips else nn.Identity()
 
-    def forward(self, x: Tensor, rotary: Rotary | None, mask: Tensor, cache: Cache | None = None,
-                tap: Tap | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Rotary | None,
+        mask: Tensor,
+        cache: Cache | None = None,
+        tap: Tap | None = None,
+    ) -> Tensor:
         """x: (batch, length, d) -> the same shape; mask as `attention_mask_bool`."""
-        x = self.attn_skip(x) + self.attn(rms_normalise(x, self.eps), rotary, mask, cache, tap)
-        out: Tensor = self.mlp_skip(x) + self.mlp(rms_normalise(x, self.eps), tap)
-        return out
+        say = tap or _silent
+        say("attn.in", h := rms_normalise(x, self.eps))
+        say("attn.o", inner := self.attn.inner(h, rotary, mask, cache))
+        say("attn.out", out := self.attn.o(inner))
+        x = self.attn_skip(x) + out
+        say("mlp.in", h := rms_normalise(x, self.eps))
+        say("mlp.down", inner := self.mlp.inner(h))
+        say("mlp.out", out := self.mlp.down(inner))
+        result: Tensor = self.mlp_skip(x) + out
+        return result
 
 
-def _linear(arch: Architecture, structures: Mapping[str, Structure], layer: int, role: str) -> StructuredLinear:
+def _linear(
+    arch: Architecture, structures: Mapping[str, Structure], layer: int, role: str
+) -> StructuredLinear:
     n, m = arch.linears()[role]
     structure = structures.get(f"layers.{layer}.{role}") or DenseStructure(in_features=m, out_features=n)
     if (structure.out_features, structure.in_features) != (n, m):
@@ -254,7 +281,9 @@ class ProcrustesConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     @classmethod
-    def from_architecture(cls, arch: Architecture, structures: Mapping[str, Structure], **choices: Any) -> ProcrustesConfig:
+    def from_architecture(
+        cls, arch: Architecture, structures: Mapping[str, Structure], **choices: Any
+    ) -> ProcrustesConfig:
         """The config of a model; `choices` are rotation, skip, center_embedding, head_map, head_bias, tie_word_embeddings."""
         return cls(
             architecture=arch.to_dict(),
@@ -275,7 +304,9 @@ class ProcrustesConfig(PreTrainedConfig):
     def parsed_architecture(self) -> Architecture:
         """The `Architecture`; raises ArtifactError when config.json lacks it."""
         if self.architecture is None:
-            raise ArtifactError("config.json has model_type procrustes but no `architecture`: compress the model again")
+            raise ArtifactError(
+                "config.json has model_type procrustes but no `architecture`: compress the model again"
+            )
         return Architecture.from_dict(self.architecture)
 
     def parsed_structures(self) -> dict[str, Structure]:
@@ -284,15 +315,23 @@ class ProcrustesConfig(PreTrainedConfig):
 
 
 class HeadMap(nn.Module):
-    """The d x d map (and shift) between the last norm and a tied head: Q^T diag(gamma) Q, gamma the norm's scale."""
+    """What the last norm's scale gamma (and shift) become before a tied head: (d, d) Q^T diag(gamma) Q, or gamma itself.
 
-    def __init__(self, width: int, bias: bool) -> None:
+    The scale can only be folded into a head of its own; a tied head stays tied and pays this instead: d x d
+    where the stream is rotated, a vector (d,) where it is not.
+    """
+
+    def __init__(self, width: int, diagonal: bool, bias: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, width), requires_grad=False)
+        shape = (width,) if diagonal else (width, width)
+        self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(width), requires_grad=False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        if self.weight.dim() == 2:
+            return F.linear(x, self.weight, self.bias)
+        scaled = x * self.weight
+        return scaled if self.bias is None else scaled + self.bias
 
 
 class Decoder(nn.Module):
@@ -309,7 +348,9 @@ class Decoder(nn.Module):
             self.center = nn.Parameter(torch.empty(arch.hidden_size), requires_grad=False)
         skips = config.skip == "dense"
         self.layers = nn.ModuleList(Block(arch, structures, i, skips) for i in range(arch.num_layers))
-        self.head_map = HeadMap(arch.hidden_size, arch.norm == "layernorm") if config.head_map else None
+        self.head_map: HeadMap | None = None
+        if config.head_map:
+            self.head_map = HeadMap(arch.hidden_size, config.rotation == "none", arch.norm == "layernorm")
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """(batch, length) ids -> (batch, length, d)."""
@@ -324,10 +365,14 @@ class Decoder(nn.Module):
         """cos and sin for (batch, length) positions, or None for learned positions."""
         return rotary_for(self.arch, position_ids)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: Cache | None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: Cache | None
+    ) -> Tensor:
         batch, length = input_ids.shape
         past = cache.get_seq_length() if cache is not None else 0
-        mask = attention_mask_bool(attention_mask, batch, past, length, self.arch.sliding_window, input_ids.device)
+        mask = attention_mask_bool(
+            attention_mask, batch, past, length, self.arch.sliding_window, input_ids.device
+        )
         x, rotary = self.embed(input_ids, position_ids), self.rotary(position_ids)
         for block in self.layers:
             x = block(x, rotary, mask, cache)
@@ -386,11 +431,17 @@ class ProcrustesForCausalLM(PreTrainedModel, GenerationMixin):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             length = input_ids.shape[1]
-            full = attention_mask if attention_mask is not None else input_ids.new_ones(len(input_ids), past + length)
+            full = (
+                attention_mask
+                if attention_mask is not None
+                else input_ids.new_ones(len(input_ids), past + length)
+            )
             position_ids = positions_from_mask(full)[:, -length:]
         hidden = self.model(input_ids, attention_mask, position_ids, past_key_values)
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None
+        )

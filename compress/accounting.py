@@ -1,0 +1,66 @@
+"""What a compressed model stores and computes, counted from its architecture and structures alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from compress.architecture import Architecture
+from compress.structures import Structure
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameter counts. `overhead` is what rotations add: skip matrices and the head map of a tied head.
+
+    `rest` is everything that is not a projection (embeddings, head, biases, norms) and is the same for both models.
+    """
+
+    dense_projections: int
+    projections: int
+    overhead: int
+    rest: int
+    structured_linears: int
+    dense_linears: int
+
+    @property
+    def ratio(self) -> float:
+        """Kept fraction of the projection parameters, overhead counted: what `--ratio` asks for."""
+        return (self.projections + self.overhead) / self.dense_projections
+
+    @property
+    def model_ratio(self) -> float:
+        """Kept fraction of all parameters of the model."""
+        return (self.projections + self.overhead + self.rest) / (self.dense_projections + self.rest)
+
+
+def overhead_parameters(arch: Architecture, rotation: str) -> int:
+    """Parameters that a rotation adds at run time: skip matrices, and the d x d head map of a tied head."""
+    d = arch.hidden_size
+    skips = 2 * arch.num_layers * d * d if rotation == "block" else 0
+    head = d * d if arch.tied and rotation != "none" else 0
+    return skips + head
+
+
+def model_size(arch: Architecture, structures: Mapping[str, Structure], rotation: str) -> ModelSize:
+    """Count; linears that `structures` does not name are dense."""
+    d, rest = arch.hidden_size, arch.vocab_size * arch.hidden_size * (1 if arch.tied else 2)
+    if arch.positions == "learned":
+        rest += (arch.max_positions + arch.position_offset) * d
+    rest += (2 * arch.num_layers + 1) * d * (2 if arch.norm == "layernorm" else 1)
+    rest += 2 * arch.num_layers * arch.head_dim * arch.qk_norm
+    projections = 0
+    for role, (n, m) in arch.linears().items():
+        rest += arch.num_layers * n * arch.has_bias(role)
+        for layer in range(arch.num_layers):
+            structure = structures.get(f"layers.{layer}.{role}")
+            projections += n * m if structure is None else structure.parameter_count()
+    linears = arch.num_layers * len(arch.linears())
+    return ModelSize(
+        arch.projection_parameters(),
+        projections,
+        overhead_parameters(arch, rotation),
+        rest,
+        len(structures),
+        linears - len(structures),
+    )

@@ -1,0 +1,55 @@
+"""Calibration text -> token sequences."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from compress.errors import ArtifactError, UsageError
+from compress.textdata import TextData
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def token_sequences(
+    text: TextData,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    vocab_size: int,
+) -> Tensor:
+    """`samples` sequences of `length` tokens, int64 (samples, length).
+
+    The rows are shuffled with `seed`, joined by blank lines and tokenised once; the sequences follow one another
+    without overlap. Raises UsageError when the text is too short and ArtifactError when the tokenizer yields ids
+    that the model has no embedding for.
+    """
+    if samples < 1 or length < 2:
+        raise UsageError(
+            f"{samples} samples of {length} tokens cannot calibrate anything: give at least 1 of 2"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(text.rows), generator=generator).tolist()
+    needed, ids, at = samples * length, [], 0
+    while len(ids) < needed and at < len(order):
+        # Tokenise in pieces, so that a corpus of gigabytes is not tokenised for a few thousand tokens.
+        piece = [text.rows[i] for i in order[at : at + 512]]
+        at += len(piece)
+        ids.extend(tokenizer("\n\n".join(piece) + "\n\n", add_special_tokens=False)["input_ids"])
+    if len(ids) < needed:
+        raise UsageError(
+            f"the calibration text {text.name!r} has {len(ids):,} tokens, {samples} x {length} = {needed:,} are asked "
+            f"for: lower --calibration-samples or --sequence-length, or give a longer --calibration-data"
+        )
+    tokens = torch.tensor(ids[:needed], dtype=torch.int64).view(samples, length)
+    if int(tokens.max()) >= vocab_size:
+        raise ArtifactError(
+            f"the tokenizer yields id {int(tokens.max())} but the model has {vocab_size} embeddings: "
+            f"the folder mixes the files of two models"
+        )
+    return tokens

@@ -1,0 +1,221 @@
+"""Reading and writing OUT/checkpoint: config.json, sharded safetensors with an index, the tokenizer, the rotations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compress.architecture import Architecture
+from compress.errors import ArtifactError
+from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
+from compress.structures import DenseStructure, Structure
+
+if TYPE_CHECKING:
+    from compress.invariance import Rotations
+
+INDEX = "model.safetensors.index.json"
+ROTATION = "rotation.safetensors"
+
+
+class ShardWriter:
+    """Writes tensors to numbered safetensors shards as they come; memory is bounded by one shard.
+
+    with ShardWriter(folder) as writer: writer.add(name, tensor). The index is written on a clean exit only.
+    """
+
+    def __init__(
+        self, folder: Path, dtype: torch.dtype = torch.float32, max_shard_bytes: int = 2 << 30
+    ) -> None:
+        self.folder, self.dtype, self.max_shard_bytes = folder, dtype, max_shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = self._total = 0
+        self._shards: list[list[str]] = []
+        self._seen: set[str] = set()
+
+    def __enter__(self) -> ShardWriter:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Queue one tensor. Raises ArtifactError when it is not finite: a broken weight is never written."""
+        if name in self._seen:
+            raise ValueError(f"{name} was already written")
+        if not torch.isfinite(tensor).all():
+            raise ArtifactError(
+                f"{name} came out with NaN or infinite values; it was not written. Please report this"
+            )
+        # The float32 mix of a Kronecker structure is tiny and stays float32 (op contract).
+        keep = name.endswith(".A") and tensor.dtype == torch.float32
+        tensor = tensor.detach().to("cpu", tensor.dtype if keep else self.dtype).contiguous().clone()
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self.max_shard_bytes:
+            self._flush()
+        self._seen.add(name)
+        self._pending[name] = tensor
+        self._pending_bytes += size
+        self._total += size
+
+    def _flush(self) -> None:
+        number = len(self._shards) + 1
+        save_file(self._pending, self.folder / f"shard-{number}.safetensors", metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending, self._pending_bytes = {}, 0
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            return
+        if self._pending:
+            self._flush()
+        weight_map, count = {}, len(self._shards)
+        for number, names in enumerate(self._shards, start=1):
+            final = f"model-{number:05d}-of-{count:05d}.safetensors"
+            (self.folder / f"shard-{number}.safetensors").rename(self.folder / final)
+            weight_map.update(dict.fromkeys(names, final))
+        index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_config(folder: Path, config: ProcrustesConfig, dtype: torch.dtype, generation: Any = None) -> None:
+    """config.json, and generation_config.json when the source has one."""
+    config.architectures = ["ProcrustesForCausalLM"]
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    if generation is not None:
+        generation.save_pretrained(folder)
+
+
+def write_rotations(folder: Path, rotations: Rotations) -> None:
+    """rotation.safetensors: float64 (d, d) matrices "q.{position}", none for an unrotated stream."""
+    tensors = {f"q.{i}": q.contiguous() for i, q in enumerate(rotations.matrices)}
+    save_file(tensors, folder / ROTATION, metadata={"kind": rotations.kind})
+
+
+def read_rotations(folder: Path) -> Rotations:
+    """Inverse of `write_rotations`; raises ArtifactError when the file is missing or damaged."""
+    from compress.invariance import Rotations
+
+    path = folder / ROTATION
+    try:
+        with safe_open(path, framework="pt") as file:
+            kind = (file.metadata() or {}).get("kind", "none")
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); compress the model again") from error
+    return Rotations(kind, tuple(tensors[f"q.{i}"] for i in range(len(tensors))))
+
+
+def structured_state(linear: str, factors: Mapping[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
+    """State-dict entries of one linear of the checkpoint, e.g. model.layers.0.attn.q.B."""
+    state = {f"model.{linear}.{name}": tensor for name, tensor in factors.items()}
+    if bias is not None:
+        state[f"model.{linear}.bias"] = bias
+    return state
+
+
+class CheckpointReader:
+    """Lazy access to a compressed checkpoint: one tensor at a time, never the whole model.
+
+    Raises ArtifactError when a file is missing or damaged or a tensor has another shape than its structure.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        try:
+            raw = json.loads((self.folder / "config.json").read_text())
+            index = json.loads((self.folder / INDEX).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ArtifactError(
+                f"{folder} is not a compressed checkpoint ({error}); run compress.run first"
+            ) from error
+        if raw.get("model_type") != ProcrustesConfig.model_type:
+            raise ArtifactError(
+                f"{folder}/config.json has model_type {raw.get('model_type')!r}, not 'procrustes'"
+            )
+        self.config = ProcrustesConfig.from_pretrained(self.folder)
+        self.architecture: Architecture = self.config.parsed_architecture()
+        self._structures = self.config.parsed_structures()
+        self._weight_map: dict[str, str] = index["weight_map"]
+        for file in set(self._weight_map.values()):
+            if Path(file).name != file:
+                raise ArtifactError(f"{self.folder / INDEX} points outside its folder: {file!r}")
+
+    def names(self) -> list[str]:
+        """All tensor names."""
+        return sorted(self._weight_map)
+
+    def linears(self) -> list[str]:
+        """All linear names, "layers.{i}.{role}", in execution order."""
+        arch = self.architecture
+        return [f"layers.{i}.{role}" for i in range(arch.num_layers) for role in arch.linears()]
+
+    def structure(self, linear: str) -> Structure:
+        """The structure of "layers.{i}.{role}"; dense where config.json names none."""
+        if linear in self._structures:
+            return self._structures[linear]
+        n, m = self.architecture.linears()[linear.split(".", 2)[2]]
+        return DenseStructure(in_features=m, out_features=n)
+
+    def get(self, name: str) -> Tensor:
+        """One tensor by its state-dict name."""
+        if name not in self._weight_map:
+            raise ArtifactError(f"{self.folder} has no tensor {name}; compress the model again")
+        path = self.folder / self._weight_map[name]
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{path} cannot be read ({error}); compress the model again") from error
+        return tensor
+
+    def factors(self, linear: str) -> dict[str, Tensor]:
+        """The factors of one linear, checked against the shapes of its structure."""
+        found = {}
+        for name, shape in self.structure(linear).shapes().items():
+            tensor = self.get(f"model.{linear}.{name}")
+            if tuple(tensor.shape) != tuple(shape):
+                raise ArtifactError(
+                    f"model.{linear}.{name} is {tuple(tensor.shape)} in {self.folder}, expected {tuple(shape)}"
+                )
+            found[name] = tensor
+        return found
+
+    def bias(self, linear: str) -> Tensor | None:
+        """The bias of one linear, or None."""
+        name = f"model.{linear}.bias"
+        return self.get(name) if name in self._weight_map else None
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> ProcrustesForCausalLM:
+    """The whole checkpoint as a PyTorch model in eval mode. Raises ArtifactError on missing or surplus tensors."""
+    reader = CheckpointReader(folder)
+    with torch.device("meta"):
+        model = ProcrustesForCausalLM(reader.config)
+    state = {name: reader.get(name) for name in reader.names()}
+    state = {n: t if n.endswith(".A") else t.to(dtype) for n, t in state.items()}
+    if reader.config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise ArtifactError(f"{folder} does not hold the model its config.json describes: {error}") from error
+    if reader.config.tie_word_embeddings:
+        model.tie_weights()
+    return model.requires_grad_(False).eval()
+
+
+def register() -> None:
+    """Make `AutoConfig` and `AutoModelForCausalLM` know the model type procrustes. Safe to call again."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    AutoConfig.register(ProcrustesConfig.model_type, ProcrustesConfig, exist_ok=True)
+    AutoModelForCausalLM.register(ProcrustesConfig, ProcrustesForCausalLM, exist_ok=True)

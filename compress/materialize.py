@@ -1,0 +1,65 @@
+"""A plain Hugging Face checkpoint of the compressed model: dense weights, the source's class, no import needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from compress.architecture import WRITERS
+from compress.checkpoint import CheckpointReader, ShardWriter, read_rotations
+from compress.errors import UsageError
+from compress.families import tensor_names
+from compress.invariance import FoldedModel, unrotate
+from compress.models import ModelSource
+from compress.statistics import SUB_BLOCKS
+
+
+def write_plain(
+    source: ModelSource,
+    model: FoldedModel,
+    checkpoint: Path,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write the dense equivalents of all structured linears of `checkpoint` as the source's own architecture.
+
+    The rotation is undone, so that skip and head maps vanish: W_in = W' Q^T, W_out = Q W'. Pre-norms keep scale 1 and
+    shift 0 (theirs are in the weights); embeddings, last norm and head are the source's own. Raises UsageError for a
+    source without biases whose LayerNorm has one, which its own class cannot express.
+    """
+    reader, rotations = CheckpointReader(checkpoint), read_rotations(checkpoint)
+    arch = reader.architecture
+    names = tensor_names(arch)
+    with ShardWriter(folder, dtype) as shards:
+        ends = [names.embed, names.positions, names.final_norm.weight, names.final_norm.bias, names.lm_head]
+        for name in ends:
+            if name is not None:
+                shards.add(name, model.reader.get(name))
+        for i, layer in enumerate(names.layers):
+            for sub, norm in zip(SUB_BLOCKS, (layer.attn_norm, layer.mlp_norm), strict=True):
+                shards.add(norm.weight, torch.ones(arch.hidden_size))
+                if norm.bias is not None:
+                    shards.add(norm.bias, torch.zeros(arch.hidden_size))
+                for role in (*arch.readers(sub), WRITERS[sub]):
+                    linear, side = f"layers.{i}.{role}", arch.side(role)
+                    q = rotations.at(2 * i + SUB_BLOCKS.index(sub) + (side == "out"))
+                    dense = reader.structure(linear).dense(reader.factors(linear))
+                    shards.add(layer.linears[role].weight, unrotate(dense.float(), side, q))
+                    bias, name = reader.bias(linear), layer.linears[role].bias
+                    if bias is None:
+                        continue
+                    if name is None:
+                        raise UsageError(
+                            f"{source.name}: {linear} needs a bias that its own class has not; use the checkpoint itself"
+                        )
+                    shards.add(name, unrotate(bias.float(), "out", q) if side == "out" else bias)
+            for name in (layer.q_norm, layer.k_norm):
+                if name is not None:
+                    shards.add(name, model.reader.get(name))
+    config = type(source.config())(
+        **{k: v for k, v in source.config().to_dict().items() if k != "quantization_config"}
+    )
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    source.tokenizer().save_pretrained(folder)

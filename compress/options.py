@@ -1,0 +1,115 @@
+"""The flags that describe a compression, shared by `compress.run` and `export.build`. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compress.recipe import Recipe
+
+
+def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
+    """Model, recipe and run-time flags. Defaults are None: what is not given is decided by the recipe."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="M",
+        help="folder, .gguf file, ORG/NAME on the hub, or an alias such as smollm2-135m or opt-13b",
+    )
+    parser.add_argument(
+        "--revision", help="revision of a hub model (default: the alias's pinned one, else main)"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="let a hub repository run its own Python code"
+    )
+    what = parser.add_argument_group("what to compress into")
+    what.add_argument(
+        "--structure", choices=["kron", "gs", "lowrank", "dense"], help="structured matrix (default: kron)"
+    )
+    what.add_argument(
+        "--ratio",
+        type=float,
+        metavar="R",
+        help="fraction of all projection weight bytes to keep, skip and head maps counted (default: 0.75)",
+    )
+    what.add_argument(
+        "--rotation",
+        choices=["none", "shared", "block"],
+        help="rotation of the residual stream: one for the whole model (folds away), or one per block",
+    )
+    what.add_argument("--skip", choices=["none", "dense"], help="skip matrices of --rotation block")
+    what.add_argument(
+        "--unit", type=int, help="sizes are multiples of this many features (default: by width, 16 to 64)"
+    )
+    how = parser.add_argument_group("how to find it")
+    how.add_argument(
+        "--sensitivity",
+        choices=["fisher", "none"],
+        help="weigh errors by what the loss minds (one backward pass), or each layer alike (default: fisher)",
+    )
+    how.add_argument(
+        "--calibration-data",
+        metavar="DATA",
+        help="FILE.txt, FILE.jsonl, a hub dataset, or boolq from the demo's packages (default: boolq)",
+    )
+    how.add_argument("--calibration-samples", type=int, metavar="N", help="sequences (default: 32)")
+    how.add_argument("--sequence-length", type=int, metavar="T", help="tokens per sequence (default: 1024)")
+    how.add_argument("--seed", type=int, help="of the text order and the sampled labels (default: 0)")
+    how.add_argument(
+        "--correction",
+        type=float,
+        metavar="BETA",
+        help="share of the error made so far that each fit tries to undo, 0 to 1 (default: 0.5)",
+    )
+    how.add_argument("--recipe", type=Path, metavar="FILE", help="recipe.yaml; flags and --set override it")
+    how.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=V",
+        help="any recipe field, e.g. calibration.seed=1",
+    )
+    run = parser.add_argument_group("how to run")
+    run.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    run.add_argument("--batch", type=int, default=4, help="calibration sequences at a time (default: 4)")
+    run.add_argument(
+        "--checkpoint-dtype", choices=["float32", "float16", "bfloat16"], help="default: float32"
+    )
+    run.add_argument(
+        "--materialize-dense",
+        action="store_true",
+        help="also write OUT/dense, a plain checkpoint of the compressed model that loads with no import",
+    )
+
+
+_FLAGS = {
+    "structure": "structure",
+    "ratio": "ratio",
+    "rotation": "rotation",
+    "skip": "skip",
+    "unit": "unit",
+    "sensitivity": "sensitivity",
+    "correction": "correction",
+    "checkpoint_dtype": "checkpoint_dtype",
+    "calibration_data": "calibration.data",
+    "calibration_samples": "calibration.samples",
+    "sequence_length": "calibration.sequence_length",
+    "seed": "calibration.seed",
+}
+
+
+def recipe_from(args: argparse.Namespace) -> Recipe:
+    """recipe file < --set < flags. Raises UsageError."""
+    from compress.recipe import parse_recipe, read_yaml, set_value
+
+    values: dict[str, Any] = read_yaml(args.recipe) if args.recipe else {}
+    for assignment in args.set:
+        set_value(values, assignment)
+    for flag, field in _FLAGS.items():
+        given = getattr(args, flag)
+        if given is not None:
+            group, _, name = field.rpartition(".")
+            (values.setdefault(group, {}) if group else values)[name] = given
+    return parse_recipe(values, str(args.recipe) if args.recipe else "the command line")

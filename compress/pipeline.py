@@ -1,0 +1,275 @@
+"""The whole compression: calibrate, plan, fit, write OUT/checkpoint. Resumable at every block."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compress import families
+from compress.accounting import model_size
+from compress.artifact import Artifact
+from compress.calibration import token_sequences
+from compress.checkpoint import (
+    ShardWriter,
+    load_model,
+    read_rotations,
+    write_config,
+    write_rotations,
+)
+from compress.errors import MissingDependencyError, UsageError
+from compress.fitting import FitRecord, LayerFitter, summarise
+from compress.invariance import FoldedModel, Rotations, rotate_block
+from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
+from compress.models import ModelSource
+from compress.planning import Moments, Plan, make_plan, uses_leading_mix
+from compress.progress import log
+from compress.recipe import Recipe
+from compress.statistics import collect
+from compress.streams import Runner
+from compress.structures import Structure, structure_from_config
+from compress.textdata import load_text
+
+PACKAGES = ("torch", "transformers", "safetensors", "numpy")
+
+
+def torch_device(name: str) -> torch.device:
+    """The device called `name`; exit 4 when this machine lacks it, exit 2 when there is no such name."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name!r} is no device: cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise MissingDependencyError(
+            "--device cuda: this PyTorch sees no CUDA GPU; use --device cpu, or install a CUDA build"
+        )
+    return device
+
+
+def folded(source: ModelSource, dtype: torch.dtype = torch.float32) -> FoldedModel:
+    """The source with its norms folded, read lazily."""
+    arch = source.architecture()
+    return FoldedModel(source.reader(), arch, families.tensor_names(arch), dtype)
+
+
+def config_for(arch: Any, structures: Mapping[str, Structure], rotations: Rotations) -> ProcrustesConfig:
+    """config.json of a checkpoint with these structures and rotations."""
+    layer_norm = arch.norm == "layernorm"
+    return ProcrustesConfig.from_architecture(
+        arch,
+        structures,
+        rotation=rotations.kind,
+        skip="dense" if rotations.kind == "block" else "none",
+        center_embedding=arch.tied and layer_norm,
+        head_map=arch.tied,
+        head_bias=layer_norm and not arch.tied,
+        tie_word_embeddings=arch.tied,
+    )
+
+
+def request_digest(source: ModelSource, recipe: Recipe) -> dict[str, Any]:
+    """What decides a checkpoint: equal requests give equal checkpoints."""
+    return {"source": source.to_dict(), "recipe": recipe.digest()}
+
+
+def compress_model(
+    source: ModelSource,
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: str = "cpu",
+    batch: int = 4,
+    materialize_dense: bool = False,
+) -> Artifact:
+    """Compress `source` into OUT/checkpoint, and OUT/dense when asked for. Returns the artefact.
+
+    A run that was interrupted is resumed from OUT/state when source and recipe are the same.
+    """
+    artifact = Artifact(out)
+    request = request_digest(source, recipe)
+    arch = source.architecture()
+    runner_device = torch_device(device)
+    with artifact.lock():
+        state = _state_folder(artifact, request)
+        model = folded(source)
+        tokenizer = source.tokenizer()
+        tokens = None
+        if recipe.structure != "dense":
+            c = recipe.calibration
+            tokens = token_sequences(
+                load_text(c.data),
+                tokenizer,
+                samples=c.samples,
+                length=c.sequence_length,
+                seed=c.seed,
+                vocab_size=arch.vocab_size,
+            )
+        plan, files, records = _plan_and_fit(model, recipe, tokens, state, runner_device, batch)
+        summarise(records)
+        dtype = getattr(torch, recipe.checkpoint_dtype)
+        size = model_size(arch, plan.structures, plan.rotations.kind)
+        resolved = _resolved(recipe, plan, arch.linears(), arch.num_layers)
+        section = {"source": source.to_dict(), "recipe_sha256": resolved.digest(), "versions": _versions()}
+        facts = {"request": request, "ratio": size.ratio, "model_ratio": size.model_ratio, **asdict(size)}
+        with artifact.stage("checkpoint", facts=facts, section=section) as folder:
+            with ShardWriter(folder, dtype) as shards:
+                for name, tensor in model.ends(plan.rotations).items():
+                    shards.add(name, tensor)
+                for file in files:
+                    for name, tensor in load_file(file).items():
+                        shards.add(name, tensor)
+            write_config(folder, config_for(arch, plan.structures, plan.rotations), dtype)
+            write_rotations(folder, plan.rotations)
+            tokenizer.save_pretrained(folder)
+            (folder / "fit.json").write_text(json.dumps([asdict(r) for r in records], indent=1) + "\n")
+        artifact.write_text("recipe.yaml", resolved.to_yaml())
+        if materialize_dense:
+            from compress.materialize import write_plain
+
+            with artifact.stage("dense", inputs=["checkpoint"]) as folder:
+                write_plain(source, model, artifact.path("checkpoint"), folder)
+        artifact.clear_state()
+    log(
+        f"kept {size.ratio:.4f} of the projection parameters (asked {recipe.ratio}), {size.model_ratio:.4f} of the model"
+    )
+    return artifact
+
+
+def has_checkpoint(artifact: Artifact, source: ModelSource, recipe: Recipe) -> bool:
+    """Whether OUT/checkpoint was made by this very request."""
+    if not artifact.has_stage("checkpoint"):
+        return False
+    facts = artifact.read_manifest()["stages"]["checkpoint"]
+    return bool(facts.get("request") == request_digest(source, recipe))
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def _resolved(recipe: Recipe, plan: Plan, linears: Mapping[str, Any], layers: int) -> Recipe:
+    """The recipe with every linear's choice written out, dense ones included: fed back, it decides everything."""
+    explicit = {}
+    for layer in range(layers):
+        for role, (n, m) in linears.items():
+            name = f"layers.{layer}.{role}"
+            structure = plan.structures.get(name)
+            explicit[name] = (
+                structure.to_config()
+                if structure
+                else {"structure": "dense", "in_features": m, "out_features": n}
+            )
+    return recipe.model_copy(update={"layers": explicit})
+
+
+def _state_folder(artifact: Artifact, request: dict[str, Any]) -> Path:
+    """OUT/state, emptied when it belongs to another request."""
+    state = artifact.state_folder()
+    key = state / "request.json"
+    text = json.dumps(request, sort_keys=True)
+    if key.exists() and key.read_text() == text:
+        log("resuming the interrupted run in OUT/state")
+        return state
+    shutil.rmtree(state)
+    state.mkdir()
+    key.write_text(text)
+    return state
+
+
+def _plan_and_fit(
+    model: FoldedModel, recipe: Recipe, tokens: Tensor | None, state: Path, device: torch.device, batch: int
+) -> tuple[Plan, list[Path], list[FitRecord]]:
+    if tokens is None:
+        return _all_dense(model, state)
+    runner = Runner(model.arch, tokens.shape[1], device, batch)
+    moments: Moments = {}
+    if recipe.rotation != "none":
+        count = min(recipe.sensitivity_samples, len(tokens))
+        moments = collect(
+            model,
+            tokens[:count],
+            sensitivity=recipe.sensitivity,
+            inner=not uses_leading_mix(recipe),
+            seed=recipe.calibration.seed,
+            runner=runner,
+            state=state,
+        )
+    plan = _saved_plan(state) or _save_plan(state, make_plan(model, recipe, moments))
+    fitter = LayerFitter(model, plan, recipe, moments, tokens, runner, state)
+    files, records = fitter.run()
+    return plan, files, records
+
+
+def _all_dense(model: FoldedModel, state: Path) -> tuple[Plan, list[Path], list[FitRecord]]:
+    files, records = [], []
+    for layer in range(model.arch.num_layers):
+        file = state / f"block-{layer}.safetensors"
+        weights = {f"model.layers.{layer}.{n}": w.contiguous() for n, w in model.block(layer).items()}
+        save_file(weights, file)
+        files.append(file)
+        for role, (n, m) in model.arch.linears().items():
+            records.append(FitRecord(f"layers.{layer}.{role}", "dense", n * m, n * m, 0.0, None))
+    return Plan(Rotations.none(), {}, {}), files, records
+
+
+def _save_plan(state: Path, plan: Plan) -> Plan:
+    save_file(
+        {f"q.{i}": q.contiguous() for i, q in enumerate(plan.rotations.matrices)}, state / "plan.safetensors"
+    )
+    record = {
+        "kind": plan.rotations.kind,
+        "structures": {name: s.to_config() for name, s in plan.structures.items()},
+        "predicted": plan.predicted,
+    }
+    partial = state / "plan.partial"
+    partial.write_text(json.dumps(record))
+    partial.rename(state / "plan.json")
+    return plan
+
+
+def _saved_plan(state: Path) -> Plan | None:
+    if not (state / "plan.json").exists():
+        return None
+    record, tensors = json.loads((state / "plan.json").read_text()), load_file(state / "plan.safetensors")
+    matrices = tuple(tensors[f"q.{i}"] for i in range(len(tensors)))
+    structures = {name: structure_from_config(c) for name, c in record["structures"].items()}
+    return Plan(Rotations(record["kind"], matrices), structures, record["predicted"])
+
+
+def write_dense(source: ModelSource, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """The dense, norm-folded, unrotated model in the format of OUT/checkpoint: the baseline for speed."""
+    write_rewritten(source, Rotations.none(), folder, dtype)
+
+
+def write_rewritten(
+    source: ModelSource, rotations: Rotations, folder: Path, dtype: torch.dtype = torch.float32
+) -> None:
+    """The dense model folded and rotated, nothing approximated, in the format of OUT/checkpoint."""
+    model = folded(source)
+    arch = model.arch
+    with ShardWriter(folder, dtype) as shards:
+        for name, tensor in model.ends(rotations).items():
+            shards.add(name, tensor)
+        for layer in range(arch.num_layers):
+            for name, tensor in rotate_block(model.block(layer), arch, layer, rotations).items():
+                shards.add(f"model.layers.{layer}.{name}", tensor)
+    write_config(folder, config_for(arch, {}, rotations), dtype)
+    write_rotations(folder, rotations)
+    source.tokenizer().save_pretrained(folder)
+
+
+def rewritten_model(source: ModelSource, checkpoint: Path) -> ProcrustesForCausalLM:
+    """The source folded and rotated exactly as `checkpoint` was before its weights were approximated (rung 1)."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as name:
+        write_rewritten(source, read_rotations(checkpoint), Path(name))
+        return load_model(Path(name))

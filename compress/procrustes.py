@@ -1,0 +1,244 @@
+"""Solvers for the rotations of the residual stream.
+
+Two problems, both over orthogonal Q:
+
+nested_rotation      structures that keep the first k_t rotated coordinates (one-sided Kronecker sums with the mix
+                     absorbed in Q). The kept factors are eliminated in closed form (variable projection), and what
+                     remains is a smooth function on the flag manifold.
+majorised_rotation   any structure, with its factors held fixed: the Gram-weighted orthogonal Procrustes problem of
+                     ProcrustesGPT (eq. 3), by majorisation with closed-form polar steps, monotone and without a step
+                     size. `frobenius_rotation` is its unweighted start (Algorithm 2 of the paper).
+
+Conventions: weights are (out, in), the stream is a row vector, readers become W Q and writers Q^T W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.structures import Structure
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """The orthogonal factor U V^T of a square matrix: argmax over orthogonal Q of tr(Q^T matrix) (Procrustes)."""
+    u, _, vt = torch.linalg.svd(matrix)
+    return u @ vt
+
+
+def damped(gram: Tensor, fraction: float) -> Tensor:
+    """gram + fraction * mean(diagonal) * I in float64; a zero matrix becomes the identity."""
+    gram = gram.double()
+    mean = gram.diagonal().mean()
+    if mean <= 0:
+        return torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    return gram + fraction * mean * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+
+
+def geometric_mean(p: Tensor, m: Tensor) -> Tensor:
+    """P # M = P^(1/2) (P^(-1/2) M P^(-1/2))^(1/2) P^(1/2) for positive definite P and semi-definite M."""
+    values, vectors = torch.linalg.eigh(p)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    inverse_root = (vectors * values.clamp(min=values.max() * 1e-14).rsqrt()) @ vectors.T
+    inner_values, inner_vectors = torch.linalg.eigh(inverse_root @ m @ inverse_root)
+    inner = (inner_vectors * inner_values.clamp(min=0).sqrt()) @ inner_vectors.T
+    return root @ inner @ root
+
+
+@dataclass(frozen=True)
+class StreamTerm:
+    """One group of linears at the residual stream and what it loses when only k rotated coordinates are kept.
+
+    loss(N) = tr((N^T P^-1 N)^-1 N^T M N), N = the dropped columns of Q (derived here; methods: variable projection).
+    Readers: P = Gram matrix of what they read, M = W^T W (or the Gram matrix of the loss gradient there): the error
+    of the best B in B K^T. Writers: P = metric of their output (identity, or the Gram matrix of the loss gradient),
+    M = Gram matrix of their output: the error of the best K B.
+    """
+
+    name: str
+    p: Tensor  # (d, d) float64, positive definite
+    m: Tensor  # (d, d) float64, semi-definite
+    cost: int  # parameters per kept coordinate
+
+    def curve(self, q: Tensor) -> Tensor:
+        """loss for k = 0 .. d kept coordinates, shape (d + 1,), for all k at the price of one Cholesky.
+
+        With columns in reverse order, Q^T P^-1 Q = L L^T nests, so that the loss with p columns dropped is the sum
+        of the first p diagonal entries of L^-1 (Q^T M Q) L^-T.
+        """
+        backwards = q.flip(1)
+        precision = backwards.T @ torch.cholesky_solve(backwards, torch.linalg.cholesky(self.p))
+        factor = torch.linalg.cholesky((precision + precision.T) / 2)
+        half = torch.linalg.solve_triangular(factor, backwards.T @ self.m @ backwards, upper=False)
+        gains = torch.linalg.solve_triangular(factor, half.T, upper=False).diagonal()
+        return torch.cat((gains.new_zeros(1), gains.clamp(min=0).cumsum(0))).flip(0)
+
+
+def nested_start(terms: Sequence[StreamTerm]) -> Tensor:
+    """Closed-form start: eigenvectors, in descending order, of the sum of the geometric means P_t # M_t.
+
+    When P and M commute, a dropped direction costs p * m, the square of the eigenvalue of P # M.
+    """
+    total = torch.zeros_like(terms[0].p)
+    for term in terms:
+        total += geometric_mean(term.p, term.m)
+    return torch.linalg.eigh(total).eigenvectors.flip(1)
+
+
+def nested_rotation(
+    terms: Sequence[StreamTerm],
+    kept: Sequence[int],
+    start: Tensor,
+    *,
+    iterations: int = 40,
+    tolerance: float = 1e-4,
+    on_step: Callable[[int, float], None] | None = None,
+) -> Tensor:
+    """Minimise sum_t loss_t(Q[:, kept_t:]) over orthogonal Q from `start`; never worse than `start`.
+
+    Gradient descent on O(d) along Cayley curves with Barzilai-Borwein steps and a non-monotone Armijo rule
+    (Wen and Yin 2013); the gradient is closed form. `kept` gives k_t in 0 .. d; terms with k_t = d do not count.
+    Stops when the loss falls by less than `tolerance` (relative) over five steps. (d, d) float64 in and out.
+    """
+    active = [(t, k, torch.linalg.inv(t.p)) for t, k in zip(terms, kept, strict=True) if k < len(start)]
+    if not active:
+        return start
+
+    def value_and_slope(q: Tensor) -> tuple[float, Tensor]:
+        slope, total = torch.zeros_like(q), 0.0
+        for term, k, precision in active:
+            n = q[:, k:]  # (d, p)
+            pn, mn = precision @ n, term.m @ n
+            s = torch.linalg.inv(n.T @ pn)
+            sx = s @ (n.T @ mn)
+            total += float(sx.diagonal().sum())
+            slope[:, k:] += 2 * (mn @ s - pn @ (sx @ s))
+        inner = q.T @ slope
+        return total, (inner - inner.T) / 2  # skew (d, d): the direction in the tangent space is q @ skew
+
+    identity = torch.eye(len(start), dtype=start.dtype, device=start.device)
+
+    def move(q: Tensor, skew: Tensor, step: float) -> Tensor:
+        half = skew * (step / 2)
+        return q @ torch.linalg.solve(identity + half, identity - half)
+
+    q = best = start
+    value, skew = value_and_slope(q)
+    best_value, history = value, [value]
+    norm = float(skew.square().sum())
+    step = 0.1 / max(norm**0.5, 1e-30)
+    for iteration in range(iterations):
+        reference = max(history[-5:])
+        for _ in range(12):
+            candidate = move(q, skew, step)
+            new_value, new_skew = value_and_slope(candidate)
+            if new_value <= reference - 1e-4 * step * norm:
+                break
+            step /= 4
+        else:
+            break
+        change, curvature = -step * skew, new_skew - skew
+        inner = abs(float((change * curvature).sum()))
+        q, value, skew = candidate, new_value, new_skew
+        norm = float(skew.square().sum())
+        # The two Barzilai-Borwein steps in turn; a bounded growth keeps the Cayley curve sensible.
+        long = float(change.square().sum()) / max(inner, 1e-300)
+        short = inner / max(float(curvature.square().sum()), 1e-300)
+        step = min(long if iteration % 2 else short, 20 * step)
+        history.append(value)
+        if value < best_value:
+            best, best_value = q, value
+        if on_step is not None:
+            on_step(iteration, best_value)
+        if len(history) > 5 and history[-6] - value < tolerance * abs(value) and value <= history[-6]:
+            break
+    return polar(best)  # removes the rounding that accumulates over the steps
+
+
+@dataclass(frozen=True)
+class Member:
+    """One linear at a rotation: weight (out, in), Gram matrix of its input (in, in) or None, side "in" (reads the
+    stream) or "out" (writes it), its structure, and its weight in the sum of squared errors."""
+
+    weight: Tensor
+    gram: Tensor | None
+    side: str
+    structure: Structure
+    scale: float
+
+    def rotated(self, q: Tensor) -> Tensor:
+        """W Q for readers, Q^T W for writers."""
+        return self.weight @ q if self.side == "in" else q.T @ self.weight
+
+    def rotated_gram(self, q: Tensor) -> Tensor | None:
+        """The Gram matrix of the input in the rotated stream; a writer's input is not in the stream."""
+        if self.gram is None or self.side == "out":
+            return self.gram
+        return q.T @ self.gram @ q
+
+
+Members = Callable[[], Iterable[Member]]
+"""Yields the members anew at each pass, so that no more than one need be in memory."""
+
+
+def frobenius_rotation(members: Members, start: Tensor, iterations: int) -> Tensor:
+    """Alternate the structures' Frobenius projections and Q = polar(sum W^T What + sum W What^T).
+
+    ProcrustesGPT Algorithm 2. Each half-step is exact, so that the sum of squared errors never rises.
+    """
+    q = start
+    for _ in range(iterations):
+        total = torch.zeros_like(q)
+        for member in members():
+            target = member.rotated(q)
+            approximation = member.structure.dense(member.structure.fit(target))
+            cross = (
+                member.weight.T @ approximation if member.side == "in" else member.weight @ approximation.T
+            )
+            total += member.scale * cross
+        q = polar(total)
+    return q
+
+
+def majorised_rotation(
+    members: Members, start: Tensor, iterations: int, polar_steps: int = 5
+) -> tuple[Tensor, list[float]]:
+    """Alternate Gram-weighted fits and majorised polar steps; returns Q and the error before each alternation.
+
+    For readers the error as a function of Q is w tr(Q^T G Q H) - 2 w tr(Q^T G W^T What) + c with H = What^T What.
+    tr(Q^T G Q H) = b tr G - tr(Q^T G Q (b I - H)) with b = lambda_max(H): the subtracted term is convex in Q, so its
+    linearisation majorises, and the next Q is polar(N0 + sum w G Q (b I - H)), N0 = sum w G W^T What (readers) +
+    sum w W G What^T (writers). Derived here; monotone (methods 6.2).
+    """
+    q, errors = start, []
+    for _ in range(iterations):
+        linear, quadratic, error = torch.zeros_like(q), [], 0.0
+        for member in members():
+            target, gram = member.rotated(q), member.rotated_gram(q)
+            approximation = member.structure.dense(member.structure.fit(target, gram))
+            gap = target - approximation
+            weighted_gap = gap if gram is None else gap @ gram
+            error += member.scale * float((weighted_gap * gap).sum())
+            if member.side == "in":
+                plain = (
+                    member.gram
+                    if member.gram is not None
+                    else torch.eye(len(q), dtype=q.dtype, device=q.device)
+                )
+                inner = member.scale * (approximation.T @ approximation)
+                bound = torch.linalg.matrix_norm(inner, 2)
+                quadratic.append((plain, bound * torch.eye(len(q), dtype=q.dtype, device=q.device) - inner))
+                linear += member.scale * (plain @ (member.weight.T @ approximation))
+            else:
+                seen = member.weight if member.gram is None else member.weight @ member.gram
+                linear += member.scale * (seen @ approximation.T)
+        errors.append(error)
+        for _ in range(polar_steps):
+            total = linear.clone()
+            for gram, slack in quadratic:
+                total += gram @ q @ slack
+            q = polar(total)
+    return q, errors

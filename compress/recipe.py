@@ -1,0 +1,122 @@
+"""The recipe: every choice that decides a compressed checkpoint, as a versioned, hashable document."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from compress.errors import UsageError
+
+StructureName = Literal["kron", "gs", "lowrank", "dense"]
+RotationName = Literal["none", "shared", "block"]
+
+# What measured best at equal bytes on SmolLM2-135M (docs/quality.md); low rank and dense gain nothing from rotations.
+DEFAULT_ROTATION: dict[str, RotationName] = {
+    "kron": "shared",
+    "gs": "none",
+    "lowrank": "none",
+    "dense": "none",
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(_Strict):
+    """Which text, how much of it."""
+
+    data: str = "boolq"
+    samples: int = Field(default=32, ge=1)
+    sequence_length: int = Field(default=1024, ge=2)
+    seed: int = 0
+
+
+class Recipe(_Strict):
+    """See `python -m compress.run --help` for what each field does; field names are the flags' names."""
+
+    version: Literal[1] = 1
+    structure: StructureName = "kron"
+    ratio: float = Field(default=0.75, gt=0, le=1)
+    rotation: RotationName = "shared"
+    skip: Literal["none", "dense"] = "none"
+    sensitivity: Literal["fisher", "none"] = "fisher"
+    sensitivity_samples: int = Field(default=16, ge=1)
+    rotation_iterations: int = Field(default=40, ge=0)
+    correction: float = Field(default=0.5, ge=0, le=1)
+    gram_damping: float = Field(default=1e-3, gt=0, lt=1)
+    metric_damping: float = Field(default=1e-2, gt=0, lt=1)
+    unit: int = Field(default=0, ge=0)
+    checkpoint_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    calibration: Calibration = Calibration()
+    layers: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_rotation(cls, values: dict[str, Any]) -> dict[str, Any]:
+        values = dict(values)
+        structure = values.get("structure", "kron")
+        rotation = values.setdefault("rotation", DEFAULT_ROTATION.get(structure, "none"))
+        values.setdefault("skip", "dense" if rotation == "block" else "none")
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if (self.rotation == "block") != (self.skip == "dense"):
+            raise ValueError(
+                f"rotation {self.rotation!r} with skip {self.skip!r}: rotation 'block' needs skip 'dense' (each block has "
+                f"its own basis), the other rotations need none"
+            )
+        return self
+
+    def digest(self) -> str:
+        """sha256 of the canonical JSON: equal for equal choices."""
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """As recipe.yaml."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
+    """Validate; raises UsageError naming each wrong field, what was seen and `where` it stands."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in e['loc']) or 'recipe'}: {e['msg']}" for e in error.errors()
+        )
+        raise UsageError(f"{where} is not a valid recipe: {problems}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A recipe file as a dictionary; raises UsageError when it is missing or not a mapping."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"the recipe {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"the recipe {path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise UsageError(
+            f"the recipe {path} must be a mapping of fields to values, it is {type(values).__name__}"
+        )
+    return values
+
+
+def set_value(values: dict[str, Any], assignment: str) -> None:
+    """Apply `--set a.b=value` in place; the value is read as YAML. Raises UsageError when it is not an assignment."""
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--set takes FIELD=VALUE, e.g. --set calibration.seed=1; seen: {assignment!r}")
+    *path, last = key.split(".")
+    for part in path:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise UsageError(f"--set {assignment}: {part} is not a group of fields")
+    values[last] = yaml.safe_load(text)

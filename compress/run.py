@@ -1,0 +1,82 @@
+"""`python -m compress.run`: compress a model into OUT/checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from compress.errors import run_cli
+from compress.options import add_compress_arguments, recipe_from
+
+EXAMPLES = """\
+examples:
+  python -m compress.run --model smollm2-135m --out out/small
+  python -m compress.run --model facebook/opt-1.3b --structure gs --ratio 0.8 --device cuda --out out/opt
+  python -m compress.run --model ./my-llama --calibration-data corpus.jsonl --dry-run --out out/x
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m compress.run",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_compress_arguments(p)
+    p.add_argument(
+        "--out", type=Path, required=True, metavar="OUT", help="artefact folder, made when it is missing"
+    )
+    p.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
+    p.add_argument("--json", action="store_true", help="the result as one JSON object")
+    p.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, compress, print."""
+    args = parser().parse_args(argv)
+    recipe = recipe_from(args)
+    from compress.models import resolve
+
+    source = resolve(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
+    if args.dry_run:
+        from compress.forecast import forecast
+
+        result = forecast(source.architecture(), recipe)
+        print(json.dumps(result) if args.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
+        return 0
+    from compress.pipeline import compress_model
+
+    artifact = compress_model(
+        source,
+        recipe,
+        args.out,
+        device=args.device,
+        batch=args.batch,
+        materialize_dense=args.materialize_dense,
+    )
+    facts = artifact.read_manifest()["stages"]["checkpoint"]
+    summary = {
+        "out": str(args.out),
+        "structure": recipe.structure,
+        "rotation": recipe.rotation,
+        "ratio": facts["ratio"],
+        "model_ratio": facts["model_ratio"],
+        "structured_linears": facts["structured_linears"],
+        "dense_linears": facts["dense_linears"],
+    }
+    if args.json:
+        print(json.dumps(summary))
+    else:
+        print("\n".join(f"{k}: {v}" for k, v in summary.items()))
+        print(f"OK {args.out / 'checkpoint'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

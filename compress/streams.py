@@ -1,0 +1,91 @@
+"""Running a decoder block by block over all calibration tokens, without ever holding the whole model.
+
+The residual stream of every calibration token is the only state: (samples, length, d) float32, in memory-mapped
+files, so that a run can be resumed and large calibration sets do not need as much memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress.architecture import Architecture
+from compress.invariance import Weights
+from compress.modeling import Block, Rotary, attention_mask_bool, rotary_for
+from compress.structures import Structure
+
+
+def mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """A float32 tensor that lives in `path`, created or opened; changes are written back by the system."""
+    size = 1
+    for extent in shape:
+        size *= extent
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(shape)
+
+
+class Runner:
+    """Runs blocks over the calibration sequences in batches of `batch` on `device`."""
+
+    def __init__(self, arch: Architecture, length: int, device: torch.device, batch: int) -> None:
+        self.arch, self.length, self.device, self.batch = arch, length, device, batch
+        positions = torch.arange(length, device=device)[None]
+        self._rotary = rotary_for(arch, positions)
+        self._mask = attention_mask_bool(None, 1, 0, length, arch.sliding_window, device)
+
+    @property
+    def rotary(self) -> Rotary | None:
+        """cos and sin of the sequence, the same for all batches."""
+        return self._rotary
+
+    @property
+    def mask(self) -> Tensor:
+        """The causal mask (1, 1, length, length)."""
+        return self._mask
+
+    def batches(self, *streams: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+        """Slices of the sequences with the streams' parts on the device."""
+        for start in range(0, len(streams[0]), self.batch):
+            part = slice(start, start + self.batch)
+            yield part, tuple(stream[part].to(self.device) for stream in streams)
+
+    def block(self, layer: int, weights: Weights, structures: Mapping[str, Structure], skips: bool) -> Block:
+        """One block with its weights on the device; `weights` may hold less than all of them."""
+        with torch.device("meta"):
+            block = Block(self.arch, structures, layer, skips)
+        block.load_state_dict({n: w.to(self.device) for n, w in weights.items()}, assign=True, strict=False)
+        return block.requires_grad_(False).eval()
+
+
+def embed(ends: Weights, arch: Architecture, tokens: Tensor) -> Tensor:
+    """The residual stream at the first block, (samples, length, d) float32, from folded (and rotated) embeddings."""
+    x = ends["model.embed_tokens.weight"][tokens].float()
+    if "model.embed_positions.weight" in ends:
+        positions = torch.arange(tokens.shape[1]) + arch.position_offset
+        x = x + ends["model.embed_positions.weight"][positions].float()
+    if "model.center" in ends:
+        u = ends["model.center"].float()
+        x = x - (x @ u)[..., None] * u
+    return x
+
+
+class GramSum:
+    """Accumulates sum of x^T y / tokens: float32 products of each batch, a float64 sum. (rows, columns)."""
+
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        self.total = torch.zeros(rows, columns, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor, y: Tensor | None = None) -> None:
+        """x (..., rows) and y (..., columns), y = x when not given."""
+        left = x.reshape(-1, x.shape[-1])
+        right = left if y is None else y.reshape(-1, y.shape[-1])
+        self.total += (left.T @ right).double()
+        self.tokens += len(left)
+
+    def mean(self) -> Tensor:
+        """The second moment per token, float64."""
+        return self.total / max(self.tokens, 1)
