@@ -151,7 +151,7 @@ class Artifact:
         return self.path(name)
 
     def update_manifest(self, section: Mapping[str, Any]) -> None:
-        """Replace `source` and `recipe_sha256`, merge into `versions` and `gates`, as far as they are given.
+        """Replace `source`, `recipe_sha256` and `gates`, merge into `versions`, as far as they are given.
 
         Raises ValueError for any other key: `files` and `stages` are written by `stage` alone.
         """

@@ -18,7 +18,7 @@ from typing import Any, TypedDict
 from compress.errors import ArtifactError
 
 SCHEMA = 1
-_REPLACED, _MERGED = ("source", "recipe_sha256"), ("versions", "gates")
+_REPLACED, _MERGED = ("source", "recipe_sha256", "gates"), ("versions",)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -86,7 +86,7 @@ class Manifest:
         )
 
     def updated(self, section: Mapping[str, Any]) -> Manifest:
-        """`source` and `recipe_sha256` replaced, `versions` and `gates` merged; other keys: ValueError."""
+        """`source`, `recipe_sha256` and `gates` replaced, `versions` merged; other keys: ValueError."""
         changes: dict[str, Any] = {}
         for key, value in section.items():
             if key in _REPLACED:

@@ -137,6 +137,7 @@ def test_a_folder_of_the_user_is_not_replaced(tmp_path):
 def test_sections(tmp_path):
     artifact = build(tmp_path)
     artifact.update_manifest({"versions": {"torch": "2"}, "source": {"id": "a", "revision": "1"}})
+    artifact.update_manifest({"gates": {"parity": True}})
     artifact.update_manifest({"versions": {"onnx": "1"}, "source": {"id": "b"}, "gates": {"speed": True}})
     manifest = artifact.read_manifest()
     assert manifest["versions"] == {"torch": "2", "onnx": "1"}
