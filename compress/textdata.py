@@ -196,7 +196,7 @@ def _json_lines(path: Path) -> Iterator[Any]:
             continue
         try:
             yield json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ArtifactError(f"line {number} of {str(path)!r} is not JSON ({error})") from error
 
 

@@ -211,7 +211,7 @@ def benchmark(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: a line for each layer and structure, a column for each number of tokens; dense over structure."""
+    """Markdown: a line for each layer and structure, a column for each number of tokens."""
     counts = sorted({row.tokens for row in rows})
     lines = [
         "| model | layer (in -> out) | structure | kept | limit | "

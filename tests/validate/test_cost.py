@@ -31,7 +31,7 @@ def test_flops_equal_those_that_torch_counts(kind: str, make_model: MakeModel) -
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(torch.zeros(batch, tokens, dtype=torch.long), use_cache=False)
     counted = counter.get_total_flops()
-    # torch counts matrix products alone: not the rotary angles, not a tied OPT's centre (a matrix by a vector).
+    # torch counts matrix products alone: no rotary angles, no centre of a tied OPT (a matrix by a vector).
     assert sum(cost.flops(batch, tokens).values()) == counted
 
 
