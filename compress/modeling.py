@@ -45,7 +45,7 @@ def rope_frequencies(arch: Architecture) -> tuple[Tensor, float]:
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     config = LlamaConfig(
-        hidden_size=arch.hidden_size,
+        hidden_size=arch.num_heads * arch.head_dim,  # not read: head_dim is given
         num_attention_heads=arch.num_heads,
         head_dim=arch.head_dim,
         max_position_embeddings=arch.max_positions,
