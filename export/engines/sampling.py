@@ -1,0 +1,49 @@
+"""From logits to the next token: greedy, or drawn with temperature, top-k and top-p."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from compress.errors import UsageError
+
+
+class Sampler:
+    """Picks one token a row. temperature 0 is greedy; the same seed draws the same tokens.
+
+    Raises UsageError for a temperature below 0, a top_k below 1, a top_p outside 0 ... 1.
+    """
+
+    def __init__(
+        self, *, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, seed: int = 0
+    ) -> None:
+        if not temperature >= 0:
+            raise UsageError(f"temperature must be 0 (greedy) or more, not {temperature}")
+        if top_k is not None and top_k < 1:
+            raise UsageError(f"top_k must be at least 1, not {top_k}")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise UsageError(f"top_p must be above 0 and at most 1, not {top_p}")
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        self._random = np.random.default_rng(seed)
+
+    def __call__(self, logits: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        """logits (batch, vocabulary) -> tokens (batch,)."""
+        if self.temperature == 0:
+            return np.asarray(logits.argmax(axis=-1), np.int64)
+        return np.array([self._random.choice(len(p), p=p) for p in map(self.probabilities, logits)], np.int64)
+
+    def probabilities(self, logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """The distribution that one row (vocabulary,) is drawn from; temperature must be above 0."""
+        scaled = logits.astype(np.float64) / self.temperature
+        p = np.exp(scaled - scaled.max())
+        order = np.argsort(-p, kind="stable")  # likeliest first
+        if self.top_k is not None:
+            p[order[self.top_k :]] = 0
+        p /= p.sum()
+        if self.top_p is not None:
+            before = np.cumsum(p[order]) - p[order]  # probability of all likelier tokens
+            p[order[before >= self.top_p]] = 0
+            p /= p.sum()
+        return np.asarray(p)

@@ -1,0 +1,49 @@
+"""One linear layer as an ONNX model of its own, for tests and for the layer benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress.structures import Structure
+from export.external import ExternalData
+from export.graph import MODEL_NAME, check
+from export.lowering import lower
+from export.writer import GraphWriter, Weight
+
+
+def export_linear(
+    structure: Structure,
+    factors: Mapping[str, Tensor],
+    out: Path,
+    *,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write out/model.onnx: x (tokens, in_features) -> y (tokens, out_features), the nodes of a whole export.
+
+    factors as `structure.shapes()` names them; bias (out_features,). Raises ArtifactError when they do not match.
+    """
+    structure.check_factors(factors)
+    out.mkdir(parents=True, exist_ok=True)
+    stored = dict(factors) if bias is None else {**factors, "bias": bias}
+    with ExternalData(out) as data:
+        g = GraphWriter(data, dtype)
+        x = g.input("x", ("tokens", structure.in_features))
+        g.output("y", ("tokens", structure.out_features))
+        calls = lower(structure, bias is not None)
+        for call in calls:
+            weights = [g.weight(_weight(name, stored[name])) for name in call.factors]
+            x = g.call(call, x, weights, result="y" if call is calls[-1] else None)
+        model = g.model("linear", {})
+    path = out / MODEL_NAME
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    check(path)
+    return path
+
+
+def _weight(name: str, tensor: Tensor) -> Weight:
+    return Weight(name, tuple(tensor.shape), lambda: [tensor], torch.float32 if name == "A" else None)

@@ -1,0 +1,168 @@
+"""Structure -> chain of ONNX nodes: which op_type, which factors in which order, which attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from compress.errors import ArtifactError
+from compress.structures import (
+    DenseStructure,
+    GroupShuffleStructure,
+    KroneckerStructure,
+    LowRankStructure,
+    Structure,
+)
+from export.ops import BIAS_SUFFIX, DOMAIN, GROUP_SHUFFLE_GRIDS, PLUGIN_VERSION, Attributes
+
+
+@dataclass(frozen=True)
+class Call:
+    """One node: its first input is the activation, the others are the named factors ("bias" for the bias)."""
+
+    op_type: str
+    domain: str
+    factors: tuple[str, ...]
+    attributes: Attributes = field(default_factory=dict)
+
+
+def lower(structure: Structure, bias: bool) -> tuple[Call, ...]:
+    """The nodes that compute `structure` on x (tokens, in_features); each feeds the next.
+
+    Raises ArtifactError for a structure that this version cannot export.
+    """
+    if isinstance(structure, DenseStructure):
+        return (_gemm("weight", bias),)
+    if isinstance(structure, LowRankStructure):
+        return (_gemm("V", False), _gemm("U", bias))
+    if isinstance(structure, KroneckerStructure):
+        return (_kronecker(structure, bias),)
+    if isinstance(structure, GroupShuffleStructure):
+        return (_group_shuffle(structure, bias),)
+    raise ArtifactError(
+        f"structure {structure.name!r} has no ONNX op; compress with kron, gs, lowrank or dense"
+    )
+
+
+def _gemm(weight: str, bias: bool) -> Call:
+    return Call("Gemm", "", (weight, "bias") if bias else (weight,), {"transB": 1})
+
+
+def _custom(
+    op_type: str, structure: Structure, factors: tuple[str, ...], bias: bool, attributes: Attributes
+) -> Call:
+    sizes: Attributes = {"in_features": structure.in_features, "out_features": structure.out_features}
+    plugin: Attributes = {"plugin_version": PLUGIN_VERSION, "plugin_namespace": DOMAIN}
+    if bias:
+        op_type, factors = op_type + BIAS_SUFFIX, (*factors, "bias")
+    return Call(op_type, DOMAIN, factors, {**sizes, **attributes, **plugin})
+
+
+def _kronecker(s: KroneckerStructure, bias: bool) -> Call:
+    m, n = s.in_features, s.out_features
+    if s.side == "both":
+        return _general(s, bias)
+    common: Attributes = {"terms": s.terms, "blocks": s.blocks, "side": s.side}
+    if s.side == "in":
+        if s.mix == "leading":
+            return _custom("KroneckerLeadingLinear", s, ("B",), bias, {**common, "leading": [s.kept]})
+        shapes: Attributes = {"grid": [-1, s.blocks, m // s.blocks], "flat": [-1, s.kept]}
+        return _custom("KroneckerLinear", s, ("B", "A"), bias, {**common, **shapes})
+    if s.mix == "leading":
+        return _custom(
+            "KroneckerLeadingLinearOut", s, ("B",), bias, {**common, "padding": [0, 0, 0, n - s.kept]}
+        )
+    shapes = {"grid": [-1, s.terms, n // s.blocks], "flat": [-1, n]}
+    return _custom("KroneckerLinearOut", s, ("B", "A"), bias, {**common, **shapes})
+
+
+def _general(s: KroneckerStructure, bias: bool) -> Call:
+    terms, (n1, m1), (n2, m2) = s.terms, s.left, s.right
+    attributes: Attributes = {
+        "terms": terms,
+        "side": s.side,
+        "a_shape": [n1, m1],
+        "b_shape": [n2, m2],
+        "flat": [-1, s.out_features],
+    }
+    # Multiply-accumulates per token: B first terms m1 n2 (m2 + n1), A first terms n1 m2 (m1 + n2).
+    if 1 / n1 + 1 / m2 < 1 / n2 + 1 / m1:
+        attributes |= {
+            "grid": [-1, m2],
+            "b_rows": [terms * n2, m2],
+            "inner": [-1, m1 * terms, n2],
+            "a_rows": [n1, m1 * terms],
+        }
+        return _custom("KroneckerLinearGeneral", s, ("B", "A"), bias, attributes)
+    attributes |= {
+        "grid": [-1, m1, m2],
+        "a_rows": [n1 * terms, m1],
+        "inner": [-1, terms * m2],
+        "b_rows": [n2, terms * m2],
+    }
+    return _custom("KroneckerLinearGeneralMixFirst", s, ("B", "A"), bias, attributes)
+
+
+def _group_shuffle(s: GroupShuffleStructure, bias: bool) -> Call:
+    left, right = s.left_blocks, s.right_blocks
+    if (left, right) not in GROUP_SHUFFLE_GRIDS:
+        raise ArtifactError(f"a {left} x {right} grid of blocks is beyond the op contract: at most 64 x 64")
+    attributes: Attributes = {
+        "left_blocks": left,
+        "right_blocks": right,
+        "rank": s.rank,
+        "grid": [-1, left, right, s.rank],
+        "flat": [-1, left * right * s.rank],
+    }
+    return _custom(f"GroupShuffleLinear_{left}x{right}", s, ("L", "R"), bias, attributes)
+
+
+# --- Fusion: linears that read the same input become one node where their structures allow it. ---
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Roles computed by one chain of nodes: `structure` has the outputs of all of them, one after the other."""
+
+    roles: tuple[str, ...]
+    structure: Structure
+    out_features: tuple[int, ...]
+
+
+def fuse(structures: Mapping[str, Structure], mixes: Mapping[str, Tensor]) -> list[Fused]:
+    """Group the readers of one input, in order. `mixes`: role -> its explicit A, where it has one.
+
+    Dense weights stack; so do the B of one-sided Kronecker matrices that read the same mix of the input, that is, of
+    the same blocks and terms with mix "leading" or with equal A. Everything else stays alone.
+    """
+    groups: list[list[str]] = []
+    for role, structure in structures.items():
+        for group in groups:
+            if _same_input(structures[group[0]], structure, mixes.get(group[0]), mixes.get(role)):
+                group.append(role)
+                break
+        else:
+            groups.append([role])
+    return [_fused(group, structures) for group in groups]
+
+
+def _fused(roles: list[str], structures: Mapping[str, Structure]) -> Fused:
+    first = structures[roles[0]]
+    sizes = tuple(structures[role].out_features for role in roles)
+    whole = first if len(roles) == 1 else replace(first, out_features=sum(sizes))
+    return Fused(tuple(roles), whole, sizes)
+
+
+def _same_input(one: Structure, other: Structure, one_mix: Tensor | None, other_mix: Tensor | None) -> bool:
+    if isinstance(one, DenseStructure) and isinstance(other, DenseStructure):
+        return True
+    if not (isinstance(one, KroneckerStructure) and isinstance(other, KroneckerStructure)):
+        return False
+    if one.side != "in" or replace(one, out_features=other.out_features) != other:
+        return False
+    if one_mix is None or other_mix is None:
+        return one_mix is None and other_mix is None
+    return torch.equal(one_mix, other_mix)
