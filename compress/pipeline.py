@@ -253,7 +253,7 @@ def write_rewritten(
     source: ModelSource, rotations: Rotations, folder: Path, dtype: torch.dtype = torch.float32
 ) -> None:
     """The dense model folded and rotated, nothing approximated, in the format of OUT/checkpoint."""
-    model = folded(source)
+    model = folded(source, dtype)
     arch = model.arch
     with ShardWriter(folder, dtype) as shards:
         for name, tensor in model.ends(rotations).items():
