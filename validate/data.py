@@ -70,8 +70,7 @@ def make_windows(
         )
     if vocab_size is not None and int(ids.max()) >= vocab_size:
         raise UsageError(
-            f"the tokenizer gives token {int(ids.max())} and the model has {vocab_size}: they do not "
-            "belong together"
+            f"the tokenizer gives token {int(ids.max())} and the model has {vocab_size}: they do not belong together"
         )
     count = 1 + (len(ids) - length) // stride
     bos = getattr(tokenizer, "bos_token_id", None)

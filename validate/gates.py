@@ -15,7 +15,7 @@ _NUMBER = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 
 @dataclass(frozen=True)
 class Gate:
-    """`value` must not be above `limit`, or not below it where `at_least`; `percent` is how both are shown."""
+    """`value` must not be above `limit`, or not below it where `at_least`; `percent`: how both are shown."""
 
     name: str
     value: float

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.errors import UsageError
 from compress.progress import log
 from validate.timing import Paired, paired
 
@@ -101,17 +104,14 @@ def layer_model(structure: Structure, seed: int = 0) -> onnx.ModelProto:
     generator = np.random.default_rng(seed)
     shapes = structure.shapes()
     weights = {
-        name: (generator.standard_normal(shape, np.float32) / math.sqrt(shape[-1]))
-        for name, shape in shapes.items()
+        name: (generator.standard_normal(shape, np.float32) / math.sqrt(shape[-1])) for name, shape in shapes.items()
     }
     nodes, functions, value = [], {}, "x"
     calls = lower(structure, bias=False)
     for i, call in enumerate(calls):
         result = "y" if i == len(calls) - 1 else f"inner_{i}"
         attributes: dict[str, Any] = dict(call.attributes)
-        nodes.append(
-            helper.make_node(call.op_type, [value, *call.factors], [result], domain=call.domain, **attributes)
-        )
+        nodes.append(helper.make_node(call.op_type, [value, *call.factors], [result], domain=call.domain, **attributes))
         if call.domain == DOMAIN:
             functions[call.op_type] = op(call.op_type).function()
         value = result
@@ -123,9 +123,7 @@ def layer_model(structure: Structure, seed: int = 0) -> onnx.ModelProto:
         [numpy_helper.from_array(weight, name) for name, weight in weights.items()],
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
-    return helper.make_model(
-        graph, ir_version=IR_VERSION, opset_imports=opsets, functions=list(functions.values())
-    )
+    return helper.make_model(graph, ir_version=IR_VERSION, opset_imports=opsets, functions=list(functions.values()))
 
 
 class Copies:
@@ -214,9 +212,7 @@ def table(rows: Sequence[Row]) -> str:
     """Markdown: a line for each layer and structure, a column for each number of tokens."""
     counts = sorted({row.tokens for row in rows})
     lines = [
-        "| model | layer (in -> out) | structure | kept | limit | "
-        + " | ".join(f"{c} tokens" for c in counts)
-        + " |",
+        "| model | layer (in -> out) | structure | kept | limit | " + " | ".join(f"{c} tokens" for c in counts) + " |",
         "|---|---|---|---|---|" + "---|" * len(counts),
     ]
     groups: dict[tuple[Shape, str], dict[int, Row]] = {}
@@ -227,8 +223,7 @@ def table(rows: Sequence[Row]) -> str:
         figures = " | ".join(f"{cells[c].timing.ratio.median:.2f}" if c in cells else "" for c in counts)
         layer = f"{shape.roles} ({shape.in_features} -> {shape.out_features})"
         lines.append(
-            f"| {shape.model} | {layer} | {sizes(one.config)} | {one.kept:.3f} | {1 / one.macs_kept:.2f} "
-            f"| {figures} |"
+            f"| {shape.model} | {layer} | {sizes(one.config)} | {one.kept:.3f} | {1 / one.macs_kept:.2f} | {figures} |"
         )
     return "\n".join(lines)
 
@@ -241,3 +236,40 @@ def sizes(config: dict[str, Any]) -> str:
     if name == "gs":
         return f"gs {config['left_blocks']}x{config['right_blocks']} rank {config['rank']}"
     return f"{name} {config['rank']}" if "rank" in config else str(name)
+
+
+BEGIN, END = "<!-- layers: begin -->", "<!-- layers: end -->"
+
+
+def surroundings(file: Path) -> tuple[str, str]:
+    """What stands before and after the table in `file`; those of a new document when there is no such file.
+
+    Raises UsageError when the file has not both marks, once and in order.
+    """
+    if not file.exists():
+        return f"# Speed\n\nPrinted by `python -m validate.speed --layers --write-docs {file.name}`.\n\n", "\n"
+    text = file.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end) or BEGIN in after:
+        raise UsageError(f"{file} has no single pair of lines {BEGIN} and {END} to put the table between; add them")
+    return before, after
+
+
+def document(rows: Sequence[Row], file: Path, threads: int) -> str:
+    """The text of `file` with the table between its marks. Raises as `surroundings`."""
+    from validate.report import machine
+
+    before, after = surroundings(file)
+    facts = machine()
+    ratios = [row.timing.ratio.median for row in rows]
+    lines = [
+        BEGIN,
+        f"Time of dense over time of the structure, float32, {threads} thread(s), {rows[0].timing.clock}, medians of",
+        f"pairwise ratios. Smallest {min(ratios):.2f}, median {statistics.median(ratios):.2f}. `limit` is what the",
+        f"multiply-accumulates allow. {facts['processor']}, onnxruntime {facts['versions']['onnxruntime']}.",
+        "",
+        table(rows),
+        END,
+    ]
+    return before + "\n".join(lines) + after

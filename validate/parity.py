@@ -13,23 +13,30 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from compress.errors import ArtifactError
 from compress.modeling import positions_from_mask
 from compress.progress import track
 
 if TYPE_CHECKING:
     from compress.checkpoint import CheckpointReader
     from compress.modeling import ProcrustesForCausalLM
+    from export.engines.ort import OrtRunner
 
 REWRITE_TOLERANCE = 1e-4
 # Float32 sums of up to some 20,000 products in another order: about 1e-6 of the largest output. A factor that
 # is misplaced or wrong in one value of its largest hundredth is far above 1e-5.
 FACTOR_TOLERANCE = 1e-5
 FACTOR_TOKENS = 16
+# By the type of the graph, on logits; see docs/parity.md for what is measured.
+RUNTIME_TOLERANCE = {"float32": 1e-3, "float16": 5e-2}
+DECODE_CHUNKS = (1, 1, 1, 2)  # tokens appended at a time after the prefill
+GREEDY_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -59,11 +66,19 @@ class Rung:
 
 @dataclass(frozen=True)
 class Prompts:
-    """A left-padded batch: ids and mask, both (batch, length); mask is 0 on padding."""
+    """A left-padded batch and tokens to go on with.
+
+    `ids` and `mask` (batch, length), mask 0 on padding; `more` (batch, sum of DECODE_CHUNKS).
+    """
 
     name: str
     ids: Tensor
     mask: Tensor
+    more: Tensor
+
+    def continued(self) -> tuple[Tensor, Tensor]:
+        """Ids and mask of the whole: (batch, length + sum of DECODE_CHUNKS)."""
+        return torch.cat([self.ids, self.more], dim=1), torch.cat([self.mask, torch.ones_like(self.more)], dim=1)
 
 
 def make_prompts(vocab_size: int, longest: int, tokens: Tensor | None = None, seed: int = 0) -> list[Prompts]:
@@ -71,21 +86,20 @@ def make_prompts(vocab_size: int, longest: int, tokens: Tensor | None = None, se
 
     `tokens` (n,) is where the ids are taken from, text for instance; without it they are random.
     """
-    generator = torch.Generator().manual_seed(seed)
+    extra = sum(DECODE_CHUNKS)
+    whole = longest + extra
     lengths = (longest, max(1, longest // 2), max(1, longest // 5), 1)
-    if tokens is None or len(tokens) < 4 * longest:
-        tokens = torch.randint(vocab_size, (8 * longest,), generator=generator)
-    ids = torch.zeros(len(lengths), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        ids[row, longest - length :] = tokens[row * longest : row * longest + length]
-        mask[row, longest - length :] = 1
-    whole = tokens[None, :longest].clone()
-    single = tokens[None, longest : longest + 1].clone()
+    if tokens is None or len(tokens) < len(lengths) * whole:
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(vocab_size, (len(lengths) * whole,), generator=generator)
+    rows = tokens[: len(lengths) * whole].view(len(lengths), whole)
+    mask = torch.stack([(torch.arange(longest) >= longest - length).long() for length in lengths])
+    ids, more = rows[:, :longest] * mask, rows[:, longest:]
+    last = slice(longest - 1, longest)
     return [
-        Prompts("left-padded batch", ids, mask),
-        Prompts("one sequence", whole, torch.ones_like(whole)),
-        Prompts("length 1", single, torch.ones_like(single)),
+        Prompts("left-padded batch", ids, mask, more),
+        Prompts("one sequence", rows[:1, :longest], mask[:1], more[:1]),
+        Prompts("length 1", rows[1:2, last], mask[:1, last], more[1:2]),
     ]
 
 
@@ -142,11 +156,138 @@ def rung_2(reader: CheckpointReader, seed: int = 0) -> Rung:
     for linear, error in errors.items():
         kind = reader.structure(linear).name
         by_kind[kind] = worst([by_kind.get(kind, 0.0), error])
-    facts = {"layers": len(errors), "dense_layers": len(reader.linears()) - len(errors)}
+    facts: dict[str, Any] = {"layers": len(errors), "dense_layers": len(reader.linears()) - len(errors)}
     if errors:
         facts["worst_layer"] = max(errors, key=lambda n: math.inf if math.isnan(errors[n]) else errors[n])
     title = "layers in factors vs their dense equivalents"
     return Rung(2, title, worst([0.0, *errors.values()]), FACTOR_TOLERANCE, by_kind, facts)
+
+
+def rung_3(model: ProcrustesForCausalLM, runner: OrtRunner, prompts: Sequence[Prompts], dtype: str = "float32") -> Rung:
+    """PyTorch decoder vs the exported graph in ONNX Runtime: each with the cache, both against the full forward.
+
+    The reference is one full forward of PyTorch in float32 over prompt and continuation. Held against it: the
+    graph's own full forward, its prefill and its decode steps, and PyTorch's steps with the cache. Both must
+    also choose the same tokens; a choice counts where the reference's first two logits are further apart than
+    the tolerance allows to move them. Raises ArtifactError for a graph of a type that no tolerance is known for.
+    """
+    if dtype not in RUNTIME_TOLERANCE:
+        raise ArtifactError(f"the graph is {dtype}, and parity in ONNX Runtime is defined for float32 and float16")
+    tolerance = RUNTIME_TOLERANCE[dtype]
+    cases: dict[str, float] = {}
+    choices = decisive = same = same_decisive = 0
+    for prompt in prompts:
+        ids, mask = prompt.continued()
+        start = prompt.ids.shape[1]
+        full = _torch_logits(model, ids, mask)
+        onnx_full = torch.as_tensor(runner.run_full(ids.numpy(), mask.numpy()))
+        kept = onnx_full.shape[1]  # a graph made for serving gives the last position alone
+        cases[f"{prompt.name}: full forward"] = relative_error(full[:, -kept:], onnx_full, mask[:, -kept:])
+        cached = {"onnx": _onnx_steps(runner, ids, mask, start), "torch": _torch_steps(model, ids, mask, start)}
+        for runtime, steps in cached.items():
+            label = "" if runtime == "onnx" else " (PyTorch)"
+            for kind, chosen in (("prefill", steps[:1]), ("decode with cache", steps[1:])):
+                cases[f"{prompt.name}: {kind}{label}"] = worst(
+                    relative_error(full[:, s : s + got.shape[1]], got, mask[:, s : s + got.shape[1]])
+                    for s, got in chosen
+                )
+        where = mask[:, -kept:].bool()
+        reference, other = full[:, -kept:][where], onnx_full[where]  # (positions, vocabulary)
+        top = reference.topk(2, dim=-1).values
+        clear = (top[:, 0] - top[:, 1]) > 2 * tolerance * reference.abs().max()
+        equal = reference.argmax(-1) == other.argmax(-1)
+        choices, same = choices + len(equal), same + int(equal.sum())
+        decisive, same_decisive = decisive + int(clear.sum()), same_decisive + int((equal & clear).sum())
+    greedy = _greedy(model, runner, prompts, tolerance)
+    failures = []
+    if same_decisive < decisive:
+        failures.append(f"{decisive - same_decisive} of {decisive} clear top-1 choices differ")
+    if greedy["different"]:
+        failures.append(f"{greedy['different']} of {greedy['sequences']} greedy continuations differ")
+    facts = {"top1_agreement": same / choices, "positions": choices, "clear_positions": decisive, "greedy": greedy}
+    title = "PyTorch decoder vs ONNX Runtime"
+    return Rung(3, title, worst(cases.values()), tolerance, cases, facts, tuple(failures))
+
+
+def dense_export_error(model: ProcrustesForCausalLM, path: Path) -> float:
+    """How far the dense export at `path` is from the dense model: the baseline of every speed-up is checked too.
+
+    Raises ArtifactError when they are not the same model.
+    """
+    from export.engines.ort import OrtRunner
+
+    prompt = make_prompts(model.config.vocab_size, 16)[0]
+    runner = OrtRunner(path)
+    if runner.vocabulary != model.config.vocab_size:
+        raise ArtifactError(f"{path} has {runner.vocabulary} tokens, the source model {model.config.vocab_size}")
+    logits = torch.as_tensor(runner.run_full(prompt.ids.numpy(), prompt.mask.numpy()))
+    kept = logits.shape[1]
+    error = relative_error(_torch_logits(model, prompt.ids, prompt.mask)[:, -kept:], logits, prompt.mask[:, -kept:])
+    if not error <= max(RUNTIME_TOLERANCE.values()):
+        raise ArtifactError(f"{path} is not the dense source model: its logits are off by {error:.2g}")
+    return error
+
+
+Steps = list[tuple[int, Tensor]]
+"""(position of the first logits, logits (batch, positions, vocabulary)) of the prefill and of each decode step."""
+
+
+def _torch_logits(model: ProcrustesForCausalLM, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
+    with torch.inference_mode():
+        logits: Tensor = model(ids, attention_mask=mask, use_cache=False, **options).logits
+    return logits
+
+
+def _torch_steps(model: ProcrustesForCausalLM, ids: Tensor, mask: Tensor, start: int) -> Steps:
+    steps: Steps = []
+    cache, position = None, 0
+    for size in (start, *DECODE_CHUNKS):
+        end = position + size
+        with torch.inference_mode():
+            out = model(ids[:, position:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+        steps.append((position, out.logits))
+        cache, position = out.past_key_values, end
+    return steps
+
+
+def _onnx_steps(runner: OrtRunner, ids: Tensor, mask: Tensor, start: int) -> Steps:
+    steps: Steps = []
+    position = 0
+    for size in (start, *DECODE_CHUNKS):
+        end = position + size
+        if position == 0:
+            logits = torch.as_tensor(runner.prefill(ids[:, :end].numpy(), mask[:, :end].numpy()))
+        else:
+            logits = torch.as_tensor(runner.decode(ids[:, position:end].numpy()))
+        steps.append((end - logits.shape[1], logits))
+        position = end
+    runner.reset()
+    return steps
+
+
+def _greedy(
+    model: ProcrustesForCausalLM, runner: OrtRunner, prompts: Sequence[Prompts], tolerance: float
+) -> dict[str, int]:
+    """Greedy continuations by both; one that parts at a near tie is counted as `ties`, not as different."""
+    counts = {"sequences": 0, "equal": 0, "ties": 0, "different": 0}
+    for prompt in prompts:
+        rows = [ids[mask.bool()].tolist() for ids, mask in zip(prompt.ids, prompt.mask, strict=True)]
+        made = runner.generate(rows, max_new_tokens=GREEDY_TOKENS, eos=[])
+        runner.reset()
+        for row, tokens in zip(rows, made, strict=True):
+            # One pass over what ONNX Runtime chose: up to the first difference it is PyTorch's own path.
+            ids = torch.tensor([row + tokens])
+            logits = _torch_logits(model, ids, torch.ones_like(ids))[0, len(row) - 1 : -1]  # (tokens, vocabulary)
+            best = logits.argmax(-1)
+            parted = (best != torch.tensor(tokens)).nonzero()
+            counts["sequences"] += 1
+            if len(parted) == 0:
+                counts["equal"] += 1
+                continue
+            step = int(parted[0])
+            gap = logits[step, best[step]] - logits[step, tokens[step]]
+            counts["ties" if gap <= 2 * tolerance * logits[step].abs().max() else "different"] += 1
+    return counts
 
 
 def _json(value: float) -> float | str:

@@ -100,13 +100,9 @@ class Comparison:
         return asdict(self)
 
 
-def compare(
-    dense: LogitsSource, compressed: LogitsSource, windows: Windows, batch_size: int = 1
-) -> Comparison:
+def compare(dense: LogitsSource, compressed: LogitsSource, windows: Windows, batch_size: int = 1) -> Comparison:
     """Score every window with both models. Raises ArtifactError when a figure is NaN or infinite."""
-    kept: list[
-        Tensor
-    ] = []  # per batch: (batch, 4) sums over scored tokens: nll dense, nll compressed, kl, same top-1
+    kept: list[Tensor] = []  # per batch: (batch, 4) sums over scored tokens: nll dense, nll compressed, kl, same top-1
     for first, ids in windows.batches(batch_size):
         sums = torch.zeros(len(ids), 4, dtype=torch.float64)
         position = 0

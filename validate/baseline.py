@@ -1,0 +1,121 @@
+"""The two models that validation compares: an artefact, and the source model that it was made from."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from compress.artifact import Artifact
+from compress.errors import ArtifactError, UsageError
+from compress.progress import log
+
+if TYPE_CHECKING:
+    from compress.checkpoint import CheckpointReader
+    from compress.models import ModelSource
+    from validate.cost import ModelCost
+
+
+class Baseline:
+    """OUT, verified, and its source. As a context it holds OUT's lock and removes what it made in OUT/state.
+
+    `model` names the source where the manifest cannot (a local folder); `dense` is a dense ONNX export to use.
+    Raises ArtifactError when OUT is damaged or the source is not the one that it was made from.
+    """
+
+    def __init__(self, out: Path, *, model: str | None = None, dense: Path | None = None) -> None:
+        self.artifact = Artifact(out)
+        self._model, self._dense = model, dense
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Baseline:
+        self.manifest = self.artifact.read_manifest()
+        self.artifact.verify()
+        self.checkpoint = self.artifact.require_stage("checkpoint")
+        self._stack.enter_context(self.artifact.lock())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def onnx(self) -> Path:
+        """OUT's exported model. Raises ArtifactError when there is none, or it is older than the checkpoint."""
+        return self.artifact.require_stage("onnx") / "model.onnx"
+
+    @cached_property
+    def reader(self) -> CheckpointReader:
+        """OUT's checkpoint."""
+        from compress.checkpoint import CheckpointReader
+
+        return CheckpointReader(self.checkpoint)
+
+    @cached_property
+    def source(self) -> ModelSource:
+        """The model that OUT was made from, found again and held against the manifest's hashes."""
+        from compress.models import resolve
+
+        recorded = self.manifest["source"]
+        revision = recorded.get("revision") if self._model is None else None
+        source = resolve(self._model or source_name(recorded), revision=revision)
+        if source.sha256 != recorded.get("sha256"):
+            raise ArtifactError(
+                f"{source.name!r} is not the model that {self.artifact.out} was made from: its weight files have "
+                "other SHA-256 sums than those in the manifest; name the right one with --model"
+            )
+        return source
+
+    def costs(self) -> tuple[ModelCost, ModelCost]:
+        """Sizes of the dense and of the compressed model."""
+        from compress.invariance import Rotations
+        from compress.pipeline import config_for
+        from validate.cost import ModelCost
+
+        config = self.reader.config
+        dense = config_for(self.reader.architecture, {}, Rotations.none())
+        return ModelCost.of(dense), ModelCost.of(config)
+
+    def dense_onnx(self) -> Path:
+        """The dense model, exported by the same code with the same options; made in OUT/state when not given."""
+        if self._dense is not None:
+            path = self._dense / "model.onnx" if self._dense.is_dir() else self._dense
+            if not path.is_file():
+                raise UsageError(f"--dense {str(self._dense)!r} has no model.onnx")
+            return path
+        from compress.pipeline import write_dense
+        from export.graph import export_onnx
+        from validate.speed import GraphFacts
+
+        folder = self.artifact.state_folder() / "dense-baseline"
+        self._stack.callback(_remove, folder)
+        facts = GraphFacts.of(self.onnx)
+        log("exporting the dense model as the baseline")
+        write_dense(self.source, folder / "checkpoint")
+        info = export_onnx(folder / "checkpoint", folder / "onnx", dtype=facts.dtype, logits=facts.logits)
+        shutil.rmtree(folder / "checkpoint")
+        return info.path
+
+
+def source_name(recorded: dict[str, Any]) -> str:
+    """What to call the source by, from the manifest. Raises UsageError for a local folder or file."""
+    from compress.aliases import PACKAGED
+
+    kind, name = recorded.get("kind"), str(recorded.get("id", ""))
+    if kind == "hub":
+        return f"hf:{name}"
+    for alias, package in PACKAGED.items():
+        if name == f"{package.distribution}=={package.version}":
+            return alias
+    raise UsageError(f"the manifest knows the source model only as {name!r}; say where it is with --model PATH")
+
+
+def _remove(folder: Path) -> None:
+    """Remove what we made in OUT/state, and OUT/state itself when nothing else is in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.parent.is_dir() and not any(folder.parent.iterdir()):
+        folder.parent.rmdir()

@@ -1,0 +1,48 @@
+"""Peak resident memory of one exported model: run by validate/speed.py in a process of its own.
+
+python -m validate.memory MODEL.onnx THREADS TOKENS
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import sys
+from pathlib import Path
+
+
+def peak_resident() -> int:
+    """Bytes, the most so far.
+
+    Linux keeps ru_maxrss across exec, so that a child starts with its parent's; VmHWM is this program's own.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
+        if found is not None:
+            return int(found[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def main(argv: list[str]) -> int:
+    """Load, prefill, decode four tokens, print {"before_load", "peak"} as JSON."""
+    import onnxruntime  # noqa: F401  (loaded before the first reading: the library is not the model)
+
+    from export.engines.ort import OrtRunner
+
+    path, threads, tokens = Path(argv[0]), int(argv[1]), int(argv[2])
+    before = peak_resident()
+    runner = OrtRunner(path, threads=threads)
+    room = max(1, min(tokens, int(runner.metadata["max_positions"]) - 4))
+    runner.prefill([[index % runner.vocabulary for index in range(room)]])
+    for _ in range(4):
+        if runner.length < runner.metadata["max_positions"]:
+            runner.decode([0])
+    print(json.dumps({"before_load": before, "peak": peak_resident()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

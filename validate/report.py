@@ -1,0 +1,392 @@
+"""reports/: what a manager reads (summary.md), what a program reads (json), and a plot of the errors by layer.
+
+Everything here is made from one dictionary, `Report`, that validate/run.py fills; what was skipped is None.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compress.errors import ArtifactError
+from compress.lazy import require
+
+
+@dataclass(frozen=True)
+class Report:
+    """All results of one validation. `model` and `size` describe the artefact; `fit` is checkpoint/fit.json."""
+
+    name: str
+    model: dict[str, Any]
+    recipe: dict[str, Any]
+    size: dict[str, Any]
+    fit: list[dict[str, Any]]
+    commands: list[str]
+    machine: dict[str, Any]
+    parity: list[dict[str, Any]] | None = None
+    quality: dict[str, Any] | None = None
+    speed: dict[str, Any] | None = None
+    gates: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that --json prints."""
+        return {
+            "model": self.model,
+            "size": self.size,
+            "parity": self.parity,
+            "quality": self.quality,
+            "speed": self.speed,
+            "gates": self.gates,
+            "machine": self.machine,
+        }
+
+
+def write(report: Report, folder: Path, plot: bool = True) -> None:
+    """summary.md, layers.png and a json file for each part that was not skipped, into `folder`."""
+    parts = {"parity": report.parity, "quality": report.quality, "speed": report.speed}
+    for name, value in parts.items():
+        if value is not None:
+            write_json(folder / f"{name}.json", value)
+    (folder / "summary.md").write_text(summary(report, plot), encoding="utf-8")
+    if plot:
+        plot_layers(report.fit, folder / "layers.png", report.name)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented, and NaN is an error."""
+    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_fit(checkpoint: Path) -> list[dict[str, Any]]:
+    """checkpoint/fit.json: what became of each linear. Raises ArtifactError when it is missing or malformed."""
+    path = checkpoint / "fit.json"
+    needed = {"name", "structure", "parameters", "dense_parameters", "relative_error"}
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); compress the model again") from error
+    if not isinstance(records, list) or not all(isinstance(r, dict) and needed <= r.keys() for r in records):
+        raise ArtifactError(f"{path} is not a list of records with {', '.join(sorted(needed))}")
+    return records
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory in bytes, and the versions that figures depend on."""
+    import importlib.metadata
+    import os
+
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in _lines(info) if line.startswith("model name")]
+    memory = [int(line.split()[1]) * 1024 for line in _lines(Path("/proc/meminfo")) if line.startswith("MemTotal")]
+    packages = ("torch", "transformers", "onnx", "onnxruntime", "numpy")
+    return {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_bytes": memory[0] if memory else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+# --- Text ---
+
+
+def console(report: Report) -> str:
+    """The summary on stdout: a figure a line."""
+    size, recipe = report.size, report.recipe
+    rows = [
+        ("model", f"{report.name} ({report.model['family']}, {_millions(size['dense_parameters'])} parameters)"),
+        ("structure", f"{recipe['structure']}, rotation {recipe['rotation']}"),
+        ("kept", _kept(report)),
+    ]
+    if report.quality is not None:
+        rows.append(("perplexity", _quality_line(report.quality)))
+    if report.speed is not None:
+        rows += [(case["name"], _case_line(case)) for case in report.speed["cases"]]
+        memory = report.speed["peak_memory"]
+        rows.append(("peak memory", f"{_mb(memory['compressed']['peak'])}, dense {_mb(memory['dense']['peak'])}"))
+    for rung in report.parity or []:
+        rows.append((f"parity rung {rung['number']}", _rung_line(rung)))
+    width = max(len(label) for label, _ in rows) + 2
+    return "\n".join(f"{label:<{width}}{text}" for label, text in rows)
+
+
+def speed_lines(speed: dict[str, Any]) -> list[str]:
+    """The measured cases, a line each."""
+    return [f"{case['name']}: {_case_line(case)}" for case in speed["cases"]]
+
+
+def summary(report: Report, plot: bool = True) -> str:
+    """reports/summary.md."""
+    parts = [
+        f"# {report.name}, compressed",
+        _gate_text(report),
+        "## What was compressed",
+        _model_table(report),
+        _dense_layers(report),
+        "## Quality",
+        _quality_text(report.quality),
+        "## Speed",
+        _speed_text(report.speed),
+        "## Is it the same model? The parity ladder",
+        _parity_text(report.parity),
+        "## Error of each layer",
+        _fit_text(report, plot),
+        "## How to reproduce",
+        "```sh\n" + "\n".join(report.commands) + "\n```",
+        _machine_text(report.machine),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _gate_text(report: Report) -> str:
+    failed = [name for name, gate in report.gates.items() if not gate["passed"]]
+    if failed:
+        return f"**FAILED**: {', '.join(failed)} (figures below)."
+    return f"All {len(report.gates)} gates passed." if report.gates else "No gate was set."
+
+
+def _model_table(report: Report) -> str:
+    size, recipe, source = report.size, report.recipe, report.model["source"]
+    rows = [
+        ("source model", f"{source['id']}" + (f" at {source['revision']}" if source.get("revision") else "")),
+        ("family", report.model["family"]),
+        ("structure, rotation", f"{recipe['structure']}, {recipe['rotation']}"),
+        ("kept of the projection weights", f"{size['ratio']:.2%} (asked: {recipe['ratio']:.2%})"),
+        ("kept of the whole model", f"{size['model_ratio']:.2%}"),
+        (
+            "parameters, dense -> compressed",
+            f"{_millions(size['dense_parameters'])} -> {_millions(size['parameters'])}",
+        ),
+        ("linear layers structured / dense", f"{size['structured_linears']} / {size['dense_linears']}"),
+        (
+            "calibrated on",
+            f"{recipe['calibration']['data']}, {recipe['calibration']['samples']} sequences of "
+            f"{recipe['calibration']['sequence_length']} tokens",
+        ),
+    ]
+    note = "Kept fractions count what the rotation adds (skip matrices, the map before a tied head)."
+    if source.get("kind") == "gguf":
+        note += " The source is a quantised file: the dense baseline is the de-quantised model."
+    return _table(("", ""), rows) + "\n\n" + note
+
+
+def _dense_layers(report: Report) -> str:
+    dense = [record["name"] for record in report.fit if record["structure"] == "dense"]
+    if not dense:
+        return "No layer was left dense."
+    roles = Counter(name.split(".", 2)[2] for name in dense)
+    text = ", ".join(f"{role} {count}x" for role, count in sorted(roles.items()))
+    return f"Left dense, because a structure did not pay there: {len(dense)} of {len(report.fit)} layers ({text})."
+
+
+def _quality_text(quality: dict[str, Any] | None) -> str:
+    if quality is None:
+        return "Not measured."
+    data, protocol = quality["data"], quality["protocol"]
+    rows = [
+        (
+            label,
+            f"{quality[side]['perplexity']:.3f}",
+            f"{quality[side]['mean_nll']:.4f}{_error(quality[side]['standard_error'])}",
+        )
+        for label, side in (("dense", "dense"), ("compressed", "compressed"))
+    ]
+    stride = "non-overlapping" if protocol["stride"] == protocol["window"] else f"{protocol['stride']} apart"
+    bos = "begins with BOS" if protocol["begins_with_bos"] else "without BOS"
+    text = [
+        _table(("", "perplexity", "nats per token"), rows),
+        f"Perplexity rises by **{quality['relative_increase']:.2%}**"
+        f"{_error(quality['increase_standard_error'], ' (standard error of the log-ratio: {:.4f})')}. "
+        f"KL(dense || compressed) is {quality['kl']:.4f} nats per token; both rank the same token first on "
+        f"{quality['top1_agreement']:.1%} of the tokens.",
+        f"Text: {data['name']} ({data['description']}; sha256 {data['sha256'][:12]}). {protocol['windows']} windows "
+        f"of {protocol['window']} tokens, {stride}; {protocol['predicted_tokens']} tokens predicted; the text {bos}. "
+        f"Dense in {protocol['dense_runtime']}, compressed in {protocol['compressed_runtime']}, float32.",
+    ]
+    if quality["calibrated_on_this_text"]:
+        text.append("**The model was calibrated on this very text: the figure is too good.**")
+    return "\n\n".join(text)
+
+
+def _speed_text(speed: dict[str, Any] | None) -> str:
+    if speed is None:
+        return "Not measured."
+    rows = [
+        (
+            case["name"],
+            f"**{case['speedup']:.3f}x**",
+            f"{case['ratio_quartiles'][0]:.3f} - {case['ratio_quartiles'][1]:.3f}",
+            f"{case['limit']:.3f}x ({case['limit_by']})",
+            f"{case['share_of_limit']:.1%}",
+            f"{case['tokens_per_second_dense']:.1f} -> {case['tokens_per_second_compressed']:.1f}",
+        )
+        for case in speed["cases"]
+    ]
+    header = ("case", "speed-up", "quartiles", "limit", "share of limit", "tokens/s")
+    per_token, memory, graph = speed["bytes_per_token"], speed["peak_memory"], speed["graph"]
+    more = [
+        ("bytes moved per token, batch 1", _mb(per_token["dense"]), _mb(per_token["compressed"])),
+        ("peak memory of the process", _mb(memory["dense"]["peak"]), _mb(memory["compressed"]["peak"])),
+        (
+            "of that, before the model is loaded",
+            _mb(memory["dense"]["before_load"]),
+            _mb(memory["compressed"]["before_load"]),
+        ),
+        ("nodes in the file", str(graph["dense"]["nodes"]), str(graph["compressed"]["nodes"])),
+        (
+            "nodes that ONNX Runtime runs",
+            str(graph["dense"]["executed_nodes"]),
+            str(graph["compressed"]["executed_nodes"]),
+        ),
+    ]
+    case = speed["cases"][0]
+    return "\n\n".join(
+        [
+            _table(header, rows),
+            f"{speed['runtime']}, {speed['dtype']}, {speed['threads']} thread(s), against the dense model exported by "
+            f"the same code and timed in turn with it ({case['clock']}, medians of pairwise ratios). The limit is what the "
+            "model's own size allows: bytes moved in a decode step, FLOPs of a prefill.",
+            _table(("", "dense", "compressed"), more),
+        ]
+    )
+
+
+def _parity_text(parity: list[dict[str, Any]] | None) -> str:
+    if parity is None:
+        return "Not checked."
+    rows = [
+        (
+            str(rung["number"]),
+            rung["title"],
+            _figure(rung["value"]),
+            f"{rung['tolerance']:g}",
+            ("passed" if rung["passed"] else "FAILED") + "".join(f"; {f}" for f in rung["failures"]),
+        )
+        for rung in parity
+    ]
+    text = [_table(("rung", "compared", "worst relative error", "tolerance", ""), rows)]
+    for rung in parity:
+        if "top1_agreement" in rung["facts"]:
+            greedy = rung["facts"]["greedy"]
+            text.append(
+                f"Rung {rung['number']}: the same token ranked first at {rung['facts']['top1_agreement']:.2%} of "
+                f"{rung['facts']['positions']} positions; {greedy['equal']} of {greedy['sequences']} greedy "
+                f"continuations equal, {greedy['ties']} part at a tie within the tolerance."
+            )
+    return "\n\n".join(text)
+
+
+def _fit_text(report: Report, plot: bool) -> str:
+    structured = [r for r in report.fit if r["structure"] != "dense" and r["relative_error"] is not None]
+    if not structured:
+        return "Nothing was approximated."
+    worst = sorted(structured, key=lambda r: r["relative_error"], reverse=True)[:5]
+    rows = [
+        (r["name"], r["structure"], f"{r['parameters'] / r['dense_parameters']:.1%}", f"{r['relative_error']:.4f}")
+        for r in worst
+    ]
+    mean = sum(r["relative_error"] for r in structured) / len(structured)
+    image = "![Errors by layer](layers.png)" if plot else ""
+    text = f"Relative error of the layer's output on the calibration text: mean {mean:.4f}; the five largest:"
+    return "\n\n".join(filter(None, [text, _table(("layer", "structure", "kept", "relative error"), rows), image]))
+
+
+def _machine_text(facts: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    memory = f", {facts['memory_bytes'] / 2**30:.0f} GiB" if facts["memory_bytes"] else ""
+    return f"Machine: {facts['processor']}, {facts['cores']} cores{memory}; Python {facts['python']}, {versions}."
+
+
+def _kept(report: Report) -> str:
+    size = report.size
+    dense = f"{size['dense_linears']} of {size['dense_linears'] + size['structured_linears']} layers left dense"
+    return (
+        f"{size['ratio']:.2%} of the projection weights (asked {report.recipe['ratio']:.2%}), "
+        f"{size['model_ratio']:.2%} of the model; {dense}"
+    )
+
+
+def _quality_line(quality: dict[str, Any]) -> str:
+    protocol = quality["protocol"]
+    return (
+        f"dense {quality['dense']['perplexity']:.3f}, compressed {quality['compressed']['perplexity']:.3f} "
+        f"({quality['relative_increase']:+.2%}) on {protocol['windows']} x {protocol['window']} tokens of "
+        f"{quality['data']['name']}"
+    )
+
+
+def _case_line(case: dict[str, Any]) -> str:
+    return (
+        f"{case['speedup']:.3f}x (limit {case['limit']:.3f}x by {case['limit_by']}, {case['share_of_limit']:.1%} of it)"
+    )
+
+
+def _rung_line(rung: dict[str, Any]) -> str:
+    verdict = "passed" if rung["passed"] else "FAILED"
+    return f"{_figure(rung['value'])} (tolerance {rung['tolerance']:g}) {verdict}: {rung['title']}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
+    lines.insert(1, "|" + "---|" * len(header))
+    return "\n".join(lines)
+
+
+def _error(value: float | None, form: str = " ± {:.4f}") -> str:
+    return "" if value is None else form.format(value)
+
+
+def _figure(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.2e}"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.1f} M"
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(errors="replace").splitlines() if path.is_file() else []
+
+
+# --- Plot ---
+
+
+def plot_layers(fit: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Relative error and kept fraction against the block, a line for each role."""
+    pip = "'procrustes-llm[eval]'"
+    require("matplotlib", pip=pip, purpose="draw reports/layers.png (or give --no-plot)")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    roles: dict[str, list[tuple[int, float, float]]] = {}
+    for record in fit:
+        _, layer, role = record["name"].split(".", 2)
+        kept = record["parameters"] / record["dense_parameters"]
+        roles.setdefault(role, []).append((int(layer), record["relative_error"] or 0.0, kept))
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    for role, points in roles.items():
+        layers, errors, kept_fractions = zip(*sorted(points), strict=True)
+        upper.plot(layers, errors, marker="o", markersize=3, linewidth=1, label=role)
+        lower.plot(layers, kept_fractions, marker="o", markersize=3, linewidth=1, label=role)
+    upper.set_title(f"{title}: error and size of each layer")
+    upper.set_ylabel("relative output error")
+    lower.set_ylabel("kept fraction of parameters")
+    lower.set_xlabel("block")
+    lower.set_ylim(0, 1.05)
+    upper.legend(fontsize="small", ncols=2)
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,358 @@
+"""Validate OUT: parity ladder, perplexity, speed; write OUT/reports and hold the gates.
+
+The manifest is verified first (exit 5). The last line on stdout is `OK <reports>` or, for each gate that failed,
+`FAILED <gate>: <value> > <limit>` with exit 3. With --json stdout is one object, which has the gates in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import GateError, UsageError, run_cli
+from compress.progress import log
+
+if TYPE_CHECKING:
+    from compress.modeling import ProcrustesForCausalLM
+    from validate.baseline import Baseline
+    from validate.gates import Gate
+    from validate.parity import Rung
+    from validate.report import Report
+
+PARTS = ("parity", "perplexity", "speed")
+EXAMPLES = """examples:
+  python -m validate.run out/demo
+  python -m validate.run out/demo --max-ppl-increase 10% --min-speedup 1.0
+  python -m validate.run out/demo --data wikitext:wiki.test.raw --sequence-length 2048 --skip speed
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m validate.run",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("out", type=Path, metavar="OUT", help="artefact folder")
+    p.add_argument("--model", metavar="M", help="where the source model is, when OUT cannot say (a local folder)")
+    p.add_argument("--skip", action="append", choices=PARTS, default=[], help="leave a part out; may be repeated")
+    gates = p.add_argument_group("gates (the parity ladder always is one)")
+    gates.add_argument("--max-ppl-increase", metavar="L", help="5%%, 0.05 or 1.05x: of the dense model's perplexity")
+    gates.add_argument("--min-speedup", metavar="X", help="1.0: that every measured case must reach")
+    quality = p.add_argument_group("perplexity")
+    quality.add_argument(
+        "--data",
+        default="boolq-heldout",
+        metavar="NAME|FILE",
+        help="boolq-heldout, lambada, wikitext2, wikitext:FILE, FILE.txt, FILE.jsonl, hf:NAME[:CONFIG[:SPLIT]] "
+        "(default: boolq-heldout)",
+    )
+    quality.add_argument("--sequence-length", type=int, default=1024, metavar="T", help="window (default: 1024)")
+    quality.add_argument("--stride", type=int, metavar="S", help="between windows (default: the window)")
+    quality.add_argument("--max-windows", type=int, metavar="N", help="the first N only (default: all)")
+    quality.add_argument("--batch", type=int, default=1, metavar="B", help="windows at a time (default: 1)")
+    quality.add_argument(
+        "--perplexity-runtime",
+        choices=("pytorch", "onnxruntime"),
+        default="pytorch",
+        help="what runs the compressed model (default: pytorch)",
+    )
+    speed = p.add_argument_group("speed")
+    speed.add_argument("--batch-sizes", default="1,8", metavar="B,B", help="of decode (default: 1,8)")
+    speed.add_argument("--prefill", type=int, default=512, metavar="N", help="tokens (default: 512)")
+    speed.add_argument("--past", type=int, default=128, metavar="N", help="cached tokens at decode (default: 128)")
+    speed.add_argument("--threads", type=int, default=1, metavar="N", help="of ONNX Runtime (default: 1)")
+    speed.add_argument("--seconds", type=float, default=15.0, metavar="S", help="for each measurement (default: 15)")
+    speed.add_argument("--dense", type=Path, metavar="PATH", help="a dense export to use, not making one")
+    p.add_argument("--no-plot", action="store_true", help="do without reports/layers.png, and matplotlib")
+    p.add_argument("--json", action="store_true", help="the result as one JSON object")
+    p.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, validate, report; 0, or 3 when a gate failed."""
+    args = parser().parse_args(argv)
+    limits = _check(args)
+    if not args.no_plot:
+        from compress.lazy import require
+
+        require(  # now, and not after minutes of work
+            "matplotlib", pip="'procrustes-llm[eval]'", purpose="draw reports/layers.png (or give --no-plot)"
+        )
+    from validate.baseline import Baseline
+
+    with Baseline(args.out, model=args.model, dense=args.dense) as baseline:
+        report, gates = validate(baseline, args, limits)
+        _publish(baseline, report, plot=not args.no_plot)
+    from validate import report as reports
+    from validate.gates import failures
+
+    failed = failures(gates)
+    if args.json:
+        print(json.dumps({"out": str(args.out), "passed": not failed, **report.to_dict()}, allow_nan=False))
+    else:
+        print(reports.console(report))
+        print("\n".join(f"FAILED {sentence}" for sentence in failed) or f"OK {args.out / 'reports'}")
+    return GateError.exit_code if failed else 0
+
+
+def _check(args: argparse.Namespace) -> dict[str, Any]:
+    """Parse what argparse does not; raises UsageError."""
+    from validate.gates import parse_batch_sizes, parse_ppl_increase, parse_speedup
+
+    limits: dict[str, Any] = {"batch_sizes": parse_batch_sizes(args.batch_sizes)}
+    for flag, parse, part in (
+        ("max_ppl_increase", parse_ppl_increase, "perplexity"),
+        ("min_speedup", parse_speedup, "speed"),
+    ):
+        text = getattr(args, flag)
+        limits[flag] = None if text is None else parse(text)
+        if text is not None and part in args.skip:
+            raise UsageError(f"--{flag.replace('_', '-')} needs the {part} part, which --skip {part} leaves out")
+    for flag in ("prefill", "past", "threads", "batch", "max_windows", "stride"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise UsageError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
+    if not 0 < args.seconds < 3600:
+        raise UsageError(f"--seconds must be above 0 and below 3600, not {args.seconds}")
+    if set(args.skip) == set(PARTS):
+        raise UsageError("--skip leaves nothing to validate; skip at most two parts")
+    return limits
+
+
+def validate(baseline: Baseline, args: argparse.Namespace, limits: dict[str, Any]) -> tuple[Report, list[Gate]]:
+    """Run the parts that are not skipped."""
+    from compress.checkpoint import load_model
+    from validate.gates import Gate
+
+    parity = quality = speed = None
+    gates: list[Gate] = []
+    dense: Any = None
+    compressed: Any = None
+    if "parity" not in args.skip or "perplexity" not in args.skip:
+        from compress.pipeline import rewritten_model
+
+        log("folding and rotating the source")
+        dense = rewritten_model(baseline.source, baseline.checkpoint)
+        compressed = load_model(baseline.checkpoint)
+    if "parity" not in args.skip:
+        rungs = _parity(baseline, dense, compressed)
+        parity = [rung.to_dict() for rung in rungs]
+        for rung in rungs:
+            name = f"parity-rung-{rung.number}"
+            gates.append(Gate(name, rung.value, rung.tolerance))
+            if rung.number == 3:
+                gates.append(Gate(f"{name}-choices", float(len(rung.failures)), 0.0))
+    if "perplexity" not in args.skip:
+        quality = _quality(baseline, args, dense, compressed)
+        if limits["max_ppl_increase"] is not None:
+            gate = Gate("max-ppl-increase", quality["relative_increase"], limits["max_ppl_increase"], percent=True)
+            gates.append(gate)
+    if "speed" not in args.skip:
+        speed = _speed(baseline, args, limits["batch_sizes"], dense)
+        del dense, compressed
+        if limits["min_speedup"] is not None:
+            least = min(case["speedup"] for case in speed["cases"])
+            gates.append(Gate("min-speedup", least, limits["min_speedup"], at_least=True))
+    return _report(baseline, args, parity, quality, speed, gates), gates
+
+
+def _parity(baseline: Baseline, dense: ProcrustesForCausalLM, compressed: ProcrustesForCausalLM) -> list[Rung]:
+    import torch
+
+    from export.engines.ort import OrtRunner
+    from validate.parity import GREEDY_TOKENS, make_prompts, rung_1, rung_2, rung_3
+    from validate.speed import GraphFacts
+
+    arch = baseline.reader.architecture
+    prompts = make_prompts(arch.vocab_size, max(2, min(48, arch.max_positions - 2 * GREEDY_TOKENS)))
+    rungs: list[Rung] = []
+
+    def done(rung: Rung) -> None:
+        log(f"parity rung {rung.number}: {rung.value:.2e} (tolerance {rung.tolerance:g}), {rung.title}")
+        rungs.append(rung)
+
+    done(rung_1(baseline.source.reference_model(torch.float32), dense, prompts))
+    done(rung_2(baseline.reader))
+    done(rung_3(compressed, OrtRunner(baseline.onnx), prompts, GraphFacts.of(baseline.onnx).dtype))
+    return rungs
+
+
+def _quality(
+    baseline: Baseline,
+    args: argparse.Namespace,
+    dense: ProcrustesForCausalLM,
+    compressed: ProcrustesForCausalLM,
+) -> dict[str, Any]:
+    from compress.textdata import load_text
+    from validate.data import make_windows
+    from validate.perplexity import LogitsSource, OrtLogits, TorchLogits, compare
+
+    arch = baseline.reader.architecture
+    if args.sequence_length > arch.max_positions:
+        raise UsageError(
+            f"--sequence-length {args.sequence_length} is more than the model's {arch.max_positions} positions"
+        )
+    text = load_text(args.data)
+    windows = make_windows(
+        text,
+        baseline.source.tokenizer(),
+        length=args.sequence_length,
+        stride=args.stride,
+        max_windows=args.max_windows,
+        vocab_size=arch.vocab_size,
+    )
+    second: LogitsSource = TorchLogits(compressed)
+    if args.perplexity_runtime == "onnxruntime":
+        from export.engines.ort import OrtRunner
+
+        second = OrtLogits(OrtRunner(baseline.onnx, threads=args.threads))
+    first = TorchLogits(dense)
+    result = compare(first, second, windows, args.batch)
+    return {
+        "data": {
+            "name": text.name if ":" not in text.name or text.name.startswith("hf:") else text.description,
+            "description": text.description,
+            "sha256": text.sha256,
+            "tokens": len(windows.ids),
+        },
+        "protocol": {
+            "rows_joined_by": "\n\n",
+            "tokenised": "once, as a whole",
+            "window": windows.length,
+            "stride": windows.stride,
+            "windows": windows.count,
+            "predicted_tokens": windows.predicted(),
+            "begins_with_bos": windows.begins_with_bos,
+            "mean": "over all predicted tokens",
+            "dense_runtime": first.runtime,
+            "compressed_runtime": second.runtime,
+        },
+        "calibrated_on_this_text": _recipe(baseline)["calibration"]["data"] == args.data,
+        **result.to_dict(),
+    }
+
+
+def _speed(
+    baseline: Baseline,
+    args: argparse.Namespace,
+    batch_sizes: Sequence[int],
+    dense: ProcrustesForCausalLM | None,
+) -> dict[str, Any]:
+    from validate.parity import dense_export_error
+    from validate.speed import measure_model
+
+    path = baseline.dense_onnx()
+    error = None if dense is None else dense_export_error(dense, path)
+    result = measure_model(
+        path,
+        baseline.onnx,
+        baseline.costs(),
+        batch_sizes=batch_sizes,
+        prefill=args.prefill,
+        past=args.past,
+        threads=args.threads,
+        seconds=args.seconds,
+    )
+    return {**result, "dense_export_error": error}
+
+
+def _recipe(baseline: Baseline) -> dict[str, Any]:
+    from compress.recipe import parse_recipe, read_yaml
+
+    path = baseline.artifact.require_stage("recipe.yaml")
+    return parse_recipe(read_yaml(path), str(path)).model_dump()
+
+
+def _report(
+    baseline: Baseline,
+    args: argparse.Namespace,
+    parity: list[dict[str, Any]] | None,
+    quality: dict[str, Any] | None,
+    speed: dict[str, Any] | None,
+    gates: list[Gate],
+) -> Report:
+    from dataclasses import asdict
+
+    from compress.accounting import model_size
+    from validate.report import Report, machine, read_fit
+
+    reader = baseline.reader
+    structures = {n: s for n in reader.linears() if (s := reader.structure(n)).name != "dense"}
+    size = model_size(reader.architecture, structures, reader.config.rotation)
+    counts = asdict(size) | {
+        "ratio": size.ratio,
+        "model_ratio": size.model_ratio,
+        "dense_parameters": size.dense_projections + size.rest,
+        "parameters": size.projections + size.overhead + size.rest,
+    }
+    source = baseline.manifest["source"]
+    return Report(
+        name=source["id"],
+        model={"source": source, "family": reader.architecture.family},
+        recipe=_recipe(baseline),
+        size=counts,
+        fit=read_fit(baseline.checkpoint),
+        commands=_commands(baseline, args),
+        machine=machine(),
+        parity=parity,
+        quality=quality,
+        speed=speed,
+        gates={gate.name: gate.to_dict() for gate in gates},
+    )
+
+
+def _commands(baseline: Baseline, args: argparse.Namespace) -> list[str]:
+    """What makes OUT again from its recipe, and what made this report."""
+    from validate.baseline import source_name
+
+    try:
+        name = source_name(baseline.manifest["source"])
+    except UsageError:
+        name = baseline.manifest["source"]["id"]
+    given = vars(args)
+    flags: list[str] = []
+    for action in parser()._actions:
+        value = given.get(action.dest)
+        if not action.option_strings or value in (None, action.default) or action.dest in ("json", "debug", "model"):
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            flags += [action.option_strings[-1]] + ([] if item is True else [str(_portable(item))])
+    build = ["python", "-m", "export.build", "--model", name, "--recipe", "recipe.yaml", "--engine", "ort"]
+    return [
+        shlex.join([*build, "--out", args.out.name]),
+        shlex.join(["python", "-m", "validate.run", args.out.name, *flags]),
+    ]
+
+
+def _portable(value: object) -> object:
+    """A path or file without the folders of this machine."""
+    if isinstance(value, Path):
+        return value.name
+    if isinstance(value, str) and "/" in value and not value.startswith("hf:"):
+        prefix, colon, _ = value.rpartition(":")
+        return f"{prefix}{colon}{Path(value).name}"
+    return value
+
+
+def _publish(baseline: Baseline, report: Report, plot: bool) -> None:
+    """Replace OUT/reports and put the gates into the manifest, in one write."""
+    from validate import report as reports
+
+    inputs = [stage for stage in ("checkpoint", "onnx") if baseline.artifact.has_stage(stage)]
+    # The manifest merges gates; what an earlier run held and this one did not is no longer vouched for.
+    gates = dict.fromkeys(baseline.manifest["gates"]) | report.gates
+    with baseline.artifact.stage("reports", inputs=inputs, section={"gates": gates}) as folder:
+        reports.write(report, folder, plot)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
