@@ -1,0 +1,47 @@
+"""Structured matrices behind one interface: a frozen spec of the dimensions, and factor tensors by name.
+
+The names below load their modules (and with them torch) when first used, so that importing this package is free.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compress.structures.base import Structure, register, registry, structure_from_config
+    from compress.structures.dense import DenseStructure
+    from compress.structures.gs import GroupShuffleStructure
+    from compress.structures.kron import KroneckerStructure
+    from compress.structures.linalg import weighted_error
+    from compress.structures.lowrank import LowRankStructure
+
+__all__ = [
+    "DenseStructure",
+    "GroupShuffleStructure",
+    "KroneckerStructure",
+    "LowRankStructure",
+    "Structure",
+    "register",
+    "registry",
+    "structure_from_config",
+    "weighted_error",
+]
+
+_HOME = {
+    "DenseStructure": "dense",
+    "GroupShuffleStructure": "gs",
+    "KroneckerStructure": "kron",
+    "LowRankStructure": "lowrank",
+    "Structure": "base",
+    "register": "base",
+    "registry": "base",
+    "structure_from_config": "base",
+    "weighted_error": "linalg",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

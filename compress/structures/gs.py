@@ -1,0 +1,107 @@
+"""Group-and-shuffle matrices: two block-diagonal factors with a perfect shuffle between them (ProcrustesGPT, Def. 4.2).
+
+Cut What into right_blocks x left_blocks equal parts: part (r, l) is R_rl L_lr, of rank `rank`. All parameters are used
+once per token, in left_blocks + right_blocks ordinary products; the shuffle is a transposition of (left, right).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from typing_extensions import Self
+
+from compress.errors import UsageError
+from compress.structures import gs_fit
+from compress.structures.base import Side, Structure, register
+from compress.structures.linalg import Problem, balance, result_dtype
+
+# (left_blocks, right_blocks) in the order of preference: fewer and larger products first. 3 is for widths like
+# 576 = 9 * 64.
+GRIDS = [(2, 2), (2, 3), (3, 2), (3, 3), (2, 4), (4, 2), (3, 4), (4, 3), (4, 4), (2, 8), (8, 2), (4, 8), (8, 4), (8, 8)]
+
+
+@register
+@dataclass(frozen=True)
+class GroupShuffleStructure(Structure):
+    """With s = left_blocks * right_blocks * rank:
+
+    L (left_blocks, s / left_blocks, in / left_blocks), rows of block l in the order (right, rank);
+    R (right_blocks, out / right_blocks, s / right_blocks), columns of block r in the order (left, rank).
+    """
+
+    name: ClassVar[str] = "gs"
+
+    left_blocks: int
+    right_blocks: int
+    rank: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("left_blocks", "right_blocks", "rank"):
+            self._require_positive(field)
+        self._require_divides("left_blocks", self.left_blocks, self.in_features)
+        self._require_divides("right_blocks", self.right_blocks, self.out_features)
+        rows, columns = self.part
+        if self.rank > min(rows, columns):
+            raise UsageError(
+                f"rank {self.rank} is above the full rank of the {rows} x {columns} parts of a gs structure with "
+                f"{self.left_blocks} left and {self.right_blocks} right blocks; choose a smaller rank"
+            )
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """(rows, columns) of one part of the grid."""
+        return self.out_features // self.right_blocks, self.in_features // self.left_blocks
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        rows, columns = self.part
+        return {
+            "L": (self.left_blocks, self.right_blocks * self.rank, columns),
+            "R": (self.right_blocks, rows, self.left_blocks * self.rank),
+        }
+
+    def fit(self, weight: Tensor, gram: Tensor | None = None, metric: Tensor | None = None) -> dict[str, Tensor]:
+        """See `Structure.fit`. Exact without a Gram matrix and metric; else a local optimum, see `gs_fit`."""
+        problem = Problem.of(weight, gram, metric, self.in_features, self.out_features)
+        U, V = balance(*gs_fit.fit(problem, self.right_blocks, self.left_blocks, self.rank))
+        L = V.transpose(0, 1).reshape(self.shapes()["L"])  # from (left, right, rank, columns)
+        R = U.transpose(1, 2).reshape(self.shapes()["R"])  # from (right, rows, left, rank)
+        return {name: factor.to(result_dtype(weight)).contiguous() for name, factor in (("L", L), ("R", R))}
+
+    def apply(self, factors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        left, right, (rows, columns) = self.left_blocks, self.right_blocks, self.part
+        tokens = x.numel() // self.in_features
+        z = x.reshape(tokens, left, columns).transpose(0, 1) @ factors["L"].mT  # (left, tokens, right * rank)
+        z = z.reshape(left, tokens, right, self.rank).permute(2, 1, 0, 3)  # (right, tokens, left, rank)
+        y = z.reshape(right, tokens, left * self.rank) @ factors["R"].mT  # (right, tokens, rows)
+        return y.transpose(0, 1).reshape(*x.shape[:-1], right * rows)
+
+    def dense(self, factors: Mapping[str, Tensor]) -> Tensor:
+        left, right, (rows, columns) = self.left_blocks, self.right_blocks, self.part
+        U = factors["R"].reshape(right, rows, left, self.rank).transpose(1, 2)  # (right, left, rows, rank)
+        V = factors["L"].reshape(left, right, self.rank, columns).transpose(0, 1)  # (right, left, rank, columns)
+        return gs_fit.join(U @ V)
+
+    @classmethod
+    def menu(cls, in_features: int, out_features: int, side: Side, *, unit: int) -> list[Self]:
+        """Grids whose parts have sides that are multiples of `unit` (of 16 where no grid has), and ranks in steps of 16
+        (8 where a part's side is below 256), that save parameters. Fewest blocks first. `side` makes no difference."""
+        for step in (unit, 16):
+            grids = [
+                (left, right)
+                for left, right in GRIDS
+                if in_features % (left * step) == 0 and out_features % (right * step) == 0
+            ]
+            if grids:
+                break
+        menu: list[Self] = []
+        for left, right in grids:
+            rows, columns = out_features // right, in_features // left
+            step = 16 if min(rows, columns) >= 256 else 8
+            # Parameters left * right * rank * (rows + columns) against left * right * rows * columns.
+            ranks = (r for r in range(step, min(rows, columns) + 1, step) if r * (rows + columns) < rows * columns)
+            menu.extend(cls(in_features, out_features, left, right, rank) for rank in ranks)
+        return menu

@@ -1,0 +1,78 @@
+"""What = U V with inner dimension `rank`: two plain matrix products, the structure that every other has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from typing_extensions import Self
+
+from compress.errors import UsageError
+from compress.structures.base import Side, Structure, register
+from compress.structures.linalg import Problem, balance, low_rank, result_dtype
+
+
+@register
+@dataclass(frozen=True)
+class LowRankStructure(Structure):
+    """U (out_features, rank), V (rank, in_features): y = (x V^T) U^T."""
+
+    name: ClassVar[str] = "lowrank"
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("rank")
+        if self.rank > min(self.in_features, self.out_features):
+            raise UsageError(
+                f"rank {self.rank} is above the full rank {min(self.in_features, self.out_features)} of a "
+                f"{self.out_features} x {self.in_features} matrix; choose a smaller rank"
+            )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"V": (self.rank, self.in_features), "U": (self.out_features, self.rank)}
+
+    def fit(self, weight: Tensor, gram: Tensor | None = None, metric: Tensor | None = None) -> dict[str, Tensor]:
+        """The optimum in closed form (derived here; with H = I it is the whitened SVD of SVD-LLM).
+
+        With G = C_G C_G^T and H = C_H C_H^T, tr(H E G E^T) = |C_H^T E C_G|^2, so the best What is
+        C_H^{-T} T_k C_G^{-1}, T_k the truncated SVD of T = C_H^T W C_G. U and V have equal norms term by term.
+        """
+        problem = Problem.of(weight, gram, metric, self.in_features, self.out_features)
+        U, V = low_rank(problem.whiten(problem.weight), self.rank)
+        if problem.metric is not None:
+            U = torch.linalg.solve_triangular(problem.metric.factor.T, U, upper=True)
+        if problem.gram is not None:
+            V = torch.linalg.solve_triangular(problem.gram.factor, V, upper=False, left=False)
+        U, V = balance(U, V)
+        dtype = result_dtype(weight)
+        return {"V": V.to(dtype).contiguous(), "U": U.to(dtype).contiguous()}
+
+    def apply(self, factors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        return linear(linear(x, factors["V"]), factors["U"])
+
+    def dense(self, factors: Mapping[str, Tensor]) -> Tensor:
+        return factors["U"] @ factors["V"]
+
+    @classmethod
+    def menu(cls, in_features: int, out_features: int, side: Side, *, unit: int) -> list[Self]:
+        """Ranks unit, 2 unit, ... that save parameters: rank (in + out) < in out."""
+        ranks = range(unit, min(in_features, out_features) + 1, unit)
+        saving = [r for r in ranks if r * (in_features + out_features) < in_features * out_features]
+        return [cls(in_features, out_features, r) for r in saving]
+
+
+def error_by_rank(weight: Tensor, gram: Tensor | None = None, metric: Tensor | None = None) -> Tensor:
+    """The optimal tr(H E G E^T) at every rank 0 ... min(out, in), from one decomposition; float64.
+
+    Entry k is the sum of the squares of all singular values of C_H^T W C_G after the k-th.
+    """
+    problem = Problem.of(weight, gram, metric, weight.shape[1], weight.shape[0])
+    squares = torch.linalg.svdvals(problem.whiten(problem.weight)).square()
+    tails = squares.flip(0).cumsum(0).flip(0)  # entry k: sum of squares k, k + 1, ...
+    return torch.cat([tails, tails.new_zeros(1)])
