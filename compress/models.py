@@ -162,8 +162,7 @@ class ModelSource:
             )
         except ImportError as error:
             raise MissingDependencyError(
-                f"Reading the {what} of {self.name!r} needs a package that is not installed: "
-                f"{first_line(error)}"
+                f"Reading the {what} of {self.name!r} needs a package that is not installed: {first_line(error)}"
             ) from error
         except (*GGUF_ERRORS, AttributeError, StrictDataclassError) as error:
             if self.gguf_file is not None:
@@ -252,8 +251,7 @@ def _from_path(name: str, path: Path, trust_remote_code: bool) -> ModelSource:
         magic = file.read(len(_GGUF_MAGIC))
     if magic != _GGUF_MAGIC:
         raise ArtifactError(
-            f"The file {name!r} is not a GGUF file (it begins with {magic!r}, not {_GGUF_MAGIC!r}); download "
-            "it again."
+            f"The file {name!r} is not a GGUF file (it begins with {magic!r}, not {_GGUF_MAGIC!r}); download it again."
         )
     # Not resolved: a hub cache links the file's name to a nameless blob.
     return ModelSource(name, "gguf", path.parent.absolute(), path.name, path.name, None, trust_remote_code)
@@ -286,8 +284,7 @@ def _from_package(name: str, package: PackagedModel) -> ModelSource | None:
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if len(found) != 1 or not found[0].is_file():
         raise ArtifactError(
-            f"The pip package {package.distribution} is installed, but its GGUF file is not there. Run: "
-            f"{reinstall}"
+            f"The pip package {package.distribution} is installed, but its GGUF file is not there. Run: {reinstall}"
         )
     path = found[0].resolve()
     try:
@@ -303,9 +300,7 @@ def verify_sha256(path: Path, expected: str) -> None:
     stat = path.stat()
     found = _known_sha256(path, stat.st_size, stat.st_mtime_ns)
     if found != expected:
-        raise ArtifactError(
-            f"The file {path} has SHA-256 {found}, but {expected} is expected: it was changed."
-        )
+        raise ArtifactError(f"The file {path} has SHA-256 {found}, but {expected} is expected: it was changed.")
 
 
 @lru_cache(maxsize=8)

@@ -150,9 +150,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(
-            f"The file {path} is not JSON ({first_line(error)}); download it again."
-        ) from error
+        raise ArtifactError(f"The file {path} is not JSON ({first_line(error)}); download it again.") from error
     if not isinstance(content, dict):
         raise ArtifactError(f"The file {path} is not a JSON object; download it again.")
     return content
@@ -183,6 +181,5 @@ def first_line(error: Exception) -> str:
 
 def _damaged(path: Path, error: Exception) -> ArtifactError:
     return ArtifactError(
-        f"The weight file {path} cannot be read ({first_line(error)}); it is truncated or damaged: "
-        "download it again."
+        f"The weight file {path} cannot be read ({first_line(error)}); it is truncated or damaged: download it again."
     )

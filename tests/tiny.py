@@ -6,6 +6,7 @@ mean that is not 0, and logits spread over several units. The same name always g
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -115,9 +116,7 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "tiny_llama": lambda: _llama_like(LlamaConfig),
     "tiny_llama_tied": lambda: _llama_like(LlamaConfig, tie_word_embeddings=True),
     # Every bias that a Llama config can ask for, o and mlp included; full multi-head attention.
-    "tiny_llama_bias": lambda: _llama_like(
-        LlamaConfig, attention_bias=True, mlp_bias=True, num_key_value_heads=4
-    ),
+    "tiny_llama_bias": lambda: _llama_like(LlamaConfig, attention_bias=True, mlp_bias=True, num_key_value_heads=4),
     "tiny_llama3rope": lambda: _llama_like(
         LlamaConfig,
         rope_parameters={
@@ -182,3 +181,49 @@ def token_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     """Random token ids, none of them special: (batch, length), int64."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB_SIZE - 8, (batch, length), generator=generator)
+
+
+def write_gguf(name: str, path: Path) -> Path:
+    """Write a tiny Llama and its tokenizer as a float32 GGUF file, as llama.cpp's converter would."""
+    import gguf
+
+    source = config(name)
+    parameters = {n: p.detach() for n, p in model(name).named_parameters()}
+    bpe = json.loads(tokenizer().backend_tokenizer.to_str())["model"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name(name)
+    writer.add_context_length(source.max_position_embeddings)
+    writer.add_embedding_length(source.hidden_size)
+    writer.add_block_count(source.num_hidden_layers)
+    writer.add_feed_forward_length(source.intermediate_size)
+    writer.add_head_count(source.num_attention_heads)
+    writer.add_head_count_kv(source.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(source.rms_norm_eps)
+    writer.add_rope_freq_base(source.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(source.head_dim)
+    writer.add_vocab_size(source.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    tokens = sorted(bpe["vocab"], key=bpe["vocab"].__getitem__)
+    tokens.append("<|endoftext|>")  # transformers adds it to every GGUF tokenizer of this kind that lacks it
+    tokens += [f"<unused{i}>" for i in range(VOCAB_SIZE - len(tokens))]
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (VOCAB_SIZE - 3))
+    writer.add_token_merges([" ".join(pair) for pair in bpe["merges"]])
+    writer.add_pad_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, source.num_hidden_layers)
+    heads = {"q_proj": source.num_attention_heads, "k_proj": source.num_key_value_heads}
+    for parameter_name, parameter in parameters.items():
+        stem, _, suffix = parameter_name.rpartition(".")
+        for projection, count in heads.items():
+            if stem.endswith(projection):
+                # (heads, 2, half, d) -> (heads, half, 2, d): GGUF rotates neighbours, HF the two halves.
+                width = parameter.shape[1]
+                parameter = parameter.view(count, 2, -1, width).transpose(1, 2).reshape(-1, width)
+        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", parameter.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

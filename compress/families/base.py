@@ -96,13 +96,19 @@ def expected_shapes(architecture: Architecture, names: TensorNames) -> dict[str,
     return shapes
 
 
+def has_source_bias(architecture: Architecture, role: str) -> bool:
+    """Whether the source model has a bias on `role`. (`Architecture.has_bias` is about the folded model.)"""
+    if role == "attn.o":
+        return architecture.output_bias
+    return architecture.attention_bias if role.startswith("attn.") else architecture.mlp_bias
+
+
 def activation(config: PretrainedConfig, field: str) -> str:
     """The activation of `config` under the name that Architecture uses; UsageError when there is none."""
     name = getattr(config, field)
     if name not in ACTIVATIONS:
         raise UsageError(
-            f"config.json has {field} = {name!r}, which is not supported; supported are "
-            f"{', '.join(ACTIVATIONS)}."
+            f"config.json has {field} = {name!r}, which is not supported; supported are {', '.join(ACTIVATIONS)}."
         )
     return ACTIVATIONS[name]
 

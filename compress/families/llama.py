@@ -17,6 +17,7 @@ from compress.families.base import (
     TensorNames,
     activation,
     check_sizes,
+    has_source_bias,
     refuse_quantized,
 )
 
@@ -97,9 +98,7 @@ def _rope(config: PretrainedConfig, head_dim: int) -> dict[str, Any]:
             f"{rope['partial_rotary_factor']}), which is not supported."
         )
     if head_dim % 2:
-        raise UsageError(
-            f"Rotary positions need an even head width, but config.json gives head_dim = {head_dim}."
-        )
+        raise UsageError(f"Rotary positions need an even head width, but config.json gives head_dim = {head_dim}.")
     return rope
 
 
@@ -124,7 +123,8 @@ def tensor_names(architecture: Architecture) -> TensorNames:
     """Names of `LlamaForCausalLM.state_dict()`, which Mistral and Qwen share."""
 
     def linear(name: str, role: str) -> ParameterNames:
-        return ParameterNames(f"{name}.weight", f"{name}.bias" if architecture.has_bias(role) else None)
+        has_bias = has_source_bias(architecture, role)
+        return ParameterNames(f"{name}.weight", f"{name}.bias" if has_bias else None)
 
     def layer(index: int) -> LayerNames:
         prefix = f"model.layers.{index}"

@@ -14,6 +14,7 @@ from compress.families.base import (
     TensorNames,
     activation,
     check_sizes,
+    has_source_bias,
     refuse_quantized,
 )
 
@@ -106,7 +107,8 @@ def tensor_names(architecture: Architecture) -> TensorNames:
         return ParameterNames(f"{prefix}.weight", f"{prefix}.bias")
 
     def linear(name: str, role: str) -> ParameterNames:
-        return ParameterNames(f"{name}.weight", f"{name}.bias" if architecture.has_bias(role) else None)
+        has_bias = has_source_bias(architecture, role)
+        return ParameterNames(f"{name}.weight", f"{name}.bias" if has_bias else None)
 
     def layer(index: int) -> LayerNames:
         prefix = f"model.decoder.layers.{index}"
