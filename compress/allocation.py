@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from compress.errors import UsageError
 
@@ -50,7 +51,7 @@ def allocate(menus: Sequence[Sequence[Choice]], budget: float) -> list[Choice]:
     steps = sorted(
         ((b.loss - a.loss) / (b.cost - a.cost), index, position)
         for index, hull in enumerate(hulls)
-        for position, (a, b) in enumerate(zip(hull, hull[1:], strict=False))
+        for position, (a, b) in enumerate(pairwise(hull))
     )
     for _, index, position in steps:
         hull = hulls[index]

@@ -30,17 +30,18 @@ def token_sequences(
     that the model has no embedding for.
     """
     if samples < 1 or length < 2:
-        raise UsageError(
-            f"{samples} samples of {length} tokens cannot calibrate anything: give at least 1 of 2"
-        )
+        raise UsageError(f"{samples} samples of {length} tokens cannot calibrate anything: give at least 1 of 2")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(text.rows), generator=generator).tolist()
-    needed, ids, at = samples * length, [], 0
+    needed, at = samples * length, 0
+    ids: list[int] = []
     while len(ids) < needed and at < len(order):
         # Tokenise in pieces, so that a corpus of gigabytes is not tokenised for a few thousand tokens.
         piece = [text.rows[i] for i in order[at : at + 512]]
         at += len(piece)
-        ids.extend(tokenizer("\n\n".join(piece) + "\n\n", add_special_tokens=False)["input_ids"])
+        # verbose=False: the text is longer than the model's context, and is cut below.
+        text_ids = tokenizer("\n\n".join(piece) + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
+        ids.extend(text_ids)
     if len(ids) < needed:
         raise UsageError(
             f"the calibration text {text.name!r} has {len(ids):,} tokens, {samples} x {length} = {needed:,} are asked "

@@ -31,9 +31,7 @@ class ShardWriter:
     with ShardWriter(folder) as writer: writer.add(name, tensor). The index is written on a clean exit only.
     """
 
-    def __init__(
-        self, folder: Path, dtype: torch.dtype = torch.float32, max_shard_bytes: int = 2 << 30
-    ) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, max_shard_bytes: int = 2 << 30) -> None:
         self.folder, self.dtype, self.max_shard_bytes = folder, dtype, max_shard_bytes
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = self._total = 0
@@ -49,9 +47,7 @@ class ShardWriter:
         if name in self._seen:
             raise ValueError(f"{name} was already written")
         if not torch.isfinite(tensor).all():
-            raise ArtifactError(
-                f"{name} came out with NaN or infinite values; it was not written. Please report this"
-            )
+            raise ArtifactError(f"{name} came out with NaN or infinite values; it was not written. Please report this")
         # The float32 mix of a Kronecker structure is tiny and stays float32 (op contract).
         keep = name.endswith(".A") and tensor.dtype == torch.float32
         tensor = tensor.detach().to("cpu", tensor.dtype if keep else self.dtype).contiguous().clone()
@@ -134,13 +130,9 @@ class CheckpointReader:
             raw = json.loads((self.folder / "config.json").read_text())
             index = json.loads((self.folder / INDEX).read_text())
         except (OSError, json.JSONDecodeError) as error:
-            raise ArtifactError(
-                f"{folder} is not a compressed checkpoint ({error}); run compress.run first"
-            ) from error
+            raise ArtifactError(f"{folder} is not a compressed checkpoint ({error}); run compress.run first") from error
         if raw.get("model_type") != ProcrustesConfig.model_type:
-            raise ArtifactError(
-                f"{folder}/config.json has model_type {raw.get('model_type')!r}, not 'procrustes'"
-            )
+            raise ArtifactError(f"{folder}/config.json has model_type {raw.get('model_type')!r}, not 'procrustes'")
         self.config = ProcrustesConfig.from_pretrained(self.folder)
         self.architecture: Architecture = self.config.parsed_architecture()
         self._structures = self.config.parsed_structures()
@@ -210,7 +202,9 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> ProcrustesFo
         raise ArtifactError(f"{folder} does not hold the model its config.json describes: {error}") from error
     if reader.config.tie_word_embeddings:
         model.tie_weights()
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False)
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
 
 
 def register() -> None:

@@ -138,9 +138,7 @@ class LayerFitter:
         """The skip and the writer of a sub-block."""
         return (block.attn_skip, block.attn.o) if sub == "attn" else (block.mlp_skip, block.mlp.down)
 
-    def _writer_moments(
-        self, sub: str, dense: Block, block: Block, x_f: Tensor, x_c: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _writer_moments(self, sub: str, dense: Block, block: Block, x_f: Tensor, x_c: Tensor) -> tuple[Tensor, Tensor]:
         """G (inner, inner) and R = E[(y_f - W a_c + s_f - s_c) a_c^T] (d, inner)."""
         skip, writer = self._parts(sub, dense)
         inner = writer.structure.in_features

@@ -38,10 +38,7 @@ def forecast(arch: Architecture, recipe: Recipe) -> dict[str, Any]:
         "model_ratio": round((budget + overhead + size.rest) / (size.dense_projections + size.rest), 4),
         "decode_ceiling": round((size.dense_projections + head) / read, 4),
         "memory_bytes_about": 6 * block + 4 * stream + 4 * head,
-        "state_bytes_about": (arch.num_layers + 1)
-        * min(recipe.sensitivity_samples, c.samples)
-        * stream
-        // c.samples
+        "state_bytes_about": (arch.num_layers + 1) * min(recipe.sensitivity_samples, c.samples) * stream // c.samples
         + 2 * stream,
         "checkpoint_bytes_about": int(item * (budget + overhead + size.rest)),
     }

@@ -51,15 +51,14 @@ def write_plain(
                         continue
                     if name is None:
                         raise UsageError(
-                            f"{source.name}: {linear} needs a bias that its own class has not; use the checkpoint itself"
+                            f"{source.name}: {linear} needs a bias that its own class has not; "
+                            f"use the checkpoint itself"
                         )
                     shards.add(name, unrotate(bias.float(), "out", q) if side == "out" else bias)
             for name in (layer.q_norm, layer.k_norm):
                 if name is not None:
                     shards.add(name, model.reader.get(name))
-    config = type(source.config())(
-        **{k: v for k, v in source.config().to_dict().items() if k != "quantization_config"}
-    )
+    config = type(source.config())(**{k: v for k, v in source.config().to_dict().items() if k != "quantization_config"})
     config.dtype = dtype
     config.save_pretrained(folder)
     source.tokenizer().save_pretrained(folder)

@@ -112,9 +112,7 @@ class StructuredLinear(nn.Module):
         for name, shape in structure.shapes().items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False))
         self.bias = (
-            nn.Parameter(torch.empty(structure.out_features, dtype=dtype), requires_grad=False)
-            if bias
-            else None
+            nn.Parameter(torch.empty(structure.out_features, dtype=dtype), requires_grad=False) if bias else None
         )
 
     def factors(self) -> dict[str, Tensor]:
@@ -155,6 +153,11 @@ class HeadNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention over structured projections."""
 
+    q: StructuredLinear
+    k: StructuredLinear
+    v: StructuredLinear
+    o: StructuredLinear
+
     def __init__(self, arch: Architecture, structures: Mapping[str, Structure], layer: int) -> None:
         super().__init__()
         self.arch, self.layer = arch, layer
@@ -169,9 +172,8 @@ class Attention(nn.Module):
         batch, length, _ = h.shape
 
         def heads(x: Tensor, count: int) -> Tensor:
-            return x.view(batch, length, count, self.arch.head_dim).transpose(
-                1, 2
-            )  # (batch, heads, length, head_dim)
+            # (batch, length, heads, head_dim) -> (batch, heads, length, head_dim)
+            return x.view(batch, length, count, self.arch.head_dim).transpose(1, 2)
 
         q = heads(self.q(h), self.arch.num_heads)
         k = heads(self.k(h), self.arch.num_kv_heads)
@@ -190,6 +192,10 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """down(act(gate(h)) * up(h)), or down(act(up(h))) where the architecture is not gated."""
 
+    gate: StructuredLinear
+    up: StructuredLinear
+    down: StructuredLinear
+
     def __init__(self, arch: Architecture, structures: Mapping[str, Structure], layer: int) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[arch.activation]
@@ -201,18 +207,14 @@ class FeedForward(nn.Module):
 
     def inner(self, h: Tensor) -> Tensor:
         """What `down` reads, (batch, length, intermediate_size)."""
-        out: Tensor = (
-            self.activation(self.gate(h)) * self.up(h) if self.gated else self.activation(self.up(h))
-        )
+        out: Tensor = self.activation(self.gate(h)) * self.up(h) if self.gated else self.activation(self.up(h))
         return out
 
 
 class Block(nn.Module):
     """One decoder block. `structures` maps "layers.{i}.{role}" to a structure; what is absent is dense."""
 
-    def __init__(
-        self, arch: Architecture, structures: Mapping[str, Structure], layer: int, skips: bool
-    ) -> None:
+    def __init__(self, arch: Architecture, structures: Mapping[str, Structure], layer: int, skips: bool) -> None:
         super().__init__()
         self.eps = arch.norm_eps
         self.attn = Attention(arch, structures, layer)
@@ -241,9 +243,7 @@ class Block(nn.Module):
         return result
 
 
-def _linear(
-    arch: Architecture, structures: Mapping[str, Structure], layer: int, role: str
-) -> StructuredLinear:
+def _linear(arch: Architecture, structures: Mapping[str, Structure], layer: int, role: str) -> StructuredLinear:
     n, m = arch.linears()[role]
     structure = structures.get(f"layers.{layer}.{role}") or DenseStructure(in_features=m, out_features=n)
     if (structure.out_features, structure.in_features) != (n, m):
@@ -254,7 +254,7 @@ def _linear(
     return StructuredLinear(structure, arch.has_bias(role))
 
 
-class ProcrustesConfig(PreTrainedConfig):
+class ProcrustesConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """config.json of a compressed checkpoint: the architecture and every linear's structure."""
 
     model_type = "procrustes"
@@ -284,7 +284,10 @@ class ProcrustesConfig(PreTrainedConfig):
     def from_architecture(
         cls, arch: Architecture, structures: Mapping[str, Structure], **choices: Any
     ) -> ProcrustesConfig:
-        """The config of a model; `choices` are rotation, skip, center_embedding, head_map, head_bias, tie_word_embeddings."""
+        """The config of a model.
+
+        `choices` are rotation, skip, center_embedding, head_map, head_bias and tie_word_embeddings.
+        """
         return cls(
             architecture=arch.to_dict(),
             structures={name: s.to_config() for name, s in structures.items() if s.name != "dense"},
@@ -304,9 +307,7 @@ class ProcrustesConfig(PreTrainedConfig):
     def parsed_architecture(self) -> Architecture:
         """The `Architecture`; raises ArtifactError when config.json lacks it."""
         if self.architecture is None:
-            raise ArtifactError(
-                "config.json has model_type procrustes but no `architecture`: compress the model again"
-            )
+            raise ArtifactError("config.json has model_type procrustes but no `architecture`: compress the model again")
         return Architecture.from_dict(self.architecture)
 
     def parsed_structures(self) -> dict[str, Structure]:
@@ -315,7 +316,7 @@ class ProcrustesConfig(PreTrainedConfig):
 
 
 class HeadMap(nn.Module):
-    """What the last norm's scale gamma (and shift) become before a tied head: (d, d) Q^T diag(gamma) Q, or gamma itself.
+    """What the last norm's scale gamma (and shift) become before a tied head: Q^T diag(gamma) Q, or gamma itself.
 
     The scale can only be folded into a head of its own; a tied head stays tied and pays this instead: d x d
     where the stream is rotated, a vector (d,) where it is not.
@@ -370,9 +371,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         batch, length = input_ids.shape
         past = cache.get_seq_length() if cache is not None else 0
-        mask = attention_mask_bool(
-            attention_mask, batch, past, length, self.arch.sliding_window, input_ids.device
-        )
+        mask = attention_mask_bool(attention_mask, batch, past, length, self.arch.sliding_window, input_ids.device)
         x, rotary = self.embed(input_ids, position_ids), self.rotary(position_ids)
         for block in self.layers:
             x = block(x, rotary, mask, cache)
@@ -389,7 +388,7 @@ def rotary_for(arch: Architecture, position_ids: Tensor) -> Rotary | None:
     return Rotary(angles.cos() * scaling, angles.sin() * scaling)
 
 
-class ProcrustesForCausalLM(PreTrainedModel, GenerationMixin):
+class ProcrustesForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
     """A compressed causal LM that loads with `AutoModelForCausalLM.from_pretrained` after `import compress`."""
 
     config_class = ProcrustesConfig
@@ -404,7 +403,7 @@ class ProcrustesForCausalLM(PreTrainedModel, GenerationMixin):
         arch = config.parsed_architecture()
         self.model = Decoder(config)
         self.lm_head = nn.Linear(arch.hidden_size, arch.vocab_size, bias=config.head_bias)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
         """A compressed checkpoint always brings every weight; there is nothing to draw at random."""
@@ -431,17 +430,11 @@ class ProcrustesForCausalLM(PreTrainedModel, GenerationMixin):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             length = input_ids.shape[1]
-            full = (
-                attention_mask
-                if attention_mask is not None
-                else input_ids.new_ones(len(input_ids), past + length)
-            )
+            full = attention_mask if attention_mask is not None else input_ids.new_ones(len(input_ids), past + length)
             position_ids = positions_from_mask(full)[:, -length:]
         hidden = self.model(input_ids, attention_mask, position_ids, past_key_values)
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None
-        )
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)

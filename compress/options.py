@@ -18,12 +18,8 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="folder, .gguf file, ORG/NAME on the hub, or an alias such as smollm2-135m or opt-13b",
     )
-    parser.add_argument(
-        "--revision", help="revision of a hub model (default: the alias's pinned one, else main)"
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="let a hub repository run its own Python code"
-    )
+    parser.add_argument("--revision", help="revision of a hub model (default: the alias's pinned one, else main)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let a hub repository run its own Python code")
     what = parser.add_argument_group("what to compress into")
     what.add_argument(
         "--structure", choices=["kron", "gs", "lowrank", "dense"], help="structured matrix (default: kron)"
@@ -74,9 +70,7 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("how to run")
     run.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     run.add_argument("--batch", type=int, default=4, help="calibration sequences at a time (default: 4)")
-    run.add_argument(
-        "--checkpoint-dtype", choices=["float32", "float16", "bfloat16"], help="default: float32"
-    )
+    run.add_argument("--checkpoint-dtype", choices=["float32", "float16", "bfloat16"], help="default: float32")
     run.add_argument(
         "--materialize-dense",
         action="store_true",

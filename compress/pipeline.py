@@ -163,9 +163,7 @@ def _resolved(recipe: Recipe, plan: Plan, linears: Mapping[str, Any], layers: in
             name = f"layers.{layer}.{role}"
             structure = plan.structures.get(name)
             explicit[name] = (
-                structure.to_config()
-                if structure
-                else {"structure": "dense", "in_features": m, "out_features": n}
+                structure.to_config() if structure else {"structure": "dense", "in_features": m, "out_features": n}
             )
     return recipe.model_copy(update={"layers": explicit})
 
@@ -221,9 +219,7 @@ def _all_dense(model: FoldedModel, state: Path) -> tuple[Plan, list[Path], list[
 
 
 def _save_plan(state: Path, plan: Plan) -> Plan:
-    save_file(
-        {f"q.{i}": q.contiguous() for i, q in enumerate(plan.rotations.matrices)}, state / "plan.safetensors"
-    )
+    save_file({f"q.{i}": q.contiguous() for i, q in enumerate(plan.rotations.matrices)}, state / "plan.safetensors")
     record = {
         "kind": plan.rotations.kind,
         "structures": {name: s.to_config() for name, s in plan.structures.items()},

@@ -80,9 +80,7 @@ def make_plan(model: FoldedModel, recipe: Recipe, moments: Moments) -> Plan:
     for name, config in recipe.layers.items():
         role = name.split(".", 2)[-1]
         if name not in {f"layers.{i}.{role}" for i in range(arch.num_layers) if role in arch.linears()}:
-            raise UsageError(
-                f"recipe layers: {name!r} is no linear of this model; names are like layers.0.attn.q"
-            )
+            raise UsageError(f"recipe layers: {name!r} is no linear of this model; names are like layers.0.attn.q")
         structure = structure_from_config(config)
         n, m = arch.linears()[role]
         if (structure.out_features, structure.in_features) != (n, m):
@@ -225,9 +223,7 @@ def _rotate_members(
     if recipe.rotation == "none":
         return Rotations.none()
     positions = 2 * arch.num_layers + 1
-    served = (
-        [range(positions)] if recipe.rotation == "shared" else [range(p, p + 1) for p in range(positions)]
-    )
+    served = [range(positions)] if recipe.rotation == "shared" else [range(p, p + 1) for p in range(positions)]
     iterations = max(1, recipe.rotation_iterations // 20)
     matrices = []
     for here in served:
@@ -239,9 +235,7 @@ def _rotate_members(
         if any(True for _ in members()):
             q = frobenius_rotation(members, q, 2 * iterations)
             q, errors = majorised_rotation(members, q, iterations)
-            log(
-                f"rotation {len(matrices) + 1} of {len(served)}: weighted error {errors[0]:.4g} -> {errors[-1]:.4g}"
-            )
+            log(f"rotation {len(matrices) + 1} of {len(served)}: weighted error {errors[0]:.4g} -> {errors[-1]:.4g}")
         matrices.append(q)
     return Rotations(recipe.rotation, tuple(matrices))
 
@@ -266,9 +260,7 @@ def _members_at(
             weight, moment = weights[f"{role}.weight"].double(), moments[layer, sub]
             side = arch.side(role)
             gram: Tensor | None = damped(moment.read if side == "in" else _inner(moment), recipe.gram_damping)
-            energy = (
-                float(((weight @ gram) * weight).sum()) if gram is not None else float(weight.square().sum())
-            )
+            energy = float(((weight @ gram) * weight).sum()) if gram is not None else float(weight.square().sum())
             yield Member(weight, gram, side, structures[f"layers.{layer}.{role}"], 1 / max(energy, 1e-30))
 
 

@@ -26,7 +26,8 @@ from compress.structures import Structure
 def polar(matrix: Tensor) -> Tensor:
     """The orthogonal factor U V^T of a square matrix: argmax over orthogonal Q of tr(Q^T matrix) (Procrustes)."""
     u, _, vt = torch.linalg.svd(matrix)
-    return u @ vt
+    q: Tensor = u @ vt
+    return q
 
 
 def damped(gram: Tensor, fraction: float) -> Tensor:
@@ -45,7 +46,8 @@ def geometric_mean(p: Tensor, m: Tensor) -> Tensor:
     inverse_root = (vectors * values.clamp(min=values.max() * 1e-14).rsqrt()) @ vectors.T
     inner_values, inner_vectors = torch.linalg.eigh(inverse_root @ m @ inverse_root)
     inner = (inner_vectors * inner_values.clamp(min=0).sqrt()) @ inner_vectors.T
-    return root @ inner @ root
+    mean: Tensor = root @ inner @ root
+    return mean
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class StreamTerm:
         precision = backwards.T @ torch.cholesky_solve(backwards, torch.linalg.cholesky(self.p))
         factor = torch.linalg.cholesky((precision + precision.T) / 2)
         half = torch.linalg.solve_triangular(factor, backwards.T @ self.m @ backwards, upper=False)
-        gains = torch.linalg.solve_triangular(factor, half.T, upper=False).diagonal()
+        gains: Tensor = torch.linalg.solve_triangular(factor, half.T, upper=False).diagonal()
         return torch.cat((gains.new_zeros(1), gains.clamp(min=0).cumsum(0))).flip(0)
 
 
@@ -85,7 +87,38 @@ def nested_start(terms: Sequence[StreamTerm]) -> Tensor:
     total = torch.zeros_like(terms[0].p)
     for term in terms:
         total += geometric_mean(term.p, term.m)
-    return torch.linalg.eigh(total).eigenvectors.flip(1)
+    vectors: Tensor = torch.linalg.eigh(total).eigenvectors
+    return vectors.flip(1)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A term with all but its first `kept` rotated coordinates dropped; `precision` = P^-1 (d, d)."""
+
+    m: Tensor
+    precision: Tensor
+    kept: int
+
+    @classmethod
+    def of(cls, term: StreamTerm, kept: int) -> Dropped:
+        """`term` at this kept width."""
+        return cls(term.m, torch.linalg.inv(term.p), kept)
+
+
+def dropped_loss(active: Sequence[Dropped], q: Tensor) -> tuple[float, Tensor]:
+    """sum_t loss_t(N_t), N_t = q[:, kept_t:], and its Euclidean gradient in q, (d, d).
+
+    With S = (N^T P^-1 N)^-1: d tr(S N^T M N) = 2 tr(S N^T M dN) - 2 tr(S (N^T M N) S N^T P^-1 dN).
+    """
+    slope, total = torch.zeros_like(q), 0.0
+    for term in active:
+        n = q[:, term.kept :]  # (d, p)
+        pn, mn = term.precision @ n, term.m @ n
+        s = torch.linalg.inv(n.T @ pn)
+        sx = s @ (n.T @ mn)
+        total += float(sx.diagonal().sum())
+        slope[:, term.kept :] += 2 * (mn @ s - pn @ (sx @ s))
+    return total, slope
 
 
 def nested_rotation(
@@ -103,27 +136,21 @@ def nested_rotation(
     (Wen and Yin 2013); the gradient is closed form. `kept` gives k_t in 0 .. d; terms with k_t = d do not count.
     Stops when the loss falls by less than `tolerance` (relative) over five steps. (d, d) float64 in and out.
     """
-    active = [(t, k, torch.linalg.inv(t.p)) for t, k in zip(terms, kept, strict=True) if k < len(start)]
+    active = [Dropped.of(t, k) for t, k in zip(terms, kept, strict=True) if k < len(start)]
     if not active:
         return start
 
     def value_and_slope(q: Tensor) -> tuple[float, Tensor]:
-        slope, total = torch.zeros_like(q), 0.0
-        for term, k, precision in active:
-            n = q[:, k:]  # (d, p)
-            pn, mn = precision @ n, term.m @ n
-            s = torch.linalg.inv(n.T @ pn)
-            sx = s @ (n.T @ mn)
-            total += float(sx.diagonal().sum())
-            slope[:, k:] += 2 * (mn @ s - pn @ (sx @ s))
+        value, slope = dropped_loss(active, q)
         inner = q.T @ slope
-        return total, (inner - inner.T) / 2  # skew (d, d): the direction in the tangent space is q @ skew
+        return value, (inner - inner.T) / 2  # skew (d, d): the direction in the tangent space is q @ skew
 
     identity = torch.eye(len(start), dtype=start.dtype, device=start.device)
 
     def move(q: Tensor, skew: Tensor, step: float) -> Tensor:
         half = skew * (step / 2)
-        return q @ torch.linalg.solve(identity + half, identity - half)
+        moved: Tensor = q @ torch.linalg.solve(identity + half, identity - half)
+        return moved
 
     q = best = start
     value, skew = value_and_slope(q)
@@ -195,9 +222,7 @@ def frobenius_rotation(members: Members, start: Tensor, iterations: int) -> Tens
         for member in members():
             target = member.rotated(q)
             approximation = member.structure.dense(member.structure.fit(target))
-            cross = (
-                member.weight.T @ approximation if member.side == "in" else member.weight @ approximation.T
-            )
+            cross = member.weight.T @ approximation if member.side == "in" else member.weight @ approximation.T
             total += member.scale * cross
         q = polar(total)
     return q
@@ -223,11 +248,7 @@ def majorised_rotation(
             weighted_gap = gap if gram is None else gap @ gram
             error += member.scale * float((weighted_gap * gap).sum())
             if member.side == "in":
-                plain = (
-                    member.gram
-                    if member.gram is not None
-                    else torch.eye(len(q), dtype=q.dtype, device=q.device)
-                )
+                plain = member.gram if member.gram is not None else torch.eye(len(q), dtype=q.dtype, device=q.device)
                 inner = member.scale * (approximation.T @ approximation)
                 bound = torch.linalg.matrix_norm(inner, 2)
                 quadratic.append((plain, bound * torch.eye(len(q), dtype=q.dtype, device=q.device) - inner))

@@ -69,8 +69,8 @@ class Recipe(_Strict):
     def _check(self) -> Recipe:
         if (self.rotation == "block") != (self.skip == "dense"):
             raise ValueError(
-                f"rotation {self.rotation!r} with skip {self.skip!r}: rotation 'block' needs skip 'dense' (each block has "
-                f"its own basis), the other rotations need none"
+                f"rotation {self.rotation!r} with skip {self.skip!r}: rotation 'block' needs skip 'dense' "
+                f"(each block has its own basis), the other rotations need none"
             )
         return self
 
@@ -103,9 +103,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"the recipe {path} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
-        raise UsageError(
-            f"the recipe {path} must be a mapping of fields to values, it is {type(values).__name__}"
-        )
+        raise UsageError(f"the recipe {path} must be a mapping of fields to values, it is {type(values).__name__}")
     return values
 
 

@@ -28,9 +28,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_compress_arguments(p)
-    p.add_argument(
-        "--out", type=Path, required=True, metavar="OUT", help="artefact folder, made when it is missing"
-    )
+    p.add_argument("--out", type=Path, required=True, metavar="OUT", help="artefact folder, made when it is missing")
     p.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
     p.add_argument("--json", action="store_true", help="the result as one JSON object")
     p.add_argument("--debug", action="store_true", help="show a traceback when something fails")

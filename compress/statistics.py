@@ -54,8 +54,9 @@ def collect(
 ) -> dict[tuple[int, str], StreamMoments]:
     """Moments of every sub-block, keyed by (layer, "attn" | "mlp").
 
-    tokens: (samples, length) int64; `inner` also collects the moments of the writers' inputs. Files in `state`: one stream per block while this runs, then `moments.safetensors`,
-    which a later call with the same state folder reads instead of running again.
+    tokens: (samples, length) int64; `inner` also collects the moments of the writers' inputs. Files in `state`: one
+    stream per block while this runs, then `moments.safetensors`, which a later call with the same state folder reads
+    instead of running again.
     """
     file = state / "moments.safetensors"
     if not file.exists():
@@ -91,9 +92,7 @@ def _stream_sums(arch: Architecture, runner: Runner) -> dict[str, GramSum]:
 
 
 @torch.no_grad()
-def _forward(
-    model: FoldedModel, tokens: Tensor, inner: bool, runner: Runner, state: Path
-) -> dict[str, Tensor]:
+def _forward(model: FoldedModel, tokens: Tensor, inner: bool, runner: Runner, state: Path) -> dict[str, Tensor]:
     arch, shape = model.arch, (*tokens.shape, model.arch.hidden_size)
     stream = mapped(_stream_file(state, 0), shape)
     stream.copy_(embed(model.ends(Rotations.none()), arch, tokens))
@@ -101,8 +100,10 @@ def _forward(
     for layer in track(range(arch.num_layers), description="calibrate"):
         block = runner.block(layer, model.block(layer), {}, skips=False)
         sums = _stream_sums(arch, runner)
-
-        biases = {"attn.out": block.attn.o.bias, "mlp.out": block.mlp.down.bias}
+        for writer in WRITERS.values() if inner else ():
+            width = arch.linears()[writer][1]
+            sums[writer] = GramSum(width, width, runner.device)
+        biases: Biases = {"attn.out": block.attn.o.bias, "mlp.out": block.mlp.down.bias}
 
         def tap(place: str, value: Tensor, sums: dict[str, GramSum] = sums, biases: Biases = biases) -> None:
             if place in sums:
@@ -117,9 +118,7 @@ def _forward(
     return moments
 
 
-def _backward(
-    model: FoldedModel, tokens: Tensor, seed: int, runner: Runner, state: Path
-) -> dict[str, Tensor]:
+def _backward(model: FoldedModel, tokens: Tensor, seed: int, runner: Runner, state: Path) -> dict[str, Tensor]:
     arch, shape = model.arch, (*tokens.shape, model.arch.hidden_size)
     gradient = _head_gradient(model, mapped(_stream_file(state, arch.num_layers), shape), seed, runner)
     moments = {}
