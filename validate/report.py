@@ -183,7 +183,7 @@ def _dense_layers(report: Report) -> str:
         return "No layer was left dense."
     roles = Counter(name.split(".", 2)[2] for name in dense)
     text = ", ".join(f"{role} {count}x" for role, count in sorted(roles.items()))
-    return f"Left dense, because a structure did not pay there: {len(dense)} of {len(report.fit)} layers ({text})."
+    return f"Left dense: {len(dense)} of {len(report.fit)} layers ({text})."
 
 
 def _quality_text(quality: dict[str, Any] | None) -> str:
@@ -202,7 +202,7 @@ def _quality_text(quality: dict[str, Any] | None) -> str:
     bos = "begins with BOS" if protocol["begins_with_bos"] else "without BOS"
     text = [
         _table(("", "perplexity", "nats per token"), rows),
-        f"Perplexity rises by **{quality['relative_increase']:.2%}**"
+        f"Perplexity changes by **{quality['relative_increase']:+.2%}**"
         f"{_error(quality['increase_standard_error'], ' (standard error of the log-ratio: {:.4f})')}. "
         f"KL(dense || compressed) is {quality['kl']:.4f} nats per token; both rank the same token first on "
         f"{quality['top1_agreement']:.1%} of the tokens.",
@@ -251,7 +251,7 @@ def _speed_text(speed: dict[str, Any] | None) -> str:
         [
             _table(header, rows),
             f"{speed['runtime']}, {speed['dtype']}, {speed['threads']} thread(s), against the dense model exported by "
-            f"the same code and timed in turn with it ({case['clock']}, medians of pairwise ratios). The limit is what the "
+            f"the same code and timed in turn ({case['clock']}, medians of pairwise ratios). The limit is what the "
             "model's own size allows: bytes moved in a decode step, FLOPs of a prefill.",
             _table(("", "dense", "compressed"), more),
         ]

@@ -219,7 +219,7 @@ def _quality(
     result = compare(first, second, windows, args.batch)
     return {
         "data": {
-            "name": text.name if ":" not in text.name or text.name.startswith("hf:") else text.description,
+            "name": _portable(text.name),
             "description": text.description,
             "sha256": text.sha256,
             "tokens": len(windows.ids),
@@ -236,7 +236,7 @@ def _quality(
             "dense_runtime": first.runtime,
             "compressed_runtime": second.runtime,
         },
-        "calibrated_on_this_text": _recipe(baseline)["calibration"]["data"] == args.data,
+        "calibrated_on_this_text": _recipe(baseline)["calibration"]["data"] == _portable(args.data),
         **result.to_dict(),
     }
 
@@ -269,7 +269,8 @@ def _recipe(baseline: Baseline) -> dict[str, Any]:
     from compress.recipe import parse_recipe, read_yaml
 
     path = baseline.artifact.require_stage("recipe.yaml")
-    return parse_recipe(read_yaml(path), str(path)).model_dump()
+    values = parse_recipe(read_yaml(path), str(path)).model_dump()
+    return values | {"calibration": values["calibration"] | {"data": _portable(values["calibration"]["data"])}}
 
 
 def _report(

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from compress.architecture import Architecture
+from compress.errors import run_cli
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
+from compress.models import resolve
+from compress.pipeline import compress_model
+from compress.recipe import Calibration, Recipe
 from compress.structures import Structure, structure_from_config
+from export.graph import export_onnx
+from tests import tiny
+from validate.run import main as validate_main
 
 MakeModel = Callable[..., ProcrustesForCausalLM]
 
@@ -78,9 +87,7 @@ def _structures(arch: Architecture, name: str) -> dict[str, Structure]:
 def _config(kind: str) -> ProcrustesConfig:
     base, _, variant = kind.partition("-")
     arch = {"llama": LLAMA, "opt": OPT}[base]
-    if (
-        variant == "block"
-    ):  # the published form: a rotation a position, skip matrices, a d x d map before the head
+    if variant == "block":  # the published form: a rotation a position, skip matrices, a d x d map before the head
         return ProcrustesConfig.from_architecture(
             arch,
             _structures(arch, "kron"),
@@ -120,3 +127,48 @@ def make_model() -> MakeModel:
     """`make_model(kind, seed=0)`, see `build`."""
     torch.set_num_threads(1)
     return build
+
+
+@dataclass(frozen=True)
+class Built:
+    """A complete artefact without reports, its source folder and the text that it was calibrated on."""
+
+    out: Path
+    source: Path
+    text: Path
+
+    def copy(self, to: Path) -> Built:
+        """For tests that write or damage."""
+        shutil.copytree(self.out, to)
+        return replace(self, out=to)
+
+    def run(self, *flags: str) -> int:
+        """`python -m validate.run` on it, as small as it can be; later flags override."""
+        return run_cli(validate_main, [str(self.out), "--model", str(self.source), *SMALL, *flags])
+
+
+SMALL = (
+    *("--sequence-length", "64", "--max-windows", "4", "--prefill", "16", "--past", "8", "--batch-sizes", "1,2"),
+    *("--seconds", "0.05"),
+)
+
+
+@pytest.fixture(scope="session")
+def built(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """A tied Llama at 3/4 of its size, mostly Kronecker, exported. Not to be changed: copy it first."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("validate")
+    source, text, out = tiny_model("tiny_llama_tied"), root / "text.txt", root / "out"
+    text.write_text(tiny.TEXT, encoding="utf-8")
+    recipe = Recipe(
+        structure="kron",
+        ratio=0.75,
+        unit=16,
+        sensitivity_samples=2,
+        rotation_iterations=2,
+        calibration=Calibration(data=str(text), samples=4, sequence_length=64),
+    )
+    artifact = compress_model(resolve(str(source)), recipe, out)
+    with artifact.stage("onnx", inputs=["checkpoint"]) as folder:
+        export_onnx(out / "checkpoint", folder)
+    return Built(out, source, text)

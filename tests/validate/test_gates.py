@@ -49,9 +49,7 @@ def test_speedup(text: str, limit: float) -> None:
     assert parse_speedup(text) == limit
 
 
-@pytest.mark.parametrize(
-    "text", ["", "0", "0.0x", "-1", "120%", "nan", "inf", "1e3", "1.2.3", "x", "9" * 400]
-)
+@pytest.mark.parametrize("text", ["", "0", "0.0x", "-1", "120%", "nan", "inf", "1e3", "1.2.3", "x", "9" * 400])
 def test_speedup_refused(text: str) -> None:
     with pytest.raises(UsageError, match="min-speedup"):
         parse_speedup(text)

@@ -41,9 +41,7 @@ def by_hand(a: ProcrustesForCausalLM, b: ProcrustesForCausalLM, windows: Windows
             token = int(ids[0, t])
             nll_a -= float(p[t - 1, token])
             nll_b -= float(q[t - 1, token])
-            kl += sum(
-                math.exp(x) * (x - y) for x, y in zip(p[t - 1].tolist(), q[t - 1].tolist(), strict=True)
-            )
+            kl += sum(math.exp(x) * (x - y) for x, y in zip(p[t - 1].tolist(), q[t - 1].tolist(), strict=True))
             same += int(p[t - 1].argmax() == q[t - 1].argmax())
     n = len(seen)
     return {"a": math.exp(nll_a / n), "b": math.exp(nll_b / n), "kl": kl / n, "same": same / n, "tokens": n}
