@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,6 +20,7 @@ from compress.models import resolve
 from compress.pipeline import rewritten_model
 from compress.structures import KroneckerStructure
 from export.engines.ort import OrtRunner
+from tests.validate.damaging import damage
 from validate.parity import Rung, dense_export_error, make_prompts, relative_error, rung_1, rung_2, rung_3, worst
 
 PROMPTS = make_prompts(300, 24)
@@ -150,24 +150,10 @@ def test_rung_3_passes(built: Any) -> None:
         )
 
 
-def damage(onnx_folder: Path, name: str) -> None:
-    """Add 1 to the first value of one initializer, in the external data."""
-    model = onnx.load(str(onnx_folder / "model.onnx"), load_external_data=False)
-    tensor = next(t for t in model.graph.initializer if t.name == name)
-    where = {entry.key: entry.value for entry in tensor.external_data}
-    with (onnx_folder / where["location"]).open("r+b") as file:
-        file.seek(int(where.get("offset", 0)))
-        value = np.frombuffer(file.read(4), np.float32) + 1
-        file.seek(int(where.get("offset", 0)))
-        file.write(value.astype(np.float32).tobytes())
-
-
 @pytest.mark.parametrize("which", [0, -1])
 def test_rung_3_catches_one_wrong_weight(built: Any, tmp_path: Path, which: int) -> None:
     copy = built.copy(tmp_path / "out").out
-    model = onnx.load(str(copy / "onnx" / "model.onnx"), load_external_data=False)
-    names = [t.name for t in model.graph.initializer if t.external_data and t.name.startswith("layers.")]
-    damage(copy / "onnx", sorted(names)[which])
+    damage(copy / "onnx", which)
     assert not rung_3(load_model(copy / "checkpoint"), OrtRunner(copy / "onnx" / "model.onnx"), PROMPTS).passed
 
 

@@ -1,0 +1,220 @@
+"""The command: what it prints, writes and exits with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compress.artifact import Artifact
+from tests.validate.damaging import damage
+from validate import run
+
+
+@pytest.fixture(scope="module")
+def validated(built: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A copy that has been validated in full, once for this module."""
+    copy = built.copy(tmp_path_factory.mktemp("validated") / "out")
+    assert copy.run("--data", str(built.text)) == 0
+    return copy
+
+
+def test_reports_are_complete_and_vouched_for(validated: Any) -> None:
+    names = {path.name for path in (validated.out / "reports").iterdir()}
+    assert names == {"summary.md", "parity.json", "quality.json", "speed.json", "layers.png"}
+    artifact = Artifact(validated.out)
+    artifact.verify()
+    gates = artifact.read_manifest()["gates"]
+    assert set(gates) == {"parity-rung-1", "parity-rung-2", "parity-rung-3", "parity-rung-3-choices"}
+    assert all(gate["passed"] for gate in gates.values())
+    assert not (validated.out / "state").exists()
+
+
+def test_summary_has_the_figures_of_the_json(validated: Any) -> None:
+    reports = validated.out / "reports"
+    text = (reports / "summary.md").read_text()
+    quality, speed, parity = (json.loads((reports / f"{n}.json").read_text()) for n in ("quality", "speed", "parity"))
+    assert f"{quality['dense']['perplexity']:.3f}" in text
+    assert f"{quality['compressed']['perplexity']:.3f}" in text
+    for case in speed["cases"]:
+        assert f"| {case['name']} | **{case['speedup']:.3f}x** |" in text
+        assert case["share_of_limit"] == pytest.approx(case["speedup"] / case["limit"])
+    assert [rung["number"] for rung in parity] == [1, 2, 3]
+    assert "None" not in text
+    assert "nan" not in text
+
+
+def test_reports_name_no_folder_of_this_machine(validated: Any) -> None:
+    for path in (validated.out / "reports").glob("*[!g]"):
+        text = path.read_text()
+        assert str(validated.out.parent) not in text, path
+        assert str(validated.source.parent) not in text, path
+        assert str(validated.text.parent) not in text, path
+
+
+def test_quality_states_its_protocol(validated: Any) -> None:
+    quality = json.loads((validated.out / "reports" / "quality.json").read_text())
+    assert quality["data"]["name"] == "text.txt"
+    protocol = quality["protocol"]
+    assert (protocol["window"], protocol["stride"], protocol["windows"]) == (64, 64, 4)
+    assert protocol["predicted_tokens"] == 4 * 63
+    assert protocol["begins_with_bos"] is False
+    assert protocol["compressed_runtime"] == "PyTorch"
+    assert quality["calibrated_on_this_text"] is True
+
+
+def test_both_runtimes_give_the_same_perplexity(validated: Any, built: Any, tmp_path: Path) -> None:
+    copy = built.copy(tmp_path / "out")
+    flags = ("--skip", "parity", "--skip", "speed", "--perplexity-runtime", "onnxruntime", "--no-plot")
+    assert copy.run("--data", str(built.text), *flags) == 0
+    one, other = (json.loads((b.out / "reports" / "quality.json").read_text()) for b in (validated, copy))
+    assert other["protocol"]["compressed_runtime"] == "ONNX Runtime"
+    assert other["compressed"]["perplexity"] == pytest.approx(one["compressed"]["perplexity"], rel=1e-5)
+    assert sorted(p.name for p in (copy.out / "reports").iterdir()) == ["quality.json", "summary.md"]
+
+
+def test_last_line_ok(built: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = built.copy(tmp_path / "out")
+    assert copy.run("--skip", "speed", "--skip", "perplexity", "--no-plot") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"OK {copy.out / 'reports'}"
+    assert any(line.startswith("parity rung 3") and "passed" in line for line in lines)
+
+
+def test_failed_speed_gate(built: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = built.copy(tmp_path / "out")
+    assert copy.run("--skip", "parity", "--skip", "perplexity", "--min-speedup", "50", "--no-plot") == 3
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("FAILED min-speedup: ")
+    assert last.endswith(" < 50")
+    gates = Artifact(copy.out).read_manifest()["gates"]
+    assert gates["min-speedup"]["passed"] is False
+    assert "**FAILED**: min-speedup" in (copy.out / "reports" / "summary.md").read_text()
+
+
+def test_failed_perplexity_gate(
+    built: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a random model compression can lower the perplexity: the measured figure is raised here."""
+    measure = run._quality
+    monkeypatch.setattr(run, "_quality", lambda *args: measure(*args) | {"relative_increase": 0.0731})
+    copy = built.copy(tmp_path / "out")
+    flags = ("--skip", "parity", "--skip", "speed", "--data", str(built.text), "--no-plot")
+    assert copy.run(*flags, "--max-ppl-increase", "5%") == 3
+    assert capsys.readouterr().out.splitlines()[-1] == "FAILED max-ppl-increase: 7.31% > 5%"
+    assert copy.run(*flags, "--max-ppl-increase", "8%") == 0
+
+
+def test_a_defect_in_the_export_fails_the_ladder(
+    built: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The damaged graph is published as a sound stage: hashes agree, the model does not."""
+    copy = built.copy(tmp_path / "out")
+    artifact = Artifact(copy.out)
+    files = {path.name: path.read_bytes() for path in (copy.out / "onnx").iterdir()}
+    with artifact.stage("onnx", inputs=["checkpoint"]) as folder:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        damage(folder)
+    assert copy.run("--skip", "speed", "--skip", "perplexity", "--no-plot") == 3
+    assert "FAILED parity-rung-3: " in capsys.readouterr().out
+    assert json.loads((copy.out / "reports" / "parity.json").read_text())[2]["passed"] is False
+
+
+def test_gates_of_an_earlier_run_are_not_kept(built: Any, tmp_path: Path) -> None:
+    copy = built.copy(tmp_path / "out")
+    parity_only = ("--skip", "speed", "--skip", "perplexity", "--no-plot")
+    assert copy.run(*parity_only) == 0
+    assert copy.run("--skip", "speed", "--skip", "parity", "--data", str(built.text), "--no-plot") == 0
+    assert Artifact(copy.out).read_manifest()["gates"]["parity-rung-1"] is None
+
+
+def test_json_is_one_object(built: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = built.copy(tmp_path / "out")
+    assert copy.run("--skip", "speed", "--skip", "perplexity", "--no-plot", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["passed"] is True
+    assert result["speed"] is None
+    assert len(result["parity"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--max-ppl-increase", "5"), "not a limit"),
+        (("--min-speedup", "fast"), "not a limit"),
+        (("--batch-sizes", "1,1"), "--batch-sizes"),
+        (("--prefill", "0"), "--prefill must be at least 1"),
+        (("--stride", "-1"), "--stride"),
+        (("--seconds", "nan"), "--seconds"),
+        (("--skip", "speed", "--min-speedup", "1"), "needs the speed part"),
+        (("--skip", "parity", "--skip", "speed", "--skip", "perplexity"), "nothing to validate"),
+        (("--skip", "parity", "--skip", "speed", "--sequence-length", "4096"), "128 positions"),
+        (("--skip", "parity", "--skip", "speed", "--data", "nothing"), "no text called"),
+        (("--skip", "parity", "--skip", "perplexity", "--dense", "nowhere"), "no model.onnx"),
+    ],
+)
+def test_usage_errors(built: Any, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], message: str) -> None:
+    assert built.run(*flags, "--no-plot") == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def test_too_short_text(built: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("too short")
+    assert built.run("--skip", "parity", "--skip", "speed", "--data", str(text)) == 2
+    assert "too short" in capsys.readouterr().err
+
+
+def test_no_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.run_cli(run.main, [str(tmp_path)]) == 5
+    assert "manifest.json is missing" in capsys.readouterr().err
+
+
+def test_changed_file(built: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = built.copy(tmp_path / "out")
+    with (copy.out / "checkpoint" / "config.json").open("a") as file:
+        file.write(" ")
+    assert copy.run() == 5
+    assert "config.json is changed" in capsys.readouterr().err
+
+
+def test_another_source(built: Any, tiny_model: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert built.run("--model", str(tiny_model("tiny_llama"))) == 5
+    assert "not the model that" in capsys.readouterr().err
+
+
+def test_source_that_the_manifest_cannot_find(built: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.run_cli(run.main, [str(built.out), "--skip", "speed"]) == 2
+    assert "--model" in capsys.readouterr().err
+
+
+def test_without_an_export(built: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from compress.models import resolve
+    from compress.pipeline import compress_model
+    from compress.recipe import Recipe
+
+    compress_model(resolve(str(built.source)), Recipe(structure="dense"), tmp_path / "out")
+    code = run.run_cli(run.main, [str(tmp_path / "out"), "--model", str(built.source), "--skip", "perplexity"])
+    assert code == 5
+    assert "no complete onnx" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["validate.run", "validate.speed"])
+def test_help_imports_nothing_heavy(module: str) -> None:
+    code = (
+        f"import sys, {module} as m\n"
+        "try: m.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(', '.join(heavy) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage: python -m" in done.stdout
