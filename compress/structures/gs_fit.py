@@ -43,7 +43,7 @@ def fit(problem: Problem, right: int, left: int, rank: int) -> tuple[Tensor, Ten
     U, V = low_rank(cut(problem.weight, right, left), rank)
     if problem.gram is None:
         return U, V
-    grams, metrics = _blocks(problem.gram, left), _blocks(problem.metric, right)
+    grams, metrics = blocks(problem.gram, left), blocks(problem.metric, right)
     error = problem.error(join(U @ V))
     for _ in range(SWEEPS):
         U, V = sweep(problem, U, V, grams, metrics)
@@ -122,7 +122,7 @@ def _update_rows(problem: Problem, U: Tensor, V: Tensor, metrics: list[Moment]) 
     return U
 
 
-def _blocks(moment: Moment | None, count: int) -> list[Moment]:
+def blocks(moment: Moment | None, count: int) -> list[Moment]:
     """The diagonal blocks with their Cholesky factors; none for the identity."""
     if moment is None:
         return []

@@ -87,14 +87,14 @@ def _best_mix(gram: Moment, M: Tensor, frobenius: Tensor) -> Tensor:
     starts = [frobenius.T, torch.linalg.qr(generalised).Q, torch.eye(blocks, terms, dtype=G.dtype, device=G.device)]
     if terms <= blocks - terms:
         scale = 1 / float((M * G).sum().clamp(min=torch.finfo(G.dtype).tiny))
-        return _descend(starts, lambda a: _trace_ratio(a, G, GMG, -scale)).T
+        return _descend(starts, lambda a: trace_ratio(a, G, GMG, -scale)).T
     P = gram.inverse()
     scale = 1 / float((M * G).sum().clamp(min=torch.finfo(G.dtype).tiny))
     complements = [_complement(a) for a in starts]
-    return _complement(_descend(complements, lambda u: _trace_ratio(u, P, M, scale))).T
+    return _complement(_descend(complements, lambda u: trace_ratio(u, P, M, scale))).T
 
 
-def _trace_ratio(u: Tensor, P: Tensor, M: Tensor, scale: float) -> tuple[float, Tensor]:
+def trace_ratio(u: Tensor, P: Tensor, M: Tensor, scale: float) -> tuple[float, Tensor]:
     """f = scale * tr((N^T P N)^{-1} N^T M N), N = u (x) I, and its gradient in u (blocks, columns).
 
     With X = (N^T P N)^{-1} and Y = X (N^T M N) X, df = 2 tr(X N^T M dN) - 2 tr(Y N^T P dN).
@@ -201,7 +201,8 @@ def _solve_second(A: Tensor, start: Tensor, target: Tensor, G: Tensor, H: Tensor
 
     With H = I the unknowns B[i, o, a] meet the same matrix for every o, a direct solution:
     C[(i, a), (j, b)] = sum_kcd A_i[k, c] G[(c, a), (d, b)] A_j[k, d].
-    With a metric all unknowns are coupled: conjugate gradients from `start`, preconditioned by C and the average n2 x n2 block of H.
+    With a metric all unknowns are coupled: conjugate gradients from `start`, preconditioned by C and
+    the average n2 x n2 block of H.
     """
     terms, n1, m1 = A.shape
     n2, m2 = start.shape[1:]

@@ -88,7 +88,7 @@ class Problem:
         """Check the arguments of `Structure.fit`. Raises UsageError, see there."""
         if weight.shape != (out_features, in_features):
             raise UsageError(
-                f"the weight is {tuple(weight.shape)} but the structure is for (out, in) = {(out_features, in_features)}"
+                f"the weight is {tuple(weight.shape)} but the structure has (out, in) = {(out_features, in_features)}"
             )
         W = weight.detach().to(torch.float64)
         if not bool(torch.isfinite(W).all()):

@@ -1,0 +1,91 @@
+"""Low rank: the battery, and the optimum against an independent SVD."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from compress.errors import UsageError
+from compress.structures import LowRankStructure, Structure, weighted_error
+from compress.structures.lowrank import error_by_rank
+from tests.compress.structures.battery import (
+    StructureBattery,
+    bounded,
+    random_weight,
+    second_moment,
+    weightings,
+)
+
+
+def square_root(matrix: Tensor | None, size: int) -> Tensor:
+    """The symmetric square root, where `fit` uses Cholesky factors."""
+    if matrix is None:
+        return torch.eye(size, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def best_error(W: Tensor, rank: int, gram: Tensor | None, metric: Tensor | None) -> float:
+    """Eckart-Young in the whitened coordinates."""
+    whitened = square_root(metric, len(W)) @ W @ square_root(gram, W.shape[1])
+    return float(torch.linalg.svdvals(whitened)[rank:].square().sum())
+
+
+@st.composite
+def low_rank_specs(draw: st.DrawFn) -> LowRankStructure:
+    m, n = draw(st.integers(1, 12)), draw(st.integers(1, 12))
+    return LowRankStructure(m, n, draw(st.integers(1, min(m, n))))
+
+
+class TestLowRank(StructureBattery):
+    structure = LowRankStructure
+    exact = True
+
+    def specs(self) -> st.SearchStrategy[Structure]:
+        return low_rank_specs()
+
+    def reference_error(self, spec: Structure, W: Tensor, gram: Tensor | None, metric: Tensor | None) -> float:
+        assert isinstance(spec, LowRankStructure)
+        return best_error(W, spec.rank, gram, metric)
+
+    @bounded
+    @given(spec=low_rank_specs())
+    def test_error_is_exactly_the_optimum(self, spec: LowRankStructure) -> None:
+        W = random_weight(spec)
+        for gram, metric in weightings(spec):
+            error = weighted_error(W, spec.dense(spec.fit(W, gram, metric)), gram, metric)
+            assert error == pytest.approx(best_error(W, spec.rank, gram, metric), rel=1e-8, abs=1e-12)
+
+    @bounded
+    @given(spec=low_rank_specs())
+    def test_error_by_rank(self, spec: LowRankStructure) -> None:
+        W = random_weight(spec)
+        for gram, metric in weightings(spec):
+            errors = error_by_rank(W, gram, metric)
+            assert errors.shape == (min(W.shape) + 1,)
+            expected = [best_error(W, k, gram, metric) for k in range(min(W.shape) + 1)]
+            torch.testing.assert_close(errors, torch.tensor(expected, dtype=torch.float64))
+
+    @bounded
+    @given(spec=low_rank_specs())
+    def test_the_factors_share_the_scale(self, spec: LowRankStructure) -> None:
+        W = 1e6 * random_weight(spec)
+        factors = spec.fit(W, 1e-8 * second_moment(spec.in_features, 1))
+        torch.testing.assert_close(factors["U"].norm(dim=0), factors["V"].norm(dim=1))
+
+    def test_full_rank_is_lossless(self) -> None:
+        spec = LowRankStructure(6, 4, 4)
+        W = random_weight(spec)
+        assert weighted_error(W, spec.dense(spec.fit(W, second_moment(6, 1)))) < 1e-20
+
+    def test_menu_is_aligned(self) -> None:
+        ranks = [spec.rank for spec in LowRankStructure.menu(576, 576, "in", unit=64)]
+        assert ranks == [64, 128, 192, 256]
+
+    def test_impossible_ranks_are_refused(self) -> None:
+        for rank in (0, -1, 5):
+            with pytest.raises(UsageError, match="rank"):
+                LowRankStructure(8, 4, rank)
