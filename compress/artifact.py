@@ -27,14 +27,12 @@ from types import TracebackType
 from typing import Any
 
 from compress.errors import ArtifactError, ProcrustesError, UsageError
-from compress.files import files_below, fsync, named, refuse_links, remove, seal, sha256_of
+from compress.files import files_below, fsync, named, os_error_of, refuse_links, remove, seal, sha256_of
 from compress.locking import locked
 from compress.manifest import FileEntry, Manifest
 
 MANIFEST = "manifest.json"
 _TMP, _OLD, _PENDING, _DRAFT = ".tmp-", ".old-", ".pending-", ".draft"
-# safetensors and tokenizers (Rust) give the operating system's error only in the text of their own.
-_RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 class Artifact:
@@ -75,8 +73,7 @@ class Artifact:
         for source, digest in manifest.stages[name].get("inputs", {}).items():
             if source not in manifest.stages or manifest.digest(source) != digest:
                 raise ArtifactError(
-                    f"{self.path(name)} was made from another {source} than the one in {self.out}; "
-                    f"build {name} again"
+                    f"{self.path(name)} was made from another {source} than the one in {self.out}; build {name} again"
                 )
         return self.path(name)
 
@@ -92,9 +89,7 @@ class Artifact:
             wanted = [prefix.rstrip("/") for prefix in prefixes]
             for prefix in wanted:
                 if not any(_below(name, prefix) for name in chosen):
-                    raise ArtifactError(
-                        f"{self.path(MANIFEST)} lists no file under {prefix!r}; build it first"
-                    )
+                    raise ArtifactError(f"{self.path(MANIFEST)} lists no file under {prefix!r}; build it first")
             chosen = {name: entry for name, entry in chosen.items() if any(_below(name, p) for p in wanted)}
         for name, entry in chosen.items():
             self._verify_file(name, entry)
@@ -307,9 +302,10 @@ class Stage:
                 self._artifact._publish(self._name, *self._arguments)
             elif isinstance(error, OSError):
                 named(error, self._folder)
-            elif not isinstance(error, ProcrustesError) and (code := _RUST_OS_ERROR.search(str(error))):
-                number = int(code.group(1))
-                raise OSError(number, os.strerror(number), str(self._folder)) from error
+            elif isinstance(error, Exception) and not isinstance(error, ProcrustesError):
+                known = os_error_of(error, self._folder)
+                if known is not error:
+                    raise known from error
 
 
 def _check_stage_name(name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -14,12 +15,21 @@ from compress.errors import ArtifactError
 from compress.manifest import FileEntry
 
 _CHUNK = 1 << 20
+_RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def named(error: OSError, path: Path) -> None:
     """A failed write() does not know its file: name the one, or at least the folder, that it was for."""
     if error.errno is not None and error.filename is None:
         error.filename = str(path)
+
+
+def os_error_of(error: Exception, path: Path) -> Exception:
+    """The operating system's error that a Rust library (safetensors, tokenizers) gives only in its text, or `error`."""
+    if code := _RUST_OS_ERROR.search(str(error)):
+        number = int(code.group(1))
+        return OSError(number, os.strerror(number), str(path))
+    return error
 
 
 def files_below(path: Path) -> Iterator[Path]:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.architecture import WRITERS
@@ -29,7 +29,7 @@ from compress.procrustes import damped
 from compress.progress import log, track
 from compress.recipe import Recipe
 from compress.statistics import SUB_BLOCKS
-from compress.streams import GramSum, Runner, embed, mapped
+from compress.streams import GramSum, Runner, embed, mapped, save_whole
 from compress.structures import DenseStructure, Structure
 
 
@@ -67,12 +67,13 @@ class LayerFitter:
 
     def run(self) -> tuple[list[Path], list[FitRecord]]:
         """Fits all blocks; returns one safetensors file per block, in order, and all records."""
-        files, records = [], []
+        files: list[Path] = []
+        records: list[FitRecord] = []
         for layer in track(range(self.model.arch.num_layers), description="fit"):
             file, record_file = self.state / f"block-{layer}.safetensors", self.state / f"block-{layer}.json"
             if not record_file.exists():
                 tensors, fresh = self._fit(layer)
-                save_file({n: t.contiguous() for n, t in tensors.items()}, file)
+                save_whole(tensors, file)
                 partial = record_file.with_suffix(".partial")
                 partial.write_text(json.dumps([asdict(r) for r in fresh]))
                 partial.rename(record_file)  # last: its presence says that block and streams are complete

@@ -6,7 +6,7 @@ from typing import Any
 
 from compress.accounting import model_size, overhead_parameters
 from compress.architecture import Architecture
-from compress.planning import budget_parameters, default_unit
+from compress.planning import budget_parameters, check_recipe, default_unit
 from compress.recipe import Recipe
 
 
@@ -15,6 +15,7 @@ def forecast(arch: Architecture, recipe: Recipe) -> dict[str, Any]:
 
     The decode ceiling is dense over compressed weight bytes read per token, at batch 1 with an empty cache.
     """
+    check_recipe(arch, recipe)
     size = model_size(arch, {}, recipe.rotation)
     budget = budget_parameters(arch, recipe) if recipe.structure != "dense" else float(size.dense_projections)
     overhead = overhead_parameters(arch, recipe.rotation)

@@ -96,7 +96,7 @@ _FLAGS = {
 
 def recipe_from(args: argparse.Namespace) -> Recipe:
     """recipe file < --set < flags. Raises UsageError."""
-    from compress.recipe import parse_recipe, read_yaml, set_value
+    from compress.recipe import parse_recipe, put, read_yaml, set_value
 
     values: dict[str, Any] = read_yaml(args.recipe) if args.recipe else {}
     for assignment in args.set:
@@ -104,6 +104,5 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
     for flag, field in _FLAGS.items():
         given = getattr(args, flag)
         if given is not None:
-            group, _, name = field.rpartition(".")
-            (values.setdefault(group, {}) if group else values)[name] = given
+            put(values, field, given, str(args.recipe))
     return parse_recipe(values, str(args.recipe) if args.recipe else "the command line")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from compress import families
@@ -26,15 +26,16 @@ from compress.checkpoint import (
     write_rotations,
 )
 from compress.errors import MissingDependencyError, UsageError
+from compress.files import sha256_of
 from compress.fitting import FitRecord, LayerFitter, summarise
 from compress.invariance import FoldedModel, Rotations, rotate_block
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
 from compress.models import ModelSource
-from compress.planning import Moments, Plan, make_plan, uses_leading_mix
+from compress.planning import Moments, Plan, check_recipe, make_plan, uses_leading_mix
 from compress.progress import log
-from compress.recipe import Recipe
+from compress.recipe import Recipe, parse_recipe, read_yaml
 from compress.statistics import collect
-from compress.streams import Runner
+from compress.streams import Runner, save_whole
 from compress.structures import Structure, structure_from_config
 from compress.textdata import load_text
 
@@ -47,9 +48,12 @@ def torch_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"--device {name!r} is no device: cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name!r} is not supported: cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise MissingDependencyError(
-            "--device cuda: this PyTorch sees no CUDA GPU; use --device cpu, or install a CUDA build"
+            f"--device {name}: this PyTorch sees {torch.cuda.device_count()} CUDA GPUs; use --device cpu, or install "
+            f"a CUDA build"
         )
     return device
 
@@ -77,7 +81,16 @@ def config_for(arch: Any, structures: Mapping[str, Structure], rotations: Rotati
 
 def request_digest(source: ModelSource, recipe: Recipe) -> dict[str, Any]:
     """What decides a checkpoint: equal requests give equal checkpoints."""
-    return {"source": source.to_dict(), "recipe": recipe.digest()}
+    request = {"source": source.to_dict(), "recipe": recipe.digest()}
+    text = Path(recipe.calibration.data.removeprefix("wikitext:"))
+    if needs_text(recipe) and text.is_file():  # a named text never changes, a file may
+        request["text"] = sha256_of(text)
+    return request
+
+
+def needs_text(recipe: Recipe) -> bool:
+    """Whether anything is fitted at all."""
+    return recipe.structure != "dense" or any(c.get("structure") != "dense" for c in recipe.layers.values())
 
 
 def compress_model(
@@ -93,16 +106,19 @@ def compress_model(
 
     A run that was interrupted is resumed from OUT/state when source and recipe are the same.
     """
+    if batch < 1:
+        raise UsageError(f"--batch {batch} runs nothing: give 1 or more calibration sequences at a time")
     artifact = Artifact(out)
-    request = request_digest(source, recipe)
     arch = source.architecture()
+    check_recipe(arch, recipe)
+    request = request_digest(source, recipe)
     runner_device = torch_device(device)
     with artifact.lock():
         state = _state_folder(artifact, request)
         model = folded(source)
         tokenizer = source.tokenizer()
         tokens = None
-        if recipe.structure != "dense":
+        if needs_text(recipe):
             c = recipe.calibration
             tokens = token_sequences(
                 load_text(c.data),
@@ -138,17 +154,21 @@ def compress_model(
                 write_plain(source, model, artifact.path("checkpoint"), folder)
         artifact.clear_state()
     log(
-        f"kept {size.ratio:.4f} of the projection parameters (asked {recipe.ratio}), {size.model_ratio:.4f} of the model"
+        f"kept {size.ratio:.4f} of the projection parameters (asked {recipe.ratio}), "
+        f"{size.model_ratio:.4f} of the model"
     )
     return artifact
 
 
 def has_checkpoint(artifact: Artifact, source: ModelSource, recipe: Recipe) -> bool:
-    """Whether OUT/checkpoint was made by this very request."""
-    if not artifact.has_stage("checkpoint"):
+    """Whether OUT/checkpoint was made by this very request, and OUT/recipe.yaml with it."""
+    if not (artifact.has_stage("checkpoint") and artifact.has_stage("recipe.yaml")):
         return False
-    facts = artifact.read_manifest()["stages"]["checkpoint"]
-    return bool(facts.get("request") == request_digest(source, recipe))
+    manifest = artifact.read_manifest()
+    if manifest["stages"]["checkpoint"].get("request") != request_digest(source, recipe):
+        return False
+    path = artifact.path("recipe.yaml")
+    return parse_recipe(read_yaml(path), str(path)).digest() == manifest.get("recipe_sha256")
 
 
 def _versions() -> dict[str, str]:
@@ -210,8 +230,7 @@ def _all_dense(model: FoldedModel, state: Path) -> tuple[Plan, list[Path], list[
     files, records = [], []
     for layer in range(model.arch.num_layers):
         file = state / f"block-{layer}.safetensors"
-        weights = {f"model.layers.{layer}.{n}": w.contiguous() for n, w in model.block(layer).items()}
-        save_file(weights, file)
+        save_whole({f"model.layers.{layer}.{n}": w for n, w in model.block(layer).items()}, file)
         files.append(file)
         for role, (n, m) in model.arch.linears().items():
             records.append(FitRecord(f"layers.{layer}.{role}", "dense", n * m, n * m, 0.0, None))
@@ -219,7 +238,7 @@ def _all_dense(model: FoldedModel, state: Path) -> tuple[Plan, list[Path], list[
 
 
 def _save_plan(state: Path, plan: Plan) -> Plan:
-    save_file({f"q.{i}": q.contiguous() for i, q in enumerate(plan.rotations.matrices)}, state / "plan.safetensors")
+    save_whole({f"q.{i}": q for i, q in enumerate(plan.rotations.matrices)}, state / "plan.safetensors")
     record = {
         "kind": plan.rotations.kind,
         "structures": {name: s.to_config() for name, s in plan.structures.items()},

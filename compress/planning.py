@@ -11,7 +11,7 @@ from torch import Tensor
 from compress.accounting import overhead_parameters
 from compress.allocation import Choice, allocate
 from compress.architecture import WRITERS, Architecture
-from compress.errors import UsageError
+from compress.errors import ArtifactError, UsageError
 from compress.invariance import FoldedModel, Rotations
 from compress.procrustes import (
     Member,
@@ -26,6 +26,7 @@ from compress.progress import log
 from compress.recipe import Recipe
 from compress.statistics import SUB_BLOCKS, StreamMoments
 from compress.structures import KroneckerStructure, Structure, registry, structure_from_config
+from compress.structures.base import Side
 
 Moments = Mapping[tuple[int, str], StreamMoments]
 
@@ -54,8 +55,8 @@ def budget_parameters(arch: Architecture, recipe: Recipe) -> float:
     budget = recipe.ratio * arch.projection_parameters() - overhead
     if budget <= 0:
         raise UsageError(
-            f"--ratio {recipe.ratio} keeps {recipe.ratio * arch.projection_parameters():,.0f} projection parameters, but "
-            f"rotation {recipe.rotation!r} alone adds {overhead:,}: raise --ratio or choose --rotation shared"
+            f"--ratio {recipe.ratio} keeps {recipe.ratio * arch.projection_parameters():,.0f} projection parameters, "
+            f"but rotation {recipe.rotation!r} alone adds {overhead:,}: raise --ratio or choose --rotation shared"
         )
     return budget
 
@@ -75,41 +76,74 @@ def make_plan(model: FoldedModel, recipe: Recipe, moments: Moments) -> Plan:
         plan = _plan_nested(model, recipe, moments, unit)
     else:
         structures = _uniform(arch, recipe, unit)
+        for role, (n, m) in arch.linears().items():
+            if f"layers.0.{role}" not in structures:
+                log(f"{role} ({n} x {m}) stays dense: no {recipe.structure} in steps of {unit} is small enough")
         plan = Plan(_rotate_members(model, recipe, moments, structures), structures, {})
-    chosen = dict(plan.structures)
+    chosen = {**plan.structures, **explicit_layers(arch, recipe)}
+    return Plan(plan.rotations, {n: s for n, s in chosen.items() if s.name != "dense"}, plan.predicted)
+
+
+def check_recipe(arch: Architecture, recipe: Recipe) -> None:
+    """Raise UsageError for what no calibration can make work, before anything is read or computed."""
+    explicit_layers(arch, recipe)
+    length = recipe.calibration.sequence_length
+    if length > arch.max_positions:
+        raise UsageError(
+            f"sequences of {length} tokens are longer than the {arch.max_positions} positions of this model: "
+            f"give --sequence-length {arch.max_positions} or less"
+        )
+    if uses_leading_mix(recipe):
+        _check_unit(arch, recipe.unit or default_unit(arch))
+        budget_parameters(arch, recipe)
+    elif recipe.structure != "dense":
+        _uniform(arch, recipe, recipe.unit or default_unit(arch))
+
+
+def explicit_layers(arch: Architecture, recipe: Recipe) -> dict[str, Structure]:
+    """The structures that the recipe gives by name, dense ones included. Raises UsageError naming a wrong entry."""
+    names = {f"layers.{i}.{role}": shape for i in range(arch.num_layers) for role, shape in arch.linears().items()}
+    explicit = {}
     for name, config in recipe.layers.items():
-        role = name.split(".", 2)[-1]
-        if name not in {f"layers.{i}.{role}" for i in range(arch.num_layers) if role in arch.linears()}:
+        if name not in names:
             raise UsageError(f"recipe layers: {name!r} is no linear of this model; names are like layers.0.attn.q")
-        structure = structure_from_config(config)
-        n, m = arch.linears()[role]
-        if (structure.out_features, structure.in_features) != (n, m):
-            raise UsageError(
-                f"recipe layers: {name} is {n} x {m}, the recipe gives {structure.out_features} x {structure.in_features}"
-            )
-        chosen.pop(name, None)
-        if structure.name != "dense":
-            chosen[name] = structure
-    return Plan(plan.rotations, chosen, plan.predicted)
+        try:
+            structure = structure_from_config(config)
+        except ArtifactError as error:
+            raise UsageError(f"recipe layers: {name}: {error}") from error
+        seen = (structure.out_features, structure.in_features)
+        if seen != names[name]:
+            n, m = names[name]
+            raise UsageError(f"recipe layers: {name} is {n} x {m}, the recipe gives {seen[0]} x {seen[1]}")
+        explicit[name] = structure
+    return explicit
 
 
 def _uniform(arch: Architecture, recipe: Recipe, unit: int) -> dict[str, Structure]:
-    """The same kept fraction for every linear; a linear that no aligned size makes smaller stays dense."""
-    kind, share = registry()[recipe.structure], budget_parameters(arch, recipe) / arch.projection_parameters()
-    chosen: dict[str, Structure] = {}
-    for role, (n, m) in arch.linears().items():
-        side = "out" if role in WRITERS.values() else "in"
-        try:
-            structure = kind.for_ratio(m, n, side, share, unit)
-        except UsageError as error:
-            log(f"{role} ({n} x {m}) stays dense: {error}")
-            continue
-        chosen.update({f"layers.{i}.{role}": structure for i in range(arch.num_layers)})
-    if not chosen and recipe.ratio < 1:
+    """The same kept fraction for every linear. One that no aligned size makes smaller stays dense, and the others pay
+    for it; all stay dense where the budget is that of the dense model."""
+    kind, budget = registry()[recipe.structure], budget_parameters(arch, recipe) / arch.num_layers
+    open_roles, chosen = dict(arch.linears()), dict[str, Structure]()
+    while len(chosen) < len(open_roles):
+        share = budget / sum(n * m for n, m in open_roles.values())
+        if share >= 1:
+            return {}
+        chosen, asked = {}, dict(open_roles)
+        for role, (n, m) in asked.items():
+            side: Side = "out" if role in WRITERS.values() else "in"
+            try:
+                chosen[role] = kind.for_ratio(m, n, side, share, unit)
+            except UsageError:
+                budget -= n * m
+                del open_roles[role]
+        if len(open_roles) < len(asked):
+            chosen = {}
+    if not chosen:
         raise UsageError(
-            f"no linear of this model has an aligned {recipe.structure} of ratio {recipe.ratio}: lower --unit or raise --ratio"
+            f"no linear of this model has an aligned {recipe.structure} of ratio {recipe.ratio}: "
+            f"lower --unit or raise --ratio"
         )
-    return chosen
+    return {f"layers.{i}.{role}": structure for i in range(arch.num_layers) for role, structure in chosen.items()}
 
 
 # ---- nested subspaces: the one-sided Kronecker sum with its mix absorbed in the rotation
@@ -159,11 +193,15 @@ def _groups(model: FoldedModel, recipe: Recipe, moments: Moments) -> Iterator[_G
         )
 
 
+def _check_unit(arch: Architecture, unit: int) -> None:
+    if arch.hidden_size % unit:
+        raise UsageError(f"--unit {unit} does not divide the hidden size {arch.hidden_size}")
+
+
 def _plan_nested(model: FoldedModel, recipe: Recipe, moments: Moments, unit: int) -> Plan:
     """Alternate allocation of kept widths at fixed rotations, and rotations at fixed widths."""
     arch, d = model.arch, model.arch.hidden_size
-    if d % unit:
-        raise UsageError(f"--unit {unit} does not divide the hidden size {d}")
+    _check_unit(arch, unit)
     groups = list(_groups(model, recipe, moments))
     count = 1 if recipe.rotation == "shared" else 2 * arch.num_layers + 1
     at: list[list[_Group]] = [[] for _ in range(count)]
@@ -225,7 +263,7 @@ def _rotate_members(
     positions = 2 * arch.num_layers + 1
     served = [range(positions)] if recipe.rotation == "shared" else [range(p, p + 1) for p in range(positions)]
     iterations = max(1, recipe.rotation_iterations // 20)
-    matrices = []
+    matrices: list[Tensor] = []
     for here in served:
 
         def members(here: range = here) -> Iterator[Member]:

@@ -60,7 +60,7 @@ class Recipe(_Strict):
     @classmethod
     def _default_rotation(cls, values: dict[str, Any]) -> dict[str, Any]:
         values = dict(values)
-        structure = values.get("structure", "kron")
+        structure = str(values.get("structure", "kron"))
         rotation = values.setdefault("rotation", DEFAULT_ROTATION.get(structure, "none"))
         values.setdefault("skip", "dense" if rotation == "block" else "none")
         return values
@@ -72,6 +72,8 @@ class Recipe(_Strict):
                 f"rotation {self.rotation!r} with skip {self.skip!r}: rotation 'block' needs skip 'dense' "
                 f"(each block has its own basis), the other rotations need none"
             )
+        if self.structure == "dense" and self.rotation != "none":
+            raise ValueError(f"structure 'dense' with rotation {self.rotation!r}: a dense model is not rotated")
         return self
 
     def digest(self) -> str:
@@ -86,7 +88,7 @@ class Recipe(_Strict):
 def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
     """Validate; raises UsageError naming each wrong field, what was seen and `where` it stands."""
     try:
-        return Recipe.model_validate(values)
+        return Recipe.model_validate({str(key): value for key, value in values.items()})
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(str(part) for part in e['loc']) or 'recipe'}: {e['msg']}" for e in error.errors()
@@ -112,9 +114,18 @@ def set_value(values: dict[str, Any], assignment: str) -> None:
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise UsageError(f"--set takes FIELD=VALUE, e.g. --set calibration.seed=1; seen: {assignment!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {assignment}: the value is not YAML: {str(error).splitlines()[0]}") from error
+    put(values, key, value, f"--set {assignment}")
+
+
+def put(values: dict[str, Any], key: str, value: object, where: str) -> None:
+    """Set the field at the dotted path `key` in place; raises UsageError when the path crosses a plain value."""
     *path, last = key.split(".")
     for part in path:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
-            raise UsageError(f"--set {assignment}: {part} is not a group of fields")
-    values[last] = yaml.safe_load(text)
+            raise UsageError(f"{where}: {part} is {values!r}, not a group of fields")
+    values[last] = value

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.architecture import WRITERS, Architecture
 from compress.invariance import FoldedModel, Rotations, Weights
 from compress.modeling import rms_normalise
 from compress.progress import track
-from compress.streams import GramSum, Runner, embed, mapped
+from compress.streams import GramSum, Runner, embed, mapped, save_whole
 
 SUB_BLOCKS = ("attn", "mlp")
 Biases = dict[str, Tensor | None]
@@ -63,9 +63,7 @@ def collect(
         moments = _forward(model, tokens, inner, runner, state)
         if sensitivity == "fisher":
             moments.update(_backward(model, tokens, seed, runner, state))
-        partial = file.with_suffix(".partial")
-        save_file({name: m.contiguous() for name, m in moments.items()}, partial)
-        partial.rename(file)
+        save_whole(moments, file)
         for layer in range(model.arch.num_layers + 1):
             _stream_file(state, layer).unlink(missing_ok=True)
     loaded = load_file(file)

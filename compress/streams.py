@@ -6,25 +6,48 @@ files, so that a run can be resumed and large calibration sets do not need as mu
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.architecture import Architecture
+from compress.files import named, os_error_of
 from compress.invariance import Weights
 from compress.modeling import Block, Rotary, attention_mask_bool, rotary_for
 from compress.structures import Structure
 
 
 def mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """A float32 tensor that lives in `path`, created or opened; changes are written back by the system."""
-    size = 1
-    for extent in shape:
-        size *= extent
+    """A float32 tensor that lives in `path`, created or opened; changes are written back by the system.
+
+    The space is taken here: on a full disk this raises OSError, where a write into a sparse mapping would kill the
+    process (SIGBUS).
+    """
+    size = math.prod(shape)
     path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, 4 * size)
+        except OSError as error:
+            named(error, path)
+            raise
     return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(shape)
+
+
+def save_whole(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file, whole or not at all. Raises OSError naming `path` when there is no space for it."""
+    partial = path.with_suffix(".partial")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    except SafetensorError as error:
+        raise os_error_of(error, path) from error
+    partial.rename(path)
 
 
 class Runner:
