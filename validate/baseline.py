@@ -15,6 +15,7 @@ from compress.progress import log
 
 if TYPE_CHECKING:
     from compress.checkpoint import CheckpointReader
+    from compress.modeling import ProcrustesForCausalLM
     from compress.models import ModelSource
     from validate.cost import ModelCost
 
@@ -69,6 +70,26 @@ class Baseline:
                 "other SHA-256 sums than those in the manifest; name the right one with --model"
             )
         return source
+
+    @cached_property
+    def dense(self) -> ProcrustesForCausalLM:
+        """The source in PyTorch, float32, folded and rotated as OUT's checkpoint is, nothing approximated."""
+        from compress.pipeline import rewritten_model
+
+        log("folding and rotating the source")
+        return rewritten_model(self.source, self.checkpoint)
+
+    @cached_property
+    def compressed(self) -> ProcrustesForCausalLM:
+        """OUT's checkpoint in PyTorch, float32."""
+        from compress.checkpoint import load_model
+
+        return load_model(self.checkpoint)
+
+    def release(self) -> None:
+        """Forget the PyTorch models; they are loaded again when asked for."""
+        self.__dict__.pop("dense", None)
+        self.__dict__.pop("compressed", None)
 
     def costs(self) -> tuple[ModelCost, ModelCost]:
         """Sizes of the dense and of the compressed model."""

@@ -18,7 +18,6 @@ from compress.errors import GateError, UsageError, run_cli
 from compress.progress import log
 
 if TYPE_CHECKING:
-    from compress.modeling import ProcrustesForCausalLM
     from validate.baseline import Baseline
     from validate.gates import Gate
     from validate.parity import Rung
@@ -130,21 +129,12 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
 
 def validate(baseline: Baseline, args: argparse.Namespace, limits: dict[str, Any]) -> tuple[Report, list[Gate]]:
     """Run the parts that are not skipped."""
-    from compress.checkpoint import load_model
     from validate.gates import Gate
 
     parity = quality = speed = None
     gates: list[Gate] = []
-    dense: Any = None
-    compressed: Any = None
-    if "parity" not in args.skip or "perplexity" not in args.skip:
-        from compress.pipeline import rewritten_model
-
-        log("folding and rotating the source")
-        dense = rewritten_model(baseline.source, baseline.checkpoint)
-        compressed = load_model(baseline.checkpoint)
     if "parity" not in args.skip:
-        rungs = _parity(baseline, dense, compressed)
+        rungs = _parity(baseline)
         parity = [rung.to_dict() for rung in rungs]
         for rung in rungs:
             name = f"parity-rung-{rung.number}"
@@ -152,20 +142,19 @@ def validate(baseline: Baseline, args: argparse.Namespace, limits: dict[str, Any
             if rung.number == 3:
                 gates.append(Gate(f"{name}-choices", float(len(rung.failures)), 0.0))
     if "perplexity" not in args.skip:
-        quality = _quality(baseline, args, dense, compressed)
+        quality = _quality(baseline, args)
         if limits["max_ppl_increase"] is not None:
             gate = Gate("max-ppl-increase", quality["relative_increase"], limits["max_ppl_increase"], percent=True)
             gates.append(gate)
     if "speed" not in args.skip:
-        speed = _speed(baseline, args, limits["batch_sizes"], dense)
-        del dense, compressed
+        speed = _speed(baseline, args, limits["batch_sizes"])
         if limits["min_speedup"] is not None:
             least = min(case["speedup"] for case in speed["cases"])
             gates.append(Gate("min-speedup", least, limits["min_speedup"], at_least=True))
     return _report(baseline, args, parity, quality, speed, gates), gates
 
 
-def _parity(baseline: Baseline, dense: ProcrustesForCausalLM, compressed: ProcrustesForCausalLM) -> list[Rung]:
+def _parity(baseline: Baseline) -> list[Rung]:
     import torch
 
     from export.engines.ort import OrtRunner
@@ -180,18 +169,13 @@ def _parity(baseline: Baseline, dense: ProcrustesForCausalLM, compressed: Procru
         log(f"parity rung {rung.number}: {rung.value:.2e} (tolerance {rung.tolerance:g}), {rung.title}")
         rungs.append(rung)
 
-    done(rung_1(baseline.source.reference_model(torch.float32), dense, prompts))
+    done(rung_1(baseline.source.reference_model(torch.float32), baseline.dense, prompts))
     done(rung_2(baseline.reader))
-    done(rung_3(compressed, OrtRunner(baseline.onnx), prompts, GraphFacts.of(baseline.onnx).dtype))
+    done(rung_3(baseline.compressed, OrtRunner(baseline.onnx), prompts, GraphFacts.of(baseline.onnx).dtype))
     return rungs
 
 
-def _quality(
-    baseline: Baseline,
-    args: argparse.Namespace,
-    dense: ProcrustesForCausalLM,
-    compressed: ProcrustesForCausalLM,
-) -> dict[str, Any]:
+def _quality(baseline: Baseline, args: argparse.Namespace) -> dict[str, Any]:
     from compress.textdata import load_text
     from validate.data import make_windows
     from validate.perplexity import LogitsSource, OrtLogits, TorchLogits, compare
@@ -210,12 +194,12 @@ def _quality(
         max_windows=args.max_windows,
         vocab_size=arch.vocab_size,
     )
-    second: LogitsSource = TorchLogits(compressed)
+    second: LogitsSource = TorchLogits(baseline.compressed)
     if args.perplexity_runtime == "onnxruntime":
         from export.engines.ort import OrtRunner
 
         second = OrtLogits(OrtRunner(baseline.onnx, threads=args.threads))
-    first = TorchLogits(dense)
+    first = TorchLogits(baseline.dense)
     result = compare(first, second, windows, args.batch)
     return {
         "data": {
@@ -245,13 +229,13 @@ def _speed(
     baseline: Baseline,
     args: argparse.Namespace,
     batch_sizes: Sequence[int],
-    dense: ProcrustesForCausalLM | None,
 ) -> dict[str, Any]:
     from validate.parity import dense_export_error
     from validate.speed import measure_model
 
     path = baseline.dense_onnx()
-    error = None if dense is None else dense_export_error(dense, path)
+    error = dense_export_error(baseline.dense, path)
+    baseline.release()
     result = measure_model(
         path,
         baseline.onnx,

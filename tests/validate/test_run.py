@@ -198,9 +198,9 @@ def test_source_that_the_manifest_cannot_find(built: Any, capsys: pytest.Capture
 def test_without_an_export(built: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from compress.models import resolve
     from compress.pipeline import compress_model
-    from compress.recipe import Recipe
+    from compress.recipe import Calibration, Recipe
 
-    compress_model(resolve(str(built.source)), Recipe(structure="dense"), tmp_path / "out")
+    compress_model(resolve(str(built.source)), Recipe(structure="dense", calibration=Calibration(sequence_length=64)), tmp_path / "out")
     code = run.run_cli(run.main, [str(tmp_path / "out"), "--model", str(built.source), "--skip", "perplexity"])
     assert code == 5
     assert "no complete onnx" in capsys.readouterr().err
