@@ -72,9 +72,7 @@ def test_jsonl(tmp_path: Path, packed: bool) -> None:
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:20] + b"\0" * 40, ArtifactError, "gzip"),
     ],
 )
-def test_hostile_files(
-    tmp_path: Path, file: str, content: bytes, error: type[ProcrustesError], message: str
-) -> None:
+def test_hostile_files(tmp_path: Path, file: str, content: bytes, error: type[ProcrustesError], message: str) -> None:
     with pytest.raises(error, match=message):
         load_text(write(tmp_path / file, content))
 

@@ -200,7 +200,11 @@ def test_without_an_export(built: Any, tmp_path: Path, capsys: pytest.CaptureFix
     from compress.pipeline import compress_model
     from compress.recipe import Calibration, Recipe
 
-    compress_model(resolve(str(built.source)), Recipe(structure="dense", calibration=Calibration(sequence_length=64)), tmp_path / "out")
+    compress_model(
+        resolve(str(built.source)),
+        Recipe(structure="dense", calibration=Calibration(sequence_length=64)),
+        tmp_path / "out",
+    )
     code = run.run_cli(run.main, [str(tmp_path / "out"), "--model", str(built.source), "--skip", "perplexity"])
     assert code == 5
     assert "no complete onnx" in capsys.readouterr().err
