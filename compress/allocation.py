@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from heapq import heapify, heappop, heappush
 
 from compress.errors import UsageError
 
@@ -47,16 +47,23 @@ def allocate(menus: Sequence[Sequence[Choice]], budget: float) -> list[Choice]:
         raise UsageError(
             f"the budget of {budget:,.0f} parameters is below the smallest possible {budget - left:,.0f}: raise --ratio"
         )
-    # On a hull the savings per parameter fall along each menu, so one sorted list of steps serves all menus.
-    steps = sorted(
-        ((b.loss - a.loss) / (b.cost - a.cost), index, position)
-        for index, hull in enumerate(hulls)
-        for position, (a, b) in enumerate(pairwise(hull))
-    )
-    for _, index, position in steps:
+    # The best next step of each menu; a menu whose next step does not fit is done, for the steps after it cannot be
+    # taken without it. (Not one sorted list: rounding may swap the steps of a nearly straight hull.)
+    waiting = [_step(hull, index, 0) for index, hull in enumerate(hulls) if len(hull) > 1]
+    heapify(waiting)
+    while waiting:
+        _, index, position = heappop(waiting)
         hull = hulls[index]
         price = hull[position + 1].cost - hull[position].cost
-        if at[index] == position and price <= left:
+        if price <= left:
             at[index] += 1
             left -= price
+            if position + 2 < len(hull):
+                heappush(waiting, _step(hull, index, position + 1))
     return [hull[i] for hull, i in zip(hulls, at, strict=True)]
+
+
+def _step(hull: Sequence[Choice], index: int, position: int) -> tuple[float, int, int]:
+    """(loss per parameter, negative; menu; position) of the step from `position` to the next choice."""
+    a, b = hull[position], hull[position + 1]
+    return (b.loss - a.loss) / (b.cost - a.cost), index, position

@@ -134,3 +134,16 @@ def test_the_whole_budget_buys_everything() -> None:
     menus = random_menus(3, count=6, size=8)
     everything = sum(max(c.cost for c in menu) for menu in menus)
     assert total(allocate(menus, everything))[1] == pytest.approx(sum(min(c.loss for c in m) for m in menus))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_nearly_straight_menus_are_walked_to_the_end(seed: int) -> None:
+    """Rounding must not lose a step: slopes along a hull that is straight up to rounding may come out unsorted."""
+    rng = random.Random(seed)
+    menus = []
+    for _ in range(20):
+        slope, size, cost = rng.random(), rng.randint(3, 12), rng.choice([192, 576, 960, 1536])
+        losses = [0.1 * slope * (size - k) * (1 + 1e-15 * rng.random()) for k in range(1, size + 1)]
+        menus.append([Choice(k, k * cost, loss) for k, loss in enumerate(losses, start=1)])
+    everything = sum(max(c.cost for c in menu) for menu in menus)
+    assert total(allocate(menus, everything))[0] == everything

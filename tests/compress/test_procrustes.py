@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -284,7 +285,7 @@ def test_frobenius_rotation_never_rises_and_beats_the_identity() -> None:
     for _ in range(12):
         q = frobenius_rotation(members, q, 1)
         errors.append(error_of(members, q, weighted=False))
-    assert all(later <= earlier * (1 + 1e-10) for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-10) for earlier, later in pairwise(errors))
     assert errors[-1] < 0.9 * errors[0]
     assert orthogonality(q) < 1e-12
 
@@ -297,7 +298,7 @@ def test_majorised_rotation_never_rises(structure: Structure) -> None:
     q, errors = majorised_rotation(members, torch.eye(16, dtype=torch.float64), 8)
     assert len(errors) == 8
     assert errors[0] == pytest.approx(error_of(members, torch.eye(16, dtype=torch.float64), weighted=True))
-    assert all(later <= earlier * (1 + 1e-9) for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-9) for earlier, later in pairwise(errors))
     assert error_of(members, q, weighted=True) <= errors[-1] * (1 + 1e-9)
     assert orthogonality(q) < 1e-12
 
