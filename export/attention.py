@@ -53,9 +53,7 @@ def _mask(g: GraphWriter, window: int | None) -> str:
 def _rotary(g: GraphWriter, arch: Architecture) -> tuple[str, str]:
     """cos and sin of position x frequency, in float32 until the last cast."""
     frequencies, scaling = rope_frequencies(arch)
-    weight = g.weight(
-        Weight("rope.frequencies", tuple(frequencies.shape), lambda: [frequencies], torch.float32)
-    )
+    weight = g.weight(Weight("rope.frequencies", tuple(frequencies.shape), lambda: [frequencies], torch.float32))
     positions = g.op("Cast", "position_ids", to=onnx.TensorProto.FLOAT)
     positions = g.op("Unsqueeze", positions, g.ints(-1))  # (batch, sequence, 1)
     angles = g.op("Mul", positions, weight)  # (batch, sequence, head_dim / 2)
@@ -72,9 +70,9 @@ def _rotary(g: GraphWriter, arch: Architecture) -> tuple[str, str]:
 
 
 def split_heads(g: GraphWriter, arch: Architecture, shared: Shared, fused: Fused, y: str) -> dict[str, str]:
-    """The output y (tokens, heads * head_dim) of one projection node as role -> (batch, heads, sequence, head_dim)."""
+    """y (tokens, heads * head_dim) of one projection node as role -> (batch, heads, sequence, head_dim)."""
     heads = [size // arch.head_dim for size in fused.out_features]
-    # The shape is made where it is first needed and then shared by all layers, so its name has no layer in it.
+    # Made where it is first needed and then shared by all layers, so its name has no layer in it.
     shape = g.once(f"heads_{sum(heads)}", "Concat", shared.tokens, g.ints(sum(heads), arch.head_dim), axis=0)
     y = g.op("Transpose", g.op("Reshape", y, shape), perm=[0, 2, 1, 3])  # (batch, heads, sequence, head_dim)
     if len(heads) == 1:
@@ -93,8 +91,8 @@ def attend(
 ) -> str:
     """Attention over the cache and the new tokens: (tokens, num_heads * head_dim).
 
-    heads: "attn.q", "attn.k", "attn.v" -> (batch, heads, sequence, head_dim); scales: those of the norms of q and k,
-    where the family has such norms. Writes present.{layer}.key and .value.
+    heads: "attn.q", "attn.k", "attn.v" -> (batch, heads, sequence, head_dim); scales: those of the norms of
+    q and k, where the family has such norms. Writes present.{layer}.key and .value.
     """
     q, k, v = heads["attn.q"], heads["attn.k"], heads["attn.v"]
     if scales is not None:

@@ -1,4 +1,4 @@
-"""External data: tensors go to one file beside model.onnx, one at a time, so that memory stays near one tensor."""
+"""External data: tensors go to one file beside model.onnx, one at a time: memory stays near one tensor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from compress.errors import ArtifactError
 
 DATA_NAME = "model.onnx.data"
 INLINE_BELOW = 1024
-"""Bytes. Smaller tensors stay inside model.onnx: shape constants must, and a page each would be wasted on the rest."""
+"""Bytes. Smaller tensors stay inside model.onnx: shape constants must, the rest would each waste a page."""
 
 _ALIGNMENT = 4096  # a memory page: ONNX Runtime maps the file
 _CHUNK = 16 << 20  # elements converted at once
@@ -30,7 +30,7 @@ ONNX_TYPES: dict[torch.dtype, int] = {
 
 
 class ExternalData:
-    """Writes DATA_NAME in `folder`; use as a context manager. `bytes_written` counts all tensors, inline ones too."""
+    """Writes DATA_NAME in `folder`, as a context manager. `bytes_written` counts inline tensors too."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / DATA_NAME
@@ -47,12 +47,10 @@ class ExternalData:
         if self._file is not None:
             self._file.close()
 
-    def add(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, parts: Iterable[Tensor]
-    ) -> onnx.TensorProto:
+    def add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, parts: Iterable[Tensor]) -> onnx.TensorProto:
         """A tensor of `shape` and `dtype` whose rows are those of `parts`, one after the other.
 
-        Parts are read one at a time. Raises ArtifactError for values that are not finite, or not finite in `dtype`.
+        Parts are read one at a time. Raises ArtifactError for values that are not finite, or not so in `dtype`.
         """
         assert self._file is not None
         tensor = onnx.TensorProto(name=name, dims=shape, data_type=ONNX_TYPES[dtype])

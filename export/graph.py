@@ -1,9 +1,9 @@
-"""Checkpoint -> ONNX graph with a key-value cache, dynamic batch and lengths, and one node per structured matrix.
+"""Checkpoint -> ONNX graph with a key-value cache, dynamic batch and lengths, one node per structured matrix.
 
-Inputs: input_ids, position_ids int64 (batch, sequence); attention_mask int64 (batch, total_sequence), 0 on padding;
-past_key_values.{i}.key and .value (batch, kv_heads, past_sequence, head_dim). Outputs: logits (batch, sequence,
-vocabulary), present.{i}.key and .value (batch, kv_heads, total_sequence, head_dim), the past with the new tokens
-appended. total_sequence = past_sequence + sequence; past_sequence may be 0.
+Inputs: input_ids, position_ids int64 (batch, sequence); attention_mask int64 (batch, total_sequence), 0 on
+padding; past_key_values.{i}.key and .value (batch, kv_heads, past_sequence, head_dim). Outputs: logits (batch,
+sequence, vocabulary), present.{i}.key and .value (batch, kv_heads, total_sequence, head_dim): the past with the
+new tokens appended. total_sequence = past_sequence + sequence; past_sequence may be 0.
 
 Inside, activations are (tokens, features), tokens = batch * sequence, and every matrix is a Gemm with the
 checkpoint's own (out, in) weight: measured faster in ONNX Runtime than MatMul on three axes.
@@ -12,7 +12,6 @@ checkpoint's own (out, in) weight: measured faster in ONNX Runtime than MatMul o
 from __future__ import annotations
 
 import json
-import resource
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
@@ -26,9 +25,11 @@ from torch import Tensor
 
 from compress.checkpoint import CheckpointReader
 from compress.errors import ArtifactError, UsageError
+from compress.structures import Structure
 from export.attention import Shared, attend, shared_values, split_heads
 from export.external import ExternalData
 from export.lowering import Fused, fuse, lower
+from export.memory import peak_rss, reset_peak
 from export.ops import DOMAIN, OPSET
 from export.writer import GraphWriter, Weight
 
@@ -43,7 +44,7 @@ LOGITS = ("all", "last")
 
 @dataclass(frozen=True)
 class ExportInfo:
-    """What an export wrote. `nodes`: count by op_type; `peak_rss_bytes`: of the whole process, so far."""
+    """What an export wrote. `nodes`: count by op_type; `peak_rss_bytes`: memory.peak_rss during it."""
 
     path: Path
     opset: int
@@ -63,15 +64,16 @@ class ExportInfo:
 def export_onnx(checkpoint: Path, out: Path, *, dtype: str = "float32", logits: str = "all") -> ExportInfo:
     """Write out/model.onnx and its external data, check them, and say what was written.
 
-    dtype: float32, float16 or bfloat16, the type of all weights, activations and cache entries; norms compute in
-    float32 inside, rotary angles and explicit mixes A are float32 in every graph. logits: "all" positions, or
-    "last": output (batch, 1, vocabulary), for serving. Raises ArtifactError for a damaged checkpoint or one whose
-    weights do not fit the dtype, UsageError for an unknown option.
+    dtype: float32, float16 or bfloat16, the type of all weights, activations and cache entries; norms compute
+    in float32 inside, rotary angles and explicit mixes A are float32 in every graph. logits: "all" positions,
+    or "last": output (batch, 1, vocabulary), for serving. Raises ArtifactError for a damaged checkpoint or one
+    whose weights do not fit the dtype, UsageError for an unknown option.
     """
     for option, value, known in (("dtype", dtype, tuple(DTYPES)), ("logits", logits, LOGITS)):
         if value not in known:
             raise UsageError(f"{option} {value!r} is not one of {', '.join(known)}")
     start = time.monotonic()
+    reset_peak()
     reader = CheckpointReader(checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     path = out / MODEL_NAME
@@ -90,7 +92,7 @@ def export_onnx(checkpoint: Path, out: Path, *, dtype: str = "float32", logits: 
         nodes=dict(sorted(decoder.g.counts.items())),
         structured_nodes=structured,
         initializer_bytes=data.bytes_written,
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss_bytes=peak_rss(),
         seconds=time.monotonic() - start,
     )
 
@@ -121,7 +123,7 @@ class _DecoderGraph:
         self._unread = set(self._names)
 
     def build(self, last_only: bool) -> onnx.ModelProto:
-        """The whole model. Raises ArtifactError when the checkpoint holds tensors that the graph has no use for."""
+        """The whole model. Raises ArtifactError when the checkpoint holds tensors that the graph does not use."""
         g, arch = self.g, self.arch
         g.input("input_ids", ("batch", "sequence"), torch.int64)
         g.input("attention_mask", ("batch", "total_sequence"), torch.int64)
@@ -140,8 +142,8 @@ class _DecoderGraph:
         self._head(x, shared, last_only)
         if self._unread:
             raise ArtifactError(
-                f"{self.reader.folder} holds {sorted(self._unread)[0]}, which its config.json does not account for; "
-                "compress the model again"
+                f"{self.reader.folder} holds {sorted(self._unread)[0]}, which its config.json does not account "
+                "for; compress the model again"
             )
         return g.model("decoder", self._metadata())
 
@@ -151,7 +153,7 @@ class _DecoderGraph:
         with g.scope("embed"):
             x = g.op("Gather", self._embedding(), "input_ids")  # (batch, sequence, d)
             if arch.positions == "learned":
-                # The first rows of the table belong to no position: they are left out instead of skipped over.
+                # The first rows of the table belong to no position: they are left out, not skipped over.
                 skipped, used = arch.position_offset, (arch.max_positions, arch.hidden_size)
                 table = self._stored("model.embed_positions.weight", (used[0] + skipped, used[1]))
                 rows = Weight(table.name, used, lambda: (part[skipped:] for part in table.parts()))
@@ -184,9 +186,7 @@ class _DecoderGraph:
         made: dict[str, str] = {}
         for fused, y in self._read_stream(layer, "mlp", h):
             count = len(fused.roles)
-            parts = (
-                g.ops("Split", y, g.ints(*fused.out_features), outputs=count, axis=1) if count > 1 else [y]
-            )
+            parts = g.ops("Split", y, g.ints(*fused.out_features), outputs=count, axis=1) if count > 1 else [y]
             made |= zip(fused.roles, parts, strict=True)
         if not self.arch.gated:
             return self._activate(made["mlp.up"])
@@ -195,7 +195,7 @@ class _DecoderGraph:
     def _activate(self, x: str) -> str:
         g, activation = self.g, self.arch.activation
         if activation == "silu":
-            # Not Swish (opset 24): ONNX Runtime expands that late, into more nodes than these, which it fuses.
+            # Not Swish (opset 24): ONNX Runtime expands that late, into more nodes than these, and fuses these.
             return g.op("Mul", x, g.op("Sigmoid", x))
         if activation == "relu":
             return g.op("Relu", x)
@@ -206,17 +206,13 @@ class _DecoderGraph:
         d, vocabulary = arch.hidden_size, arch.vocab_size
         with g.scope("head"):
             if last_only:
-                x = g.op(
-                    "Reshape", x, g.op("Concat", shared.tokens, g.ints(d), axis=0)
-                )  # (batch, sequence, d)
+                x = g.op("Reshape", x, g.op("Concat", shared.tokens, g.ints(d), axis=0))  # (batch, sequence, d)
                 x = g.op("Slice", x, g.ints(-1), g.ints(2**62), g.ints(1))  # (batch, 1, d)
                 x = g.op("Reshape", x, g.ints(-1, d))  # (batch, d)
             x = self._head_map(x) if self.config.head_map else self._norm(x)
             if self.config.tie_word_embeddings:
                 bias = [self._stored("lm_head.bias", (vocabulary,))] if self.config.head_bias else []
-                logits = g.op(
-                    "Gemm", x, self._embedding(), *map(g.weight, bias), transB=1
-                )  # (tokens, vocabulary)
+                logits = g.op("Gemm", x, self._embedding(), *map(g.weight, bias), transB=1)  # (tokens, vocabulary)
             else:
                 logits = self._matrix("lm_head", (vocabulary, d), self.config.head_bias, x)
             if last_only:
@@ -249,11 +245,7 @@ class _DecoderGraph:
 
     def _skip(self, layer: int, name: str, x: str) -> str:
         d = self.arch.hidden_size
-        return (
-            self._matrix(f"model.layers.{layer}.{name}", (d, d), False, x)
-            if self.config.skip == "dense"
-            else x
-        )
+        return self._matrix(f"model.layers.{layer}.{name}", (d, d), False, x) if self.config.skip == "dense" else x
 
     def _matrix(self, name: str, shape: tuple[int, int], bias: bool, x: str) -> str:
         """x @ weight.T (+ bias) of a matrix that is never structured."""
@@ -263,14 +255,21 @@ class _DecoderGraph:
         return self.g.op("Gemm", x, *map(self.g.weight, stored), transB=1)
 
     def _alone(self, layer: int, role: str) -> Fused:
+        return fuse({role: self._structure(layer, role)}, {})[0]
+
+    def _structure(self, layer: int, role: str) -> Structure:
         structure = self.reader.structure(f"layers.{layer}.{role}")
-        return fuse({role: structure}, {})[0]
+        found, expected = (structure.out_features, structure.in_features), self.arch.linears()[role]
+        if found != expected:
+            raise ArtifactError(
+                f"layers.{layer}.{role} is {expected} in the architecture of {self.reader.folder}, but its "
+                f"structure is {found}; compress the model again"
+            )
+        return structure
 
     def _read_stream(self, layer: int, sub_block: str, h: str) -> Iterable[tuple[Fused, str]]:
-        """The readers of the normalised stream, those that can be one node as one node: (which, its output)."""
-        structures = {
-            role: self.reader.structure(f"layers.{layer}.{role}") for role in self.arch.readers(sub_block)
-        }
+        """The readers of the normalised stream, as few nodes as can be: (which roles, their output)."""
+        structures = {role: self._structure(layer, role) for role in self.arch.readers(sub_block)}
         mixes = {
             role: self._read(f"model.layers.{layer}.{role}.A", structure.shapes()["A"])
             for role, structure in structures.items()
@@ -286,16 +285,14 @@ class _DecoderGraph:
         return x
 
     def _factor(self, layer: int, fused: Fused, factor: str) -> Weight:
-        """One factor of a projection node: that of its role, or those of all its roles one below the other."""
+        """One factor of a projection node: its role's, or those of all its roles one below the other."""
         block = fused.roles[0].partition(".")[0]
         shape = fused.structure.shapes().get(factor, (fused.structure.out_features,))  # absent: the bias
         stacked = len(fused.roles) > 1 and factor != "A"  # an explicit mix is the same for all
 
         def parts() -> Iterable[Tensor]:
             for role, size in zip(fused.roles, fused.out_features, strict=True):
-                yield self._read(
-                    f"model.layers.{layer}.{role}.{factor}", (size, *shape[1:]) if stacked else shape
-                )
+                yield self._read(f"model.layers.{layer}.{role}.{factor}", (size, *shape[1:]) if stacked else shape)
                 if not stacked:
                     return
 
@@ -304,9 +301,7 @@ class _DecoderGraph:
         return Weight(f"layers.{layer}.{block}.{name}.{factor}", shape, parts, mixing)
 
     def _embedding(self) -> str:
-        return self.g.weight(
-            self._stored("model.embed_tokens.weight", (self.arch.vocab_size, self.arch.hidden_size))
-        )
+        return self.g.weight(self._stored("model.embed_tokens.weight", (self.arch.vocab_size, self.arch.hidden_size)))
 
     def _stored(self, name: str, shape: tuple[int, ...]) -> Weight:
         """A tensor of the checkpoint as it is; the initializer's name leaves out the leading "model."."""

@@ -42,18 +42,14 @@ def lower(structure: Structure, bias: bool) -> tuple[Call, ...]:
         return (_kronecker(structure, bias),)
     if isinstance(structure, GroupShuffleStructure):
         return (_group_shuffle(structure, bias),)
-    raise ArtifactError(
-        f"structure {structure.name!r} has no ONNX op; compress with kron, gs, lowrank or dense"
-    )
+    raise ArtifactError(f"structure {structure.name!r} has no ONNX op; compress with kron, gs, lowrank or dense")
 
 
 def _gemm(weight: str, bias: bool) -> Call:
     return Call("Gemm", "", (weight, "bias") if bias else (weight,), {"transB": 1})
 
 
-def _custom(
-    op_type: str, structure: Structure, factors: tuple[str, ...], bias: bool, attributes: Attributes
-) -> Call:
+def _custom(op_type: str, structure: Structure, factors: tuple[str, ...], bias: bool, attributes: Attributes) -> Call:
     sizes: Attributes = {"in_features": structure.in_features, "out_features": structure.out_features}
     plugin: Attributes = {"plugin_version": PLUGIN_VERSION, "plugin_namespace": DOMAIN}
     if bias:
@@ -72,9 +68,7 @@ def _kronecker(s: KroneckerStructure, bias: bool) -> Call:
         shapes: Attributes = {"grid": [-1, s.blocks, m // s.blocks], "flat": [-1, s.kept]}
         return _custom("KroneckerLinear", s, ("B", "A"), bias, {**common, **shapes})
     if s.mix == "leading":
-        return _custom(
-            "KroneckerLeadingLinearOut", s, ("B",), bias, {**common, "padding": [0, 0, 0, n - s.kept]}
-        )
+        return _custom("KroneckerLeadingLinearOut", s, ("B",), bias, {**common, "padding": [0, 0, 0, n - s.kept]})
     shapes = {"grid": [-1, s.terms, n // s.blocks], "flat": [-1, n]}
     return _custom("KroneckerLinearOut", s, ("B", "A"), bias, {**common, **shapes})
 
@@ -125,7 +119,7 @@ def _group_shuffle(s: GroupShuffleStructure, bias: bool) -> Call:
 
 @dataclass(frozen=True)
 class Fused:
-    """Roles computed by one chain of nodes: `structure` has the outputs of all of them, one after the other."""
+    """Roles computed by one chain of nodes: `structure` has the outputs of all of them, in this order."""
 
     roles: tuple[str, ...]
     structure: Structure
@@ -135,8 +129,8 @@ class Fused:
 def fuse(structures: Mapping[str, Structure], mixes: Mapping[str, Tensor]) -> list[Fused]:
     """Group the readers of one input, in order. `mixes`: role -> its explicit A, where it has one.
 
-    Dense weights stack; so do the B of one-sided Kronecker matrices that read the same mix of the input, that is, of
-    the same blocks and terms with mix "leading" or with equal A. Everything else stays alone.
+    Dense weights stack; so do the B of one-sided Kronecker matrices that read the same mix of the input, that
+    is, of the same blocks and terms with mix "leading" or with equal A. Everything else stays alone.
     """
     groups: list[list[str]] = []
     for role, structure in structures.items():

@@ -2,25 +2,25 @@
 
 Each op is a model-local ONNX function: its body is standard operators. ONNX Runtime inlines it, and TensorRT's
 parser takes a plugin of the same op_type, plugin_version and plugin_namespace where one is registered, else the
-body. That parser finds a function by op_type alone (it ignores the domain and the overload, and refuses a missing
+body. That parser finds a function by op_type alone (it ignores domain and overload, and refuses a missing
 optional input), hence one op_type for every variant:
 
-| op_type                        | inputs  | computes, for x (tokens, in_features)                                  |
-|--------------------------------|---------|------------------------------------------------------------------------|
-| KroneckerLinear                | x, B, A | mix blocks of x into terms by A, then @ B.T                            |
-| KroneckerLinearOut             | x, B, A | x @ B.T, then mix terms into blocks of y by A                          |
-| KroneckerLeadingLinear         | x, B    | KroneckerLinear, A = first rows of the identity: x[:, :k] @ B.T        |
-| KroneckerLeadingLinearOut      | x, B    | KroneckerLinearOut, the same A: x @ B.T padded with zeros              |
-| KroneckerLinearGeneral         | x, B, A | sum_i kron(A_i, B_i), B contracted first                               |
-| KroneckerLinearGeneralMixFirst | x, B, A | sum_i kron(A_i, B_i), A contracted first                               |
-| GroupShuffleLinear_{l}x{r}     | x, L, R | block diagonal L, shuffle, block diagonal R                            |
+| op_type                        | inputs  | for x (tokens, in_features) computes                          |
+|--------------------------------|---------|---------------------------------------------------------------|
+| KroneckerLinear                | x, B, A | blocks of x mixed into terms by A, then @ B.T                 |
+| KroneckerLinearOut             | x, B, A | x @ B.T, then terms mixed into blocks of y by A               |
+| KroneckerLeadingLinear         | x, B    | the first, A = rows of the identity: x[:, :k] @ B.T           |
+| KroneckerLeadingLinearOut      | x, B    | the second, the same A: x @ B.T padded with zeros             |
+| KroneckerLinearGeneral         | x, B, A | x @ (sum_i kron(A_i, B_i)).T, B contracted first              |
+| KroneckerLinearGeneralMixFirst | x, B, A | the same, A contracted first                                  |
+| GroupShuffleLinear_{l}x{r}     | x, L, R | block diagonal L, shuffle, block diagonal R                   |
 
 and each followed by `Bias`, with `bias` (out_features,) as last input. The grid is part of the name of
-GroupShuffleLinear because its fast body has one Gemm a block; only the grids in `GROUP_SHUFFLE_GRIDS` exist.
-Dense and low rank matrices need no op of ours: they are Gemm nodes.
+GroupShuffleLinear because its fast body has one Gemm a block; only `GROUP_SHUFFLE_GRIDS` exist. Dense and low
+rank matrices need no op of ours: they are Gemm nodes.
 
-Every node carries `plugin_version`, `plugin_namespace`, `in_features`, `out_features`, the structure's own sizes
-(terms, blocks, side; left_blocks, right_blocks, rank) and, last, the shape constants that its body reads.
+Every node carries `plugin_version`, `plugin_namespace`, `in_features`, `out_features`, the structure's own
+sizes (terms, blocks, side; left_blocks, right_blocks, rank), and the shape constants that its body reads.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from compress.errors import ArtifactError
 DOMAIN = "procrustes"
 DOMAIN_VERSION = 1
 OPSET = 23
-"""Of graphs and function bodies: the first with Attention, RMSNormalization and RotaryEmbedding. 24 measures alike."""
+"""Of graphs and bodies: the first with Attention, RMSNormalization, RotaryEmbedding. 24 measures alike."""
 
 PLUGIN_VERSION = "1"
 BIAS_SUFFIX = "Bias"
@@ -97,7 +97,7 @@ Writer = Callable[[Body, tuple[str, ...]], None]
 
 @dataclass(frozen=True)
 class Op:
-    """One op_type. `attributes` are those beyond PLUGIN_ATTRIBUTES; `reference` is exact, slow and independent."""
+    """One op_type. `attributes` are those beyond PLUGIN_ATTRIBUTES; `dense` is its matrix, independently."""
 
     op_type: str
     inputs: tuple[str, ...]
@@ -111,7 +111,7 @@ class Op:
         return self.inputs[-1] == "bias"
 
     def reference(self, inputs: Arrays, attributes: Attributes) -> Array:
-        """y (tokens, out_features) in float64, through the dense matrix. inputs: by name, as in `self.inputs`."""
+        """y (tokens, out_features) in float64, through the dense matrix. inputs: by name, as `self.inputs`."""
         wide = {name: np.asarray(value, np.float64) for name, value in inputs.items()}
         y = wide["x"] @ self.dense(wide, attributes).T
         return np.asarray(y + wide["bias"] if self.has_bias else y)
@@ -176,25 +176,17 @@ def _general_mix_first(body: Body, bias: tuple[str, ...]) -> None:
     mix = body.op("Transpose", body.op("CastLike", "A", "x"), perm=[1, 0, 2])  # (n1, terms, m1)
     u = body.op("MatMul", body.op("Reshape", mix, body.attribute("a_rows")), x)  # (tokens, n1 * terms, m2)
     u = body.op("Reshape", u, body.attribute("inner"))  # (tokens * n1, terms * m2)
-    rows = body.op(
-        "Reshape", body.op("Transpose", "B", perm=[1, 0, 2]), body.attribute("b_rows")
-    )  # (n2, terms * m2)
+    rows = body.op("Reshape", body.op("Transpose", "B", perm=[1, 0, 2]), body.attribute("b_rows"))  # (n2, terms * m2)
     _finish(body, body.gemm(u, rows), bias, body.attribute("flat"))  # (tokens * n1, n2)
 
 
 def _group_shuffle(left: int, right: int) -> Writer:
-    def blocks(
-        body: Body, x: str, weights: str, count: int, bias: tuple[str, ...], output: str | None
-    ) -> str:
-        """Block i of x times weights[i].T, side by side. The pieces of constants are folded when a session starts."""
+    def blocks(body: Body, x: str, weights: str, count: int, bias: tuple[str, ...], output: str | None) -> str:
+        """Block i of x times weights[i].T, side by side. Pieces of constants are folded when a session starts."""
         axis = body.ints([0])
         pieces = body.split(x, count, axis=1) if count > 1 else [x]
         factors = body.split(weights, count, axis=0) if count > 1 else [weights]
-        biases = (
-            [(b,) for b in (body.split(bias[0], count, axis=0) if count > 1 else bias)]
-            if bias
-            else [()] * count
-        )
+        biases = [(b,) for b in (body.split(bias[0], count, axis=0) if count > 1 else bias)] if bias else [()] * count
         last = output if count == 1 else None
         products = [
             body.gemm(piece, body.op("Squeeze", factor, axis), *shift, output=last)
@@ -248,9 +240,7 @@ def _dense_group_shuffle(p: Arrays, attributes: Attributes) -> Array:
     rho = L.shape[1] // len(R)
     rows = []
     for r, block in enumerate(R):
-        pieces = [
-            block[:, i * rho : (i + 1) * rho] @ left[r * rho : (r + 1) * rho] for i, left in enumerate(L)
-        ]
+        pieces = [block[:, i * rho : (i + 1) * rho] @ left[r * rho : (r + 1) * rho] for i, left in enumerate(L)]
         rows.append(np.concatenate(pieces, axis=1))
     return np.concatenate(rows, axis=0)
 

@@ -1,4 +1,4 @@
-"""Writes an ONNX graph node by node, with weights streamed to external data and functions collected on the way."""
+"""Writes an ONNX graph node by node; weights are streamed to external data, functions collected on the way."""
 
 from __future__ import annotations
 
@@ -72,9 +72,7 @@ class GraphWriter:
         self._append(op_type, inputs, made, node_name, domain, attributes)
         return made
 
-    def op(
-        self, op_type: str, *inputs: str, result: str | None = None, domain: str = "", **attributes: Any
-    ) -> str:
+    def op(self, op_type: str, *inputs: str, result: str | None = None, domain: str = "", **attributes: Any) -> str:
         """A node with one output, called `result` where that is given."""
         if result is None:
             return self.ops(op_type, *inputs, outputs=1, domain=domain, **attributes)[0]
@@ -111,9 +109,7 @@ class GraphWriter:
 
     def model(self, name: str, metadata: dict[str, str]) -> onnx.ModelProto:
         """The whole model."""
-        graph = helper.make_graph(
-            self._nodes, name, self._inputs, self._outputs, list(self._initializers.values())
-        )
+        graph = helper.make_graph(self._nodes, name, self._inputs, self._outputs, list(self._initializers.values()))
         domains = [helper.make_opsetid("", OPSET)]
         if self._functions:
             domains.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
@@ -141,9 +137,7 @@ class GraphWriter:
         domain: str,
         attributes: dict[str, Any],
     ) -> None:
-        self._nodes.append(
-            helper.make_node(op_type, list(inputs), outputs, name=name, domain=domain, **attributes)
-        )
+        self._nodes.append(helper.make_node(op_type, list(inputs), outputs, name=name, domain=domain, **attributes))
         self.counts[op_type] += 1
 
     def _unique(self, name: str) -> str:

@@ -1,4 +1,4 @@
-"""ONNX Runtime: sessions that run where they were asked to, prefill and decode with the cache, and generation."""
+"""ONNX Runtime: sessions that run where they were asked to, prefill, decode with the cache, generation."""
 
 from __future__ import annotations
 
@@ -37,35 +37,29 @@ class Tokenizer(Protocol):
 
 
 class OrtRunner:
-    """One exported model in ONNX Runtime, with the key-value cache inside: prefill, then decode as often as wanted.
+    """One exported model in ONNX Runtime, with the key-value cache inside: prefill, then decode.
 
-    Raises ArtifactError when the model cannot be loaded, MissingDependencyError when a provider that was asked for
-    is not the one that runs (ONNX Runtime falls back to the CPU without an error).
+    Raises ArtifactError when the model cannot be loaded, MissingDependencyError when a provider that was asked
+    for is not the one that runs (ONNX Runtime falls back to the CPU without an error).
     """
 
     def __init__(
         self, path: Path, *, threads: int = 1, providers: Sequence[str] = CPU, profile: str | None = None
     ) -> None:
-        """threads: of one operator; profile: prefix of a file for ONNX Runtime's own profile, off by default."""
+        """threads: of one operator; profile: prefix of a file for ONNX Runtime's own profile, if wanted."""
         self.path = Path(path)
         self.session = _session(self.path, threads, providers, profile)
         self.outputs = [output.name for output in self.session.get_outputs()]
         caches = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
         if "logits" not in self.outputs or not caches:
-            raise ArtifactError(
-                f"{path} is not a decoder exported by this project: no logits or no past_key_values"
-            )
+            raise ArtifactError(f"{path} is not a decoder exported by this project: no logits or no past_key_values")
         if caches[0].type not in _NUMPY_TYPES:
-            raise UsageError(
-                f"{path} is a bfloat16 graph, which ONNX Runtime does not run here; use --dtype float32"
-            )
+            raise UsageError(f"{path} keeps its cache as {caches[0].type}, which numpy has not; use --dtype float32")
         self._caches = [cache.name for cache in caches]
         self._cache_type = _NUMPY_TYPES[caches[0].type]
         _, self._kv_heads, _, self._head_dim = caches[0].shape
         values = self.session.get_modelmeta().custom_metadata_map
-        self.metadata: dict[str, Any] = {
-            k.removeprefix("procrustes."): json.loads(v) for k, v in values.items()
-        }
+        self.metadata: dict[str, Any] = {k.removeprefix("procrustes."): json.loads(v) for k, v in values.items()}
         self.vocabulary = int(self.session.get_outputs()[0].shape[2])
         self._past: list[onnxruntime.OrtValue] = []
         self._mask: Ids = np.zeros((0, 0), np.int64)
@@ -82,7 +76,7 @@ class OrtRunner:
     def prefill(self, input_ids: npt.ArrayLike, attention_mask: npt.ArrayLike | None = None) -> Logits:
         """Start anew with prompts (batch, length), padded on the left where attention_mask is 0.
 
-        Returns logits (batch, length, vocabulary), or (batch, 1, vocabulary) from a graph with last logits only.
+        Returns logits (batch, length, vocabulary); (batch, 1, vocabulary) from a graph with last logits only.
         """
         ids, mask = self._checked(input_ids, attention_mask)
         self.reset()
@@ -91,7 +85,7 @@ class OrtRunner:
         return self._step(ids, mask, past)
 
     def decode(self, token_ids: npt.ArrayLike) -> Logits:
-        """Append tokens (batch,) or (batch, new) to the cache; logits (batch, new, vocabulary). Prefill first."""
+        """Append tokens (batch,) or (batch, new) to the cache -> logits (batch, new, vocabulary)."""
         if not self._past:
             raise UsageError("decode needs a cache: call prefill first")
         ids = np.asarray(token_ids, np.int64)
@@ -102,7 +96,7 @@ class OrtRunner:
         return self._step(ids, np.concatenate([self._mask, new], axis=1), self._past)
 
     def run_full(self, input_ids: npt.ArrayLike, attention_mask: npt.ArrayLike | None = None) -> Logits:
-        """One forward pass over whole sequences, as for perplexity. The cache that `decode` uses stays as it is."""
+        """One forward pass over whole sequences, as for perplexity; the cache of `decode` stays as it is."""
         kept = self._past, self._mask
         try:
             return self.prefill(input_ids, attention_mask)
@@ -123,9 +117,9 @@ class OrtRunner:
     ) -> list[list[int]]:
         """New tokens of each prompt (ids, or text with a tokenizer), up to and including the end token.
 
-        Greedy by default. temperature > 0 samples, from the top_k likeliest tokens and from the smallest set whose
-        probability reaches top_p. `eos` defaults to the model's own end token(s). Prompts of unlike length are
-        padded on the left. Raises UsageError for prompts or options that make no sense.
+        Greedy by default. temperature > 0 samples, from the top_k likeliest tokens and from the smallest set
+        whose probability reaches top_p. `eos` defaults to the model's own end token(s). Prompts of unlike length
+        are padded on the left. Raises UsageError for prompts or options that make no sense.
         """
         ids = [_encode(prompt, tokenizer) for prompt in prompts]
         if not ids or not all(ids):
@@ -161,9 +155,7 @@ class OrtRunner:
         if ids.ndim != 2 or ids.size == 0:
             raise UsageError(f"input_ids must be (batch, length) with at least one token, not {ids.shape}")
         if ids.min() < 0 or ids.max() >= self.vocabulary:
-            raise UsageError(
-                f"token ids must be in 0 ... {self.vocabulary - 1}, found {ids.min()} ... {ids.max()}"
-            )
+            raise UsageError(f"token ids must be in 0 ... {self.vocabulary - 1}, found {ids.min()} ... {ids.max()}")
         mask = np.ones_like(ids) if attention_mask is None else np.ascontiguousarray(attention_mask, np.int64)
         if mask.shape != ids.shape:
             raise UsageError(f"attention_mask is {mask.shape} where input_ids are {ids.shape}")
@@ -173,9 +165,7 @@ class OrtRunner:
         """mask: (batch, past + new). Outputs become the next step's inputs as they are, without a copy."""
         positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]  # (batch, new)
         if positions.max() >= self.metadata["max_positions"]:
-            raise UsageError(
-                f"this model has {self.metadata['max_positions']} positions; the sequence is longer"
-            )
+            raise UsageError(f"this model has {self.metadata['max_positions']} positions; the sequence is longer")
         feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": np.ascontiguousarray(positions)}
         values = {name: _ort_value(value) for name, value in feeds.items()}
         values |= zip(self._caches, past, strict=True)
@@ -210,9 +200,7 @@ def executed_nodes(path: Path) -> dict[str, int]:
     return dict(sorted(Counter(nodes.values()).items()))
 
 
-def _session(
-    path: Path, threads: int, providers: Sequence[str], profile: str | None
-) -> onnxruntime.InferenceSession:
+def _session(path: Path, threads: int, providers: Sequence[str], profile: str | None) -> onnxruntime.InferenceSession:
     ort = require("onnxruntime", pip="onnxruntime", purpose="run an exported model")
     if not path.is_file():
         raise ArtifactError(f"{path} does not exist; run python -m export.build first")
@@ -231,18 +219,20 @@ def _session(
     errors = ort.capi.onnxruntime_pybind11_state
     try:
         session = ort.InferenceSession(str(path), options, providers=list(providers))
+    except errors.NotImplemented as error:
+        raise UsageError(
+            f"ONNX Runtime cannot run {path} on {providers[0]}: it lacks an operator for this type, as it does for "
+            f"bfloat16 on the CPU ({str(error).strip()}); export it with --dtype float32"
+        ) from error
     except (
         errors.Fail,
         errors.InvalidArgument,
         errors.InvalidGraph,
         errors.InvalidProtobuf,
         errors.NoSuchFile,
-        errors.NotImplemented,
         errors.RuntimeException,
     ) as error:
-        raise ArtifactError(
-            f"ONNX Runtime cannot load {path} ({str(error).strip()}); export it again"
-        ) from error
+        raise ArtifactError(f"ONNX Runtime cannot load {path} ({str(error).strip()}); export it again") from error
     running = session.get_providers()
     if running[: len(providers)] != list(providers):
         raise MissingDependencyError(

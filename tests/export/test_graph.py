@@ -220,7 +220,8 @@ def test_equal_explicit_mixes_are_fused_and_unlike_ones_are_not(tmp_path: Path) 
     apart, info = export(Case(arch, kron("explicit")), tmp_path / "apart")
     assert (info.nodes["KroneckerLinear"], info.nodes["KroneckerLinearOut"]) == (5, 2)
     shared = {
-        f"model.layers.0.{role}.A": torch.eye(4)[[2, 0, 3]] for role in ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
+        f"model.layers.0.{role}.A": torch.eye(4)[[2, 0, 3]]
+        for role in ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
     }
     model = write_checkpoint(tmp_path / "equal", arch, every(arch, kron("explicit")), override=shared)
     info = export_onnx(tmp_path / "equal", tmp_path / "onnx")

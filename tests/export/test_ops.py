@@ -106,7 +106,11 @@ def reference(structure: Structure, factors: dict[str, Tensor], bias: Tensor | N
 @given(data=st.data())
 def test_body_equals_reference_equals_torch(kind: str, data: st.DataObject) -> None:
     structure = data.draw(STRUCTURES[kind])
-    tokens, biased, seed = data.draw(st.sampled_from([1, 2, 7])), data.draw(st.booleans()), data.draw(st.integers(0, 99))
+    tokens, biased, seed = (
+        data.draw(st.sampled_from([1, 2, 7])),
+        data.draw(st.booleans()),
+        data.draw(st.integers(0, 99)),
+    )
     factors = random_factors(structure, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     x = torch.randn(tokens, structure.in_features, generator=generator, dtype=torch.float64)
@@ -181,7 +185,8 @@ def test_no_op_has_the_name_of_a_standard_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["Gemm", "KroneckerLinearBiasBias", "GroupShuffleLinear", "GroupShuffleLinear_0x2", "GroupShuffleLinear_65x1"]
+    "name",
+    ["Gemm", "KroneckerLinearBiasBias", "GroupShuffleLinear", "GroupShuffleLinear_0x2", "GroupShuffleLinear_65x1"],
 )
 def test_unknown_op_is_refused(name: str) -> None:
     with pytest.raises(ArtifactError, match="is not an op of domain"):

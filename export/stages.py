@@ -1,0 +1,110 @@
+"""The stages of an artefact that this package makes: OUT/onnx from OUT/checkpoint, OUT/engine from OUT/onnx.
+
+A stage is made again when what it is made from, or how, has changed, or when its files are not as they were left.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+from compress.artifact import Artifact
+from compress.errors import ArtifactError
+from compress.progress import log
+from export.engines.ort import CPU, executed_nodes
+from export.graph import MODEL_NAME, export_onnx
+
+BUILD_INFO = "build.json"
+
+
+def build_onnx(artifact: Artifact, *, dtype: str, logits: str) -> dict[str, Any]:
+    """OUT/onnx: the graph, its weights and build.json. Returns what build.json holds.
+
+    Raises ArtifactError when OUT has no sound checkpoint, or one that cannot be exported.
+    """
+    wanted = {"dtype": dtype, "logits": logits, "versions": versions("onnx", "torch")}
+    if is_current(artifact, "onnx", ["checkpoint"], wanted):
+        log(f"re-using {artifact.path('onnx')}: same checkpoint and options")
+    else:
+        checkpoint = artifact.require_stage("checkpoint")
+        with artifact.stage(
+            "onnx", inputs=["checkpoint"], facts=wanted, section={"versions": wanted["versions"]}
+        ) as folder:
+            info = export_onnx(checkpoint, folder, dtype=dtype, logits=logits)
+            _write(folder / BUILD_INFO, {**info.to_dict(), "versions": wanted["versions"]})
+        log(
+            f"exported {sum(info.nodes.values())} nodes, {info.structured_nodes} of them structured, "
+            f"in {info.seconds:.1f} s"
+        )
+    return build_info(artifact, "onnx")
+
+
+def build_ort(artifact: Artifact) -> dict[str, Any]:
+    """OUT/engine for ONNX Runtime, which needs no plan: build.json says what runs, after a first run on the CPU.
+
+    Raises ArtifactError when the graph does not load, or when a structured node would run as a function call.
+    """
+    wanted = {"engine": "ort", "versions": versions("onnxruntime")}
+    if is_current(artifact, "engine", ["onnx"], wanted):
+        log(f"re-using {artifact.path('engine')}: same graph and ONNX Runtime")
+    else:
+        path = artifact.require_stage("onnx") / MODEL_NAME
+        ours = {
+            name for name in build_info(artifact, "onnx")["nodes"] if name.startswith(("Kronecker", "GroupShuffle"))
+        }
+        nodes = executed_nodes(path)
+        if ours & set(nodes):
+            raise ArtifactError(
+                f"ONNX Runtime did not inline {', '.join(sorted(ours & set(nodes)))} of {path}; upgrade onnxruntime"
+            )
+        with artifact.stage(
+            "engine", inputs=["onnx"], facts=wanted, section={"versions": wanted["versions"]}
+        ) as folder:
+            values = {
+                **wanted,
+                "model": f"onnx/{MODEL_NAME}",
+                "providers": list(CPU),
+                "graph_optimization": "all",
+                "executed_nodes": nodes,
+                "machine": platform.machine(),
+            }
+            _write(folder / BUILD_INFO, values)
+    return build_info(artifact, "engine")
+
+
+def build_info(artifact: Artifact, stage: str) -> dict[str, Any]:
+    """OUT/{stage}/build.json. Raises ArtifactError when it is missing or not JSON."""
+    path = artifact.path(stage) / BUILD_INFO
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); build {stage} again") from error
+    return values
+
+
+def is_current(artifact: Artifact, stage: str, inputs: list[str], wanted: Mapping[str, Any]) -> bool:
+    """Whether OUT/{stage} was made from the present inputs with these facts and is whole; says so when it is not."""
+    if not artifact.has_stage(stage):
+        return False
+    facts = artifact.read_manifest()["stages"][stage]
+    if {key: facts.get(key) for key in wanted} != dict(wanted) or set(facts.get("inputs", {})) != set(inputs):
+        return False
+    try:
+        artifact.require_stage(stage)
+        artifact.verify([stage])
+    except ArtifactError as error:
+        log(f"making {stage} again: {error}")
+        return False
+    return True
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed version of each distribution."""
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
+def _write(path: Any, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,87 @@
+"""TensorRT-RTX's parser takes every graph natively, in every type, without a GPU (pip install tensorrt-rtx-cu13)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from tests.export.helpers import llama
+from tests.export.test_graph import CASES, Case, export, gs, kron, low_rank, two_sided
+
+SCRIPT = Path(__file__).with_name("rtx_parse.py")
+TYPES = {"float32": "DataType.FLOAT", "float16": "DataType.HALF", "bfloat16": "DataType.BF16"}
+
+
+@pytest.fixture(scope="module")
+def rtx_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment in which the wheel's parser finds its own library under the name that it looks for."""
+    found = importlib.util.find_spec("tensorrt_rtx_libs")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("tensorrt-rtx-cu13 is not installed")
+    (library,) = Path(found.submodule_search_locations[0]).glob("libtensorrt_rtx.so.*")
+    folder = tmp_path_factory.mktemp("rtx")
+    (folder / "libtensorrt_rtx.so").symlink_to(library)
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")]))
+    return {**os.environ, "LD_LIBRARY_PATH": path}
+
+
+def parse(path: Path, environment: dict[str, str], *options: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(path), *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+MODELS = {
+    "dense": Case(llama()),
+    "kron leading": Case(llama(), kron("leading")),
+    "kron explicit, qk norm": Case(llama(qk_norm=True), kron("explicit")),
+    "kron both sides": Case(llama(), two_sided),
+    "gs": Case(llama(), gs),
+    "lowrank": Case(llama(), low_rank),
+    "opt mixture": CASES["opt mixture"],
+    "sliding window, llama3 rope": Case(llama(sliding_window=4, rope=CASES["llama3 rope"].arch.rope)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_parser_takes_the_graph(name: str, dtype: str, rtx_environment: dict[str, str], tmp_path: Path) -> None:
+    _, info = export(MODELS[name], tmp_path, dtype=dtype)
+    result = parse(info.path, rtx_environment)
+    assert result["parsed"], result["errors"]
+    assert set(result["outputs"]) == {TYPES[dtype]}
+    assert not [kind for kind in result["layers"] if "PLUGIN" in kind]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("kron leading", "float32"), ("opt mixture", "float16")])
+def test_builder_makes_a_plan(name: str, dtype: str, rtx_environment: dict[str, str], tmp_path: Path) -> None:
+    """Types, shapes and a profile with dynamic batch, length and past all fit: the plan is not run here."""
+    _, info = export(MODELS[name], tmp_path, dtype=dtype)
+    assert parse(info.path, rtx_environment, "--build")["plan_bytes"] > 10_000
+
+
+def test_parser_refuses_what_it_should(rtx_environment: dict[str, str], tmp_path: Path) -> None:
+    """The harness can fail: without its functions a model does not parse."""
+    _, info = export(MODELS["kron leading"], tmp_path)
+    model = onnx.load(info.path, load_external_data=False)
+    del model.functions[:]
+    info.path.write_bytes(model.SerializeToString())
+    result = parse(info.path, rtx_environment)
+    assert not result["parsed"]
+    assert "KroneckerLeadingLinear" in result["errors"][0]
