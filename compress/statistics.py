@@ -130,9 +130,10 @@ def _backward(model: FoldedModel, tokens: Tensor, seed: int, runner: Runner, sta
             y = block(x, runner.rotary, runner.mask, tap=seen.__setitem__)
             places = [p for p in sums if p in seen]
             lower, *inner = torch.autograd.grad(y, [x, *(seen[p] for p in places)], grad_outputs=upper)
-            gradient[part] = lower.cpu()
             for place, value in zip(places, inner, strict=True):
                 sums[place].add(value)
+            # Last: on the CPU `upper`, which is also the gradient at "mlp.out", is a view of this very memory.
+            gradient[part] = lower.cpu()
         moments.update({f"{layer}.{place}.gradient": total.mean().cpu() for place, total in sums.items()})
     return moments
 
