@@ -6,24 +6,8 @@ python -m validate.memory MODEL.onnx THREADS TOKENS
 from __future__ import annotations
 
 import json
-import re
-import resource
 import sys
 from pathlib import Path
-
-
-def peak_resident() -> int:
-    """Bytes, the most so far.
-
-    Linux keeps ru_maxrss across exec, so that a child starts with its parent's; VmHWM is this program's own.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        found = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
-        if found is not None:
-            return int(found[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def main(argv: list[str]) -> int:
@@ -31,16 +15,17 @@ def main(argv: list[str]) -> int:
     import onnxruntime  # noqa: F401  (loaded before the first reading: the library is not the model)
 
     from export.engines.ort import OrtRunner
+    from export.memory import peak_rss
 
     path, threads, tokens = Path(argv[0]), int(argv[1]), int(argv[2])
-    before = peak_resident()
+    before = peak_rss()
     runner = OrtRunner(path, threads=threads)
     room = max(1, min(tokens, int(runner.metadata["max_positions"]) - 4))
     runner.prefill([[index % runner.vocabulary for index in range(room)]])
     for _ in range(4):
         if runner.length < runner.metadata["max_positions"]:
             runner.decode([0])
-    print(json.dumps({"before_load": before, "peak": peak_resident()}))
+    print(json.dumps({"before_load": before, "peak": peak_rss()}))
     return 0
 
 

@@ -311,10 +311,13 @@ def _commands(baseline: Baseline, args: argparse.Namespace) -> list[str]:
             continue
         for item in value if isinstance(value, list) else [value]:
             flags += [action.option_strings[-1]] + ([] if item is True else [str(_portable(item))])
-    build = ["python", "-m", "export.build", "--model", name, "--recipe", "recipe.yaml", "--engine", "ort"]
+    out = args.out.name
+    build = ["python", "-m", "export.build", "--model", name, "--recipe", f"{out}/recipe.yaml", "--engine", "ort"]
+    graph = baseline.manifest["stages"].get("onnx", {})
+    build += [part for key in ("dtype", "logits") if key in graph for part in (f"--{key}", str(graph[key]))]
     return [
-        shlex.join([*build, "--out", args.out.name]),
-        shlex.join(["python", "-m", "validate.run", args.out.name, *flags]),
+        shlex.join([*build, "--out", out]),
+        shlex.join(["python", "-m", "validate.run", out, *flags]),
     ]
 
 
