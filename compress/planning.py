@@ -94,8 +94,14 @@ def check_recipe(arch: Architecture, recipe: Recipe) -> None:
             f"give --sequence-length {arch.max_positions} or less"
         )
     if uses_leading_mix(recipe):
-        _check_unit(arch, recipe.unit or default_unit(arch))
-        budget_parameters(arch, recipe)
+        unit = recipe.unit or default_unit(arch)
+        _check_unit(arch, unit)
+        smallest = arch.projection_parameters() * unit // arch.hidden_size
+        if budget_parameters(arch, recipe) < smallest:
+            raise UsageError(
+                f"--ratio {recipe.ratio} is too low: {unit} of {arch.hidden_size} coordinates, the least that --unit "
+                f"allows, are {smallest:,} parameters: raise --ratio"
+            )
     elif recipe.structure != "dense":
         _uniform(arch, recipe, recipe.unit or default_unit(arch))
 
@@ -181,8 +187,11 @@ def _groups(model: FoldedModel, recipe: Recipe, moments: Moments) -> Iterator[_G
             read_m = torch.zeros_like(read)
             for role in roles:
                 w = weights[f"{role}.weight"].double()
-                read_m += w.T @ w / ((w @ read) * w).sum()
-            write_p = torch.eye(len(read), dtype=torch.float64) / moment.write.double().trace()
+                energy = float(((w @ read) * w).sum())
+                if energy > 0:
+                    read_m += w.T @ w / energy
+            energy = float(moment.write.trace())
+            write_p = torch.eye(len(read), dtype=torch.float64) / (energy if energy > 0 else 1.0)
         name = f"layers.{layer}.{sub_block}"
         yield _Group(layer, sub_block, "read", StreamTerm(f"{name}.read", read, read_m.double(), read_cost))
         yield _Group(
