@@ -96,7 +96,5 @@ class Architecture:
         known = {field.name for field in fields(cls)}
         wrong = sorted(known ^ set(values))
         if wrong:
-            raise ArtifactError(
-                f"the architecture in config.json has missing or unknown fields: {', '.join(wrong)}"
-            )
+            raise ArtifactError(f"the architecture in config.json has missing or unknown fields: {', '.join(wrong)}")
         return cls(**values)

@@ -68,10 +68,7 @@ class Manifest:
 
     def digest(self, stage: str) -> str:
         """One SHA-256 over the names and hashes of a stage's files."""
-        lines = [
-            f"{entry['sha256']}  {name}\n"
-            for name, entry in sorted(self._files_of(stage, self.files).items())
-        ]
+        lines = [f"{entry['sha256']}  {name}\n" for name, entry in sorted(self._files_of(stage, self.files).items())]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def with_stage(self, stage: str, facts: dict[str, Any], files: Mapping[str, FileEntry]) -> Manifest:

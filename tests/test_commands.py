@@ -43,9 +43,7 @@ def help_of(module: str) -> str:
         "    assert not stop.code, stop.code\n"
         f"print('heavy:', sorted({HEAVY} & set(sys.modules)), file=sys.stderr)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == "heavy: []"
     return done.stdout
@@ -60,19 +58,13 @@ def test_the_documents_show_commands():
     assert {"export.build", "validate.run"} <= {module for _, module, _ in shown_commands()}
 
 
-@pytest.mark.parametrize(
-    "module", sorted({module for _, module, _ in shown_commands()} - {"trt_plugins.build"})
-)
+@pytest.mark.parametrize("module", sorted({module for _, module, _ in shown_commands()} - {"trt_plugins.build"}))
 def test_flags_in_the_documents_exist(module):
     known = set(re.findall(r"--[a-z][a-z-]*", help_of(module)))
     for document, shown, arguments in shown_commands():
         if shown == module:
-            flags = {
-                word.split("=")[0] for word in shlex.split(arguments, comments=True) if word.startswith("--")
-            }
-            assert flags <= known, (
-                f"{document} shows flags that {module} does not have: {sorted(flags - known)}"
-            )
+            flags = {word.split("=")[0] for word in shlex.split(arguments, comments=True) if word.startswith("--")}
+            assert flags <= known, f"{document} shows flags that {module} does not have: {sorted(flags - known)}"
 
 
 def test_the_workflow_of_the_readme_is_whole():

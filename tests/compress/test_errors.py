@@ -124,9 +124,7 @@ def test_require_tells_a_broken_install_from_a_missing_one(tmp_path, monkeypatch
         require("half_installed", pip="x", purpose="test")
 
 
-@pytest.mark.parametrize(
-    "package", ["compress.errors", "compress.artifact", "export", "validate", "trt_plugins"]
-)
+@pytest.mark.parametrize("package", ["compress.errors", "compress.artifact", "export", "validate", "trt_plugins"])
 def test_light_modules_import_nothing_heavy(package):
     heavy = "{'torch', 'transformers', 'onnxruntime', 'onnx', 'matplotlib', 'datasets', 'pyarrow'}"
     code = f"import sys, {package}; print(sorted({heavy} & set(sys.modules)))"
