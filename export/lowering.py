@@ -68,7 +68,7 @@ def _kronecker(s: KroneckerStructure, bias: bool) -> Call:
         shapes: Attributes = {"grid": [-1, s.blocks, m // s.blocks], "flat": [-1, s.kept]}
         return _custom("KroneckerLinear", s, ("B", "A"), bias, {**common, **shapes})
     if s.mix == "leading":
-        return _custom("KroneckerLeadingLinearOut", s, ("B",), bias, {**common, "padding": [0, 0, 0, n - s.kept]})
+        return _custom("KroneckerLeadingLinearOut", s, ("B",), bias, {**common, "padding": [n - s.kept]})
     shapes = {"grid": [-1, s.terms, n // s.blocks], "flat": [-1, n]}
     return _custom("KroneckerLinearOut", s, ("B", "A"), bias, {**common, **shapes})
 

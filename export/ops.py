@@ -155,7 +155,9 @@ def _leading_in(body: Body, bias: tuple[str, ...]) -> None:
 
 def _leading_out(body: Body, bias: tuple[str, ...]) -> None:
     z = body.gemm("x", "B")  # (tokens, k)
-    padded = body.op("Pad", z, body.attribute("padding"), output=None if bias else "y")  # (tokens, n)
+    # Not one constant of four: the shape inference of ONNX Runtime 1.24 loses its shape, and then refuses Pad.
+    pads = body.op("Concat", body.ints([0, 0, 0]), body.attribute("padding"), axis=0)
+    padded = body.op("Pad", z, pads, output=None if bias else "y")  # (tokens, n)
     if bias:
         body.op("Add", padded, *bias, output="y")
 
