@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 ROTATION = "rotation.safetensors"
+FORMAT = 1
 
 
 class ShardWriter:
@@ -51,6 +52,11 @@ class ShardWriter:
         # The float32 mix of a Kronecker structure is tiny and stays float32 (op contract).
         keep = name.endswith(".A") and tensor.dtype == torch.float32
         tensor = tensor.detach().to("cpu", tensor.dtype if keep else self.dtype).contiguous().clone()
+        if not torch.isfinite(tensor).all():
+            raise ArtifactError(
+                f"{name} has values beyond the range of {str(self.dtype).removeprefix('torch.')}; it was not written. "
+                f"Use --checkpoint-dtype bfloat16 or float32"
+            )
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > self.max_shard_bytes:
             self._flush()
@@ -107,7 +113,10 @@ def read_rotations(folder: Path) -> Rotations:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); compress the model again") from error
-    return Rotations(kind, tuple(tensors[f"q.{i}"] for i in range(len(tensors))))
+    names = [f"q.{i}" for i in range(len(tensors))]
+    if set(names) != tensors.keys() or (kind == "none") != (not names) or kind not in ("none", "shared", "block"):
+        raise ArtifactError(f"{path} does not hold the rotations of kind {kind!r}; compress the model again")
+    return Rotations(kind, tuple(tensors[name] for name in names))
 
 
 def structured_state(linear: str, factors: Mapping[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
@@ -126,20 +135,40 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
-        try:
-            raw = json.loads((self.folder / "config.json").read_text())
-            index = json.loads((self.folder / INDEX).read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise ArtifactError(f"{folder} is not a compressed checkpoint ({error}); run compress.run first") from error
+        raw, index = self._json("config.json"), self._json(INDEX)
         if raw.get("model_type") != ProcrustesConfig.model_type:
             raise ArtifactError(f"{folder}/config.json has model_type {raw.get('model_type')!r}, not 'procrustes'")
+        if raw.get("format_version") != FORMAT:
+            raise ArtifactError(
+                f"{folder}/config.json has format_version {raw.get('format_version')!r}, this program reads {FORMAT}; "
+                f"compress the model again"
+            )
         self.config = ProcrustesConfig.from_pretrained(self.folder)
         self.architecture: Architecture = self.config.parsed_architecture()
         self._structures = self.config.parsed_structures()
-        self._weight_map: dict[str, str] = index["weight_map"]
-        for file in set(self._weight_map.values()):
+        if unknown := sorted(self._structures.keys() - set(self.linears())):
+            raise ArtifactError(
+                f"{folder}/config.json has a structure for {unknown[0]!r}, which is no linear of its model"
+            )
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ArtifactError(f"{self.folder / INDEX} has no weight_map of names to files; compress the model again")
+        self._weight_map: dict[str, str] = weight_map
+        for file in sorted(set(weight_map.values())):
             if Path(file).name != file:
                 raise ArtifactError(f"{self.folder / INDEX} points outside its folder: {file!r}")
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
+        try:
+            value = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ArtifactError(
+                f"{self.folder} is not a compressed checkpoint ({name}: {error}); run compress.run first"
+            ) from error
+        if not isinstance(value, dict):
+            raise ArtifactError(f"{path} is not a JSON object; compress the model again")
+        return value
 
     def names(self) -> list[str]:
         """All tensor names."""
@@ -158,7 +187,7 @@ class CheckpointReader:
         return DenseStructure(in_features=m, out_features=n)
 
     def get(self, name: str) -> Tensor:
-        """One tensor by its state-dict name."""
+        """One tensor by its state-dict name. Raises ArtifactError when it is missing, damaged or not finite."""
         if name not in self._weight_map:
             raise ArtifactError(f"{self.folder} has no tensor {name}; compress the model again")
         path = self.folder / self._weight_map[name]
@@ -167,6 +196,8 @@ class CheckpointReader:
                 tensor: Tensor = file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"{path} cannot be read ({error}); compress the model again") from error
+        if not torch.isfinite(tensor).all():
+            raise ArtifactError(f"{name} in {path} has NaN or infinite values; compress the model again")
         return tensor
 
     def factors(self, linear: str) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from compress.architecture import Architecture
 from compress.errors import ArtifactError
+from compress.families.base import check_sizes
 from compress.structures import DenseStructure, Structure, structure_from_config
 
 Tap = Callable[[str, Tensor], None]
@@ -306,13 +307,19 @@ class ProcrustesConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
     def parsed_architecture(self) -> Architecture:
         """The `Architecture`; raises ArtifactError when config.json lacks it."""
-        if self.architecture is None:
+        if not isinstance(self.architecture, dict):
             raise ArtifactError("config.json has model_type procrustes but no `architecture`: compress the model again")
-        return Architecture.from_dict(self.architecture)
+        arch = check_sizes(Architecture.from_dict(self.architecture))
+        if arch.activation not in ACTIVATIONS:
+            raise ArtifactError(f"config.json gives the activation {arch.activation!r}, which this version has not")
+        return arch
 
     def parsed_structures(self) -> dict[str, Structure]:
         """Linear name -> structure, for the linears that are not dense."""
-        return {name: structure_from_config(c) for name, c in (self.structures or {}).items()}
+        structures = self.structures or {}
+        if not isinstance(structures, dict):
+            raise ArtifactError("config.json has `structures` that are not a JSON object: compress the model again")
+        return {name: structure_from_config(c) for name, c in structures.items()}
 
 
 class HeadMap(nn.Module):
