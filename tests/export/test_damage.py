@@ -48,8 +48,8 @@ NAME = "model.layers.1.mlp.up.B"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t[NAME].view(-1)[7].fill_(float("nan")), "layers.1.mlp.up.B has NaN"),
-        (lambda t: t[NAME].view(-1)[7].fill_(float("inf")), "layers.1.mlp.up.B has NaN"),
+        (lambda t: t[NAME].view(-1)[7].fill_(float("nan")), "layers.1.mlp.up.B.* NaN"),
+        (lambda t: t[NAME].view(-1)[7].fill_(float("inf")), "layers.1.mlp.up.B.* NaN"),
         (lambda t: t.update({NAME: t[NAME][1:].contiguous()}), "expected \\(48, 24\\)"),
         (lambda t: t.update({NAME: t[NAME].T.contiguous()}), "expected \\(48, 24\\)"),
         (lambda t: t.pop(NAME), f"no tensor {NAME}"),
@@ -117,3 +117,8 @@ def test_checker_refuses_what_is_no_model(tmp_path: Path) -> None:
 def test_external_data_refuses_parts_of_another_size(tmp_path: Path) -> None:
     with ExternalData(tmp_path) as data, pytest.raises(ArtifactError, match="shape"):
         data.add("w", (40, 40), torch.float32, [torch.ones(39, 40)])
+
+
+def test_external_data_refuses_values_that_are_not_finite(tmp_path: Path) -> None:
+    with ExternalData(tmp_path) as data, pytest.raises(ArtifactError, match="w has NaN"):
+        data.add("w", (4,), torch.float32, [torch.tensor([1.0, float("nan"), 2.0, 3.0])])
