@@ -14,6 +14,7 @@ from torch import Tensor
 from compress.architecture import Architecture
 from compress.errors import ArtifactError
 from compress.families.base import LM_HEAD, TensorNames, expected_shapes
+from compress.lazy import require
 from compress.weight_files import check_index, entry_of, first_line, locate, open_file
 
 if TYPE_CHECKING:
@@ -204,6 +205,7 @@ def read_gguf(path: Path, config: PretrainedConfig) -> MemoryReader:
     """
     from transformers import AutoModelForCausalLM
 
+    require("accelerate", pip="accelerate", purpose="read GGUF files")
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             str(path.parent),
