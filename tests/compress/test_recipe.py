@@ -1,0 +1,153 @@
+"""Recipes: strict fields, sentences for mistakes, and one digest per choice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from compress.errors import UsageError
+from compress.options import recipe_from
+from compress.recipe import Recipe, parse_recipe, read_yaml, set_value
+from compress.run import parser
+
+
+def of(*arguments: str) -> Recipe:
+    """The recipe of a command line."""
+    return recipe_from(parser().parse_args(["--model", "m", "--out", "o", *arguments]))
+
+
+def test_defaults() -> None:
+    recipe = Recipe()
+    assert of() == recipe == parse_recipe({}, "nothing")
+    assert (recipe.structure, recipe.ratio, recipe.rotation, recipe.skip) == ("kron", 0.75, "shared", "none")
+    assert Recipe.model_validate({"structure": "gs"}).rotation == "none"
+    assert Recipe.model_validate({"rotation": "block"}).skip == "dense"
+
+
+def test_digest() -> None:
+    assert Recipe().digest() == Recipe(ratio=0.75).digest()
+    changed = [Recipe(ratio=0.7), Recipe(unit=8), Recipe(calibration={"seed": 1}), Recipe(sensitivity="none")]
+    assert len({r.digest() for r in [Recipe(), *changed]}) == 5
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    layers = {"layers.0.attn.q": {"structure": "lowrank", "in_features": 4, "out_features": 4, "rank": 1}}
+    recipe = parse_recipe({"ratio": 0.6, "rotation": "block", "layers": layers}, "here")
+    (tmp_path / "r.yaml").write_text(recipe.to_yaml())
+    back = parse_recipe(read_yaml(tmp_path / "r.yaml"), "there")
+    assert back == recipe
+    assert back.digest() == recipe.digest()
+
+
+def test_flags_win_over_set_win_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        yaml.safe_dump({"ratio": 0.5, "unit": 8, "calibration": {"seed": 5, "samples": 3}})
+    )
+    recipe = of("--recipe", str(tmp_path / "r.yaml"), "--set", "unit=16", "--set", "calibration.seed=6", "--seed", "7")
+    assert (recipe.ratio, recipe.unit, recipe.calibration.seed, recipe.calibration.samples) == (0.5, 16, 7, 3)
+
+
+def test_every_flag_reaches_its_field() -> None:
+    recipe = of(
+        *("--structure", "gs", "--ratio", "0.6", "--rotation", "block", "--skip", "dense", "--unit", "4"),
+        *("--sensitivity", "none", "--correction", "0.25", "--checkpoint-dtype", "bfloat16"),
+        *("--calibration-data", "x.txt", "--calibration-samples", "2", "--sequence-length", "9", "--seed", "3"),
+    )
+    expected = {
+        "structure": "gs",
+        "ratio": 0.6,
+        "rotation": "block",
+        "skip": "dense",
+        "unit": 4,
+        "sensitivity": "none",
+        "correction": 0.25,
+        "checkpoint_dtype": "bfloat16",
+        "calibration": {"data": "x.txt", "samples": 2, "sequence_length": 9, "seed": 3},
+    }
+    assert recipe == parse_recipe(expected, "here")
+
+
+def test_set_values_are_yaml() -> None:
+    values: dict[str, Any] = {}
+    for assignment in ("ratio=0.5", "calibration.data=a=b.txt", "layers={}", "new.deep.er=null"):
+        set_value(values, assignment)
+    assert values == {"ratio": 0.5, "calibration": {"data": "a=b.txt"}, "layers": {}, "new": {"deep": {"er": None}}}
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"ratio": 0}, r"ratio: .*greater than 0"),
+        ({"ratio": 1.01}, r"ratio: .*less than or equal to 1"),
+        ({"ratio": float("nan")}, r"ratio: "),
+        ({"ratio": "most"}, r"ratio: .*valid number"),
+        ({"structure": "butterfly"}, r"structure: .*'kron', 'gs', 'lowrank' or 'dense'"),
+        ({"structure": ["kron"]}, r"structure: "),
+        ({"structure": None}, r"structure: "),
+        ({"rotation": "global"}, r"rotation: "),
+        ({"rotation": "shared", "skip": "dense"}, r"rotation 'shared' with skip 'dense'"),
+        ({"rotation": "block", "skip": "none"}, r"rotation 'block' with skip 'none'"),
+        ({"structure": "dense", "rotation": "shared"}, r"a dense model is not rotated"),
+        ({"corection": 0.1}, r"corection: Extra inputs are not permitted"),
+        ({"calibration": {"sample": 1}}, r"calibration\.sample: Extra"),
+        ({"calibration": 3}, r"calibration: "),
+        ({"calibration": {"samples": 0}}, r"calibration\.samples: "),
+        ({"calibration": {"sequence_length": 1}}, r"calibration\.sequence_length: "),
+        ({"layers": [1]}, r"layers: "),
+        ({"layers": {"layers.0.attn.q": 3}}, r"layers\.layers\.0\.attn\.q: "),
+        ({"version": 2}, r"version: "),
+        ({"unit": -1}, r"unit: "),
+        ({"correction": 1.5}, r"correction: "),
+        ({"gram_damping": 0}, r"gram_damping: "),
+        ({1: 2}, r"1: Extra"),
+    ],
+)
+def test_mistakes_are_named(values: dict[Any, Any], sentence: str) -> None:
+    with pytest.raises(UsageError, match=rf"^my recipe is not a valid recipe: .*{sentence}"):
+        parse_recipe(values, "my recipe")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "sentence"),
+    [
+        ("ratio", r"FIELD=VALUE"),
+        ("=3", r"FIELD=VALUE"),
+        ("ratio=[", r"--set ratio=\[: the value is not YAML"),
+        ("ratio.x.y=1", r"ratio is 0\.5, not a group of fields"),
+    ],
+)
+def test_wrong_assignments(assignment: str, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        set_value({"ratio": 0.5}, assignment)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"ratio: [", "is not YAML"),
+        (b"\xff\xfe\x00", "is not YAML"),
+        (b"- 1\n- 2\n", "must be a mapping .* it is list"),
+        (b"", "must be a mapping .* it is NoneType"),
+        (b"ratio: !!python/object/apply:os.getcwd []\n", "is not YAML"),
+    ],
+)
+def test_wrong_files(content: bytes, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes(content)
+    with pytest.raises(UsageError, match=sentence):
+        of("--recipe", str(tmp_path / "r.yaml"))
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read: No such file"):
+        of("--recipe", str(tmp_path / "r.yaml"))
+    with pytest.raises(UsageError, match="cannot be read: Is a directory"):
+        of("--recipe", str(tmp_path))
+
+
+def test_a_flag_on_a_broken_group(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("calibration: 3\n")
+    with pytest.raises(UsageError, match="calibration is 3, not a group of fields"):
+        of("--recipe", str(tmp_path / "r.yaml"), "--seed", "1")
