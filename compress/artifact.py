@@ -109,6 +109,8 @@ class Artifact:
             self.out.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise UsageError(f"{self.out} is not, or is not in, a folder; choose another --out") from None
+        except FileNotFoundError:  # a file system that makes no folders, such as /proc
+            raise UsageError(f"{self.out} cannot be made there; choose another --out") from None
         with locked(self.out) as first:
             if first:
                 self._clean_up()

@@ -83,14 +83,9 @@ def request_digest(source: ModelSource, recipe: Recipe) -> dict[str, Any]:
     """What decides a checkpoint: equal requests give equal checkpoints."""
     request = {"source": source.to_dict(), "recipe": recipe.digest()}
     text = Path(recipe.calibration.data.removeprefix("wikitext:"))
-    if needs_text(recipe) and text.is_file():  # a named text never changes, a file may
+    if recipe.needs_text() and text.is_file():  # a named text never changes, a file may
         request["text"] = sha256_of(text)
     return request
-
-
-def needs_text(recipe: Recipe) -> bool:
-    """Whether anything is fitted at all."""
-    return recipe.structure != "dense" or any(c.get("structure") != "dense" for c in recipe.layers.values())
 
 
 def compress_model(
@@ -118,7 +113,7 @@ def compress_model(
         model = folded(source)
         tokenizer = source.tokenizer()
         tokens = None
-        if needs_text(recipe):
+        if recipe.needs_text():
             c = recipe.calibration
             tokens = token_sequences(
                 load_text(c.data),

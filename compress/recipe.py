@@ -76,6 +76,10 @@ class Recipe(_Strict):
             raise ValueError(f"structure 'dense' with rotation {self.rotation!r}: a dense model is not rotated")
         return self
 
+    def needs_text(self) -> bool:
+        """Whether anything is fitted at all: a dense copy reads no calibration text."""
+        return self.structure != "dense" or any(c.get("structure") != "dense" for c in self.layers.values())
+
     def digest(self) -> str:
         """sha256 of the canonical JSON: equal for equal choices."""
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()

@@ -18,7 +18,7 @@ from compress.checkpoint import load_model, read_rotations
 from compress.fitting import FitRecord, LayerFitter
 from compress.invariance import rotate_block
 from compress.models import ModelSource, resolve
-from compress.pipeline import folded, needs_text
+from compress.pipeline import folded
 from compress.planning import make_plan, uses_leading_mix
 from compress.procrustes import damped
 from compress.statistics import collect
@@ -87,7 +87,6 @@ class Fit:
     def __init__(self, source: ModelSource, folder: Path, **changes: Any) -> None:
         folder.mkdir(parents=True)
         recipe, arch = helpers.recipe(text_file(folder), **changes), source.architecture()
-        assert needs_text(recipe)
         c = recipe.calibration
         self.tokens = token_sequences(
             load_text(c.data),
