@@ -46,12 +46,14 @@ class TorchLogits:
     def __init__(self, model: ProcrustesForCausalLM) -> None:
         self.model = model
 
+    # As a decorator it holds while the generator runs. A `with` around the yields would also hold in between, and
+    # two generators read in turn would leave the caller without gradients.
+    @torch.inference_mode()
     def slices(self, ids: Tensor) -> Iterator[Tensor]:
-        with torch.inference_mode():
-            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-            hidden = self.model.model(ids, None, positions, None)  # (batch, length, d)
-            for part in torch.split(hidden, POSITIONS_AT_ONCE, dim=1):
-                yield self.model.lm_head(part)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        hidden = self.model.model(ids, None, positions, None)  # (batch, length, d)
+        for part in torch.split(hidden, POSITIONS_AT_ONCE, dim=1):
+            yield self.model.lm_head(part)
 
 
 class OrtLogits:

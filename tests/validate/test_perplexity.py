@@ -62,6 +62,12 @@ def test_equals_a_loop_in_float64(make_model: MakeModel, length: int, stride: in
     assert result.top1_agreement == pytest.approx(expected["same"])
 
 
+def test_leaves_gradients_as_they_were(make_model: MakeModel) -> None:
+    compare(TorchLogits(make_model("llama")), TorchLogits(make_model("llama", seed=1)), windows_of(40, 10))
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+
+
 def test_does_not_depend_on_the_batch_size(make_model: MakeModel) -> None:
     a, b = make_model("opt"), make_model("opt-kron", seed=1)
     windows = windows_of(100, 12, 7)
