@@ -107,13 +107,16 @@ class LayerFitter:
         for sub in SUB_BLOCKS:
             for role in (*arch.readers(sub), WRITERS[sub]):
                 if role == WRITERS[sub]:
-                    gram, shift = self._writer_moments(sub, dense, block, x_f, x_c)
+                    inner = torch.empty(*self.shape[:2], arch.linears()[role][1])
+                    gram, shift = self._writer_moments(sub, dense, block, x_f, x_c, inner)
                 elif role == arch.readers(sub)[0]:
                     gram, shift = self._reader_moments(x_f, x_c)
                 record, entries = self._fit_linear(layer, role, weights, gram, shift, block)
                 state.update(entries)
                 records.append(record)
-            self._advance(sub, dense, block, x_f, x_c)
+            skip, writer = self._parts(sub, block)
+            for part, (c, a_c) in runner.batches(x_c, inner):
+                x_c[part] = (skip(c) + writer(a_c)).cpu()
         for name, stream in (("dense", x_f), ("compressed", x_c)):
             mapped(self._stream_file(name, layer + 1), self.shape).copy_(stream)
         return state, records
@@ -139,25 +142,24 @@ class LayerFitter:
         """The skip and the writer of a sub-block."""
         return (block.attn_skip, block.attn.o) if sub == "attn" else (block.mlp_skip, block.mlp.down)
 
-    def _writer_moments(self, sub: str, dense: Block, block: Block, x_f: Tensor, x_c: Tensor) -> tuple[Tensor, Tensor]:
-        """G (inner, inner) and R = E[(y_f - W a_c + s_f - s_c) a_c^T] (d, inner)."""
+    def _writer_moments(
+        self, sub: str, dense: Block, block: Block, x_f: Tensor, x_c: Tensor, inner: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """G (inner, inner) and R = E[(y_f - W a_c + s_f - s_c) a_c^T] (d, inner).
+
+        On the way a_c is kept in `inner` and x_f is taken past the sub-block, in place: neither is computed twice.
+        """
         skip, writer = self._parts(sub, dense)
-        inner = writer.structure.in_features
-        gram = GramSum(inner, inner, self.runner.device)
-        gap = GramSum(self.shape[-1], inner, self.runner.device)
-        for _, (f, c) in self.runner.batches(x_f, x_c):
+        gram = GramSum(inner.shape[-1], inner.shape[-1], self.runner.device)
+        gap = GramSum(self.shape[-1], inner.shape[-1], self.runner.device)
+        for part, (f, c) in self.runner.batches(x_f, x_c):
             a_c = self._inner(sub, block, c)
+            after = skip(f) + writer(self._inner(sub, dense, f))
             gram.add(a_c)
             if self.recipe.correction:
-                gap.add(writer(self._inner(sub, dense, f)) - writer(a_c) + skip(f) - skip(c), a_c)
+                gap.add(after - writer(a_c) - skip(c), a_c)
+            inner[part], x_f[part] = a_c.cpu(), after.cpu()
         return gram.mean(), gap.mean()
-
-    def _advance(self, sub: str, dense: Block, block: Block, x_f: Tensor, x_c: Tensor) -> None:
-        """Both streams past the sub-block, in place."""
-        for part, streams in self.runner.batches(x_f, x_c):
-            for whole, x, source in ((x_f, streams[0], dense), (x_c, streams[1], block)):
-                skip, writer = self._parts(sub, source)
-                whole[part] = (skip(x) + writer(self._inner(sub, source, x))).cpu()
 
     def _fit_linear(
         self, layer: int, role: str, weights: Weights, gram: Tensor, gap: Tensor, block: Block
@@ -183,9 +185,8 @@ class LayerFitter:
         module.load_state_dict(tensors, assign=True)
         lost, whole = weight - approximation, ((weight @ gram) * weight).sum()
         error = float((((lost @ gram) * lost).sum() / whole.clamp(min=1e-300)).clamp(min=0).sqrt())
-        group = f"layers.{layer}.{role.split('.')[0]}.{'write' if role in WRITERS.values() else 'read'}"
         record = FitRecord(
-            name, structure.name, structure.parameter_count(), n * m, error, self.plan.predicted.get(group)
+            name, structure.name, structure.parameter_count(), n * m, error, self.plan.predicted.get(name)
         )
         return record, structured_state(name, {k: v.cpu() for k, v in factors.items()}, bias)
 

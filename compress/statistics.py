@@ -7,8 +7,10 @@ one memory-mapped stream per block. No weight is trained.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -29,15 +31,15 @@ class StreamMoments:
     """Second moments of one sub-block, each (d, d) float64, in the unrotated stream.
 
     read: of the normalised stream that its readers see. write: of its writer's output without the bias (which no
-    structure touches).
-    read_gradient, write_gradient: of the gradient, with respect to these, of the log-likelihood of labels sampled
-    from the model (an unbiased estimate of the Fisher information); None when sensitivity is "none". inner: of the
-    writer's input (inner, inner), None unless asked for.
+    structure touches). read_gradients: for each reader, of W^T g, g the gradient at its output: what the loss minds of
+    an error in what this reader alone sees. write_gradient: of the gradient at the writer's output. Gradients are
+    those of the log-likelihood of labels sampled from the model (an unbiased estimate of the Fisher information);
+    None when sensitivity is "none". inner: of the writer's input (inner, inner), None unless asked for.
     """
 
     read: Tensor
     write: Tensor
-    read_gradient: Tensor | None
+    read_gradients: dict[str, Tensor] | None
     write_gradient: Tensor | None
     inner: Tensor | None
 
@@ -71,13 +73,18 @@ def collect(
         (layer, sub): StreamMoments(
             loaded[f"{layer}.{sub}.in"],
             loaded[f"{layer}.{sub}.out"],
-            loaded.get(f"{layer}.{sub}.in.gradient"),
+            _by_role(loaded, layer, model.arch.readers(sub)),
             loaded.get(f"{layer}.{sub}.out.gradient"),
             loaded.get(f"{layer}.{WRITERS[sub]}"),
         )
         for layer in range(model.arch.num_layers)
         for sub in SUB_BLOCKS
     }
+
+
+def _by_role(loaded: dict[str, Tensor], layer: int, roles: tuple[str, ...]) -> dict[str, Tensor] | None:
+    found = {role: loaded[f"{layer}.{role}.gradient"] for role in roles if f"{layer}.{role}.gradient" in loaded}
+    return found or None
 
 
 def _stream_file(state: Path, layer: int) -> Path:
@@ -121,21 +128,35 @@ def _backward(model: FoldedModel, tokens: Tensor, seed: int, runner: Runner, sta
     gradient = _head_gradient(model, mapped(_stream_file(state, arch.num_layers), shape), seed, runner)
     moments = {}
     for layer in track(range(arch.num_layers - 1, -1, -1), description="sensitivity"):
-        block = runner.block(layer, model.block(layer), {}, skips=False)
-        sums = _stream_sums(arch, runner)
+        weights = model.block(layer)
+        block = runner.block(layer, weights, {}, skips=False)
+        seen: dict[str, Tensor] = {}
+        readers = {role: block.get_submodule(role) for sub in SUB_BLOCKS for role in arch.readers(sub)}
+        for role, linear in readers.items():
+            linear.register_forward_hook(_keep(seen, role))
+        d = arch.hidden_size
+        sums = {place: GramSum(d, d, runner.device) for place in (*readers, "attn.out", "mlp.out")}
         stream = mapped(_stream_file(state, layer), shape)
         for part, (x, upper) in runner.batches(stream, gradient):
-            seen: dict[str, Tensor] = {}
             x.requires_grad_(True)
             y = block(x, runner.rotary, runner.mask, tap=seen.__setitem__)
-            places = [p for p in sums if p in seen]
-            lower, *inner = torch.autograd.grad(y, [x, *(seen[p] for p in places)], grad_outputs=upper)
-            for place, value in zip(places, inner, strict=True):
-                sums[place].add(value)
+            lower, *inner = torch.autograd.grad(y, [x, *(seen[p] for p in sums)], grad_outputs=upper)
+            for place, value in zip(sums, inner, strict=True):
+                sums[place].add(value @ weights[f"{place}.weight"].to(value) if place in readers else value)
+            seen.clear()
             # Last: on the CPU `upper`, which is also the gradient at "mlp.out", is a view of this very memory.
             gradient[part] = lower.cpu()
         moments.update({f"{layer}.{place}.gradient": total.mean().cpu() for place, total in sums.items()})
     return moments
+
+
+def _keep(seen: dict[str, Tensor], place: str) -> Callable[[torch.nn.Module, Any, Tensor], None]:
+    """A forward hook that puts the module's output into `seen`."""
+
+    def hook(module: torch.nn.Module, inputs: Any, output: Tensor) -> None:
+        seen[place] = output
+
+    return hook
 
 
 def _head_gradient(model: FoldedModel, stream: Tensor, seed: int, runner: Runner) -> Tensor:

@@ -165,7 +165,7 @@ def test_curve_falls_to_zero() -> None:
 def test_gradient_of_the_dropped_loss(kept: list[int]) -> None:
     draw = Draw(5)
     terms, q = [draw.term() for _ in kept], draw.orthogonal()
-    active = [Dropped.of(t, k) for t, k in zip(terms, kept, strict=True)]
+    active = Dropped.of(list(zip(terms, kept, strict=True)), torch.float64)
     value, slope = dropped_loss(active, q)
     assert value == pytest.approx(kept_loss(terms, kept, q))
     for _ in range(5):

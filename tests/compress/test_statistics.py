@@ -54,11 +54,16 @@ def reference_moments(source: ModelSource, tokens: Tensor) -> dict[tuple[int, st
 
         return hook
 
-    norms, writers = {}, {}
+    norms, writers, readers = {}, {}, {}
     for layer, at in enumerate(names.layers):
         for sub, norm in zip(SUB_BLOCKS, (at.attn_norm, at.mlp_norm), strict=True):
             norms[layer, sub] = model.get_submodule(norm.weight.removesuffix(".weight"))
             writers[layer, sub] = model.get_submodule(at.linears[WRITERS[sub]].weight.removesuffix(".weight"))
+            readers[layer, sub] = {
+                role: model.get_submodule(at.linears[role].weight.removesuffix(".weight")) for role in arch.readers(sub)
+            }
+            for role, linear in readers[layer, sub].items():
+                linear.register_forward_hook(keep((layer, sub, role)))
             norms[layer, sub].register_forward_hook(keep((layer, sub, "norm")))
             writers[layer, sub].register_forward_hook(keep((layer, sub, "writer")))
     logits = model(tokens).logits
@@ -83,7 +88,10 @@ def reference_moments(source: ModelSource, tokens: Tensor) -> dict[tuple[int, st
         found[layer, sub] = StreamMoments(
             mean_of_squares(h / scale),
             mean_of_squares(out @ centre),
-            mean_of_squares(gradients[layer, sub, "norm"] * scale),
+            {
+                role: mean_of_squares(gradients[layer, sub, role] @ (linear.weight * scale))
+                for role, linear in readers[layer, sub].items()
+            },
             mean_of_squares(gradients[layer, sub, "writer"]),
             mean_of_squares(seen[layer, sub, "writer", "input"]),
         )
@@ -100,10 +108,15 @@ def test_moments_and_gradients_of_every_sub_block(name: str, tiny_model: TinyMod
     if arch.norm == "layernorm":
         centre -= 1 / d
     for key, moment in found.items():
-        for place in ("read", "write", "read_gradient", "inner"):
+        for place in ("read", "write", "inner"):
             seen, right = getattr(moment, place), getattr(expected[key], place)
             assert seen.dtype == torch.float64
             assert relative(seen, right) < 1e-4, (key, place)
+        assert moment.read_gradients is not None
+        assert expected[key].read_gradients is not None
+        assert list(moment.read_gradients) == list(arch.readers(key[1]))
+        for role, seen in moment.read_gradients.items():
+            assert relative(seen, expected[key].read_gradients[role]) < 1e-4, (key, role)
         assert moment.write_gradient is not None
         assert expected[key].write_gradient is not None
         # The mean direction, which transformers' LayerNorm cannot feel, is outside of everything that is written.
@@ -115,8 +128,11 @@ def test_batches_do_not_matter(tiny_model: TinyModel, tmp_path: Path) -> None:
     alone = moments_of(source, tokens, tmp_path / "one", batch=1)
     together = moments_of(source, tokens, tmp_path / "all", batch=8)
     for key, moment in alone.items():
-        for place in ("read", "write", "read_gradient", "write_gradient", "inner"):
+        for place in ("read", "write", "write_gradient", "inner"):
             assert relative(getattr(together[key], place), getattr(moment, place)) < 1e-4
+        assert moment.read_gradients is not None
+        for role, gradient in moment.read_gradients.items():
+            assert relative(together[key].read_gradients[role], gradient) < 1e-4
 
 
 def test_again_gives_the_same_bits(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -140,7 +156,7 @@ def test_finished_moments_are_read_back(tiny_model: TinyModel, tmp_path: Path, m
 def test_what_is_not_asked_for_is_not_collected(tiny_model: TinyModel, tmp_path: Path) -> None:
     source, tokens = tiny_source(tiny_model, "tiny_llama"), tiny.token_ids(2, LENGTH)
     for moment in moments_of(source, tokens, tmp_path, sensitivity="none", inner=False).values():
-        assert (moment.read_gradient, moment.write_gradient, moment.inner) == (None, None, None)
+        assert (moment.read_gradients, moment.write_gradient, moment.inner) == (None, None, None)
 
 
 def test_another_seed_samples_other_labels(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -152,7 +168,7 @@ def test_another_seed_samples_other_labels(tiny_model: TinyModel, tmp_path: Path
         found = collect(
             folded(source), tokens, sensitivity="fisher", inner=False, seed=seed, runner=runner, state=state
         )
-        gradients.append(found[0, "attn"].read_gradient)
+        gradients.append((found[0, "attn"].read_gradients or {}).get("attn.q"))
     assert gradients[0] is not None
     assert gradients[1] is not None
     assert relative(gradients[0], gradients[1]) > 0.01
