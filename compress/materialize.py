@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from compress.architecture import WRITERS
 from compress.checkpoint import CheckpointReader, ShardWriter, read_rotations
@@ -25,12 +26,13 @@ def write_plain(
     """Write the dense equivalents of all structured linears of `checkpoint` as the source's own architecture.
 
     The rotation is undone, so that skip and head maps vanish: W_in = W' Q^T, W_out = Q W'. Pre-norms keep scale 1 and
-    shift 0 (theirs are in the weights); embeddings, last norm and head are the source's own. Raises UsageError for a
-    source without biases whose LayerNorm has one, which its own class cannot express.
+    shift 0 (theirs are in the weights); embeddings, last norm and head are the source's own. Raises UsageError for
+    what the source's own class cannot express: biases that it has not, and writes that its LayerNorm would change.
     """
     reader, rotations = CheckpointReader(checkpoint), read_rotations(checkpoint)
     arch = reader.architecture
     names = tensor_names(arch)
+    stored = reader.get("model.embed_tokens.weight").dtype
     with ShardWriter(folder, dtype) as shards:
         ends = [names.embed, names.positions, names.final_norm.weight, names.final_norm.bias, names.lm_head]
         for name in ends:
@@ -44,8 +46,10 @@ def write_plain(
                 for role in (*arch.readers(sub), WRITERS[sub]):
                     linear, side = f"layers.{i}.{role}", arch.side(role)
                     q = rotations.at(2 * i + SUB_BLOCKS.index(sub) + (side == "out"))
-                    dense = reader.structure(linear).dense(reader.factors(linear))
-                    shards.add(layer.linears[role].weight, unrotate(dense.float(), side, q))
+                    dense = unrotate(reader.structure(linear).dense(reader.factors(linear)).float(), side, q)
+                    if arch.norm == "layernorm" and side == "out":
+                        _check_mean_free(dense, linear, stored)
+                    shards.add(layer.linears[role].weight, dense)
                     bias, name = reader.bias(linear), layer.linears[role].bias
                     if bias is None:
                         continue
@@ -62,3 +66,13 @@ def write_plain(
     config.dtype = dtype
     config.save_pretrained(folder)
     source.tokenizer().save_pretrained(folder)
+
+
+def _check_mean_free(weight: Tensor, linear: str, stored: torch.dtype) -> None:
+    """Raise UsageError when a writer's output has a mean, which the compressed model keeps and LayerNorm removes."""
+    mean = float(weight.double().mean(0).norm()) * len(weight) ** 0.5
+    if mean > max(1e-5, 2 * torch.finfo(stored).eps) * float(weight.norm()):
+        raise UsageError(
+            f"{linear} writes a mean into the stream, which the source's LayerNorm would remove: this model has no "
+            f"plain equivalent. Use --structure kron with a rotation, or lowrank, or do without --materialize-dense"
+        )

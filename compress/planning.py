@@ -185,11 +185,35 @@ def _choices(model: FoldedModel, recipe: Recipe, moments: Moments) -> Iterator[_
                 w = weights[f"{role}.weight"].double()
                 metrics[role] = w.T @ w / _positive(float(((w @ read) * w).sum()))
             write_metric = torch.eye(len(read), dtype=torch.float64) / _positive(float(write.trace()))
+        term = _mean_free_term if arch.norm == "layernorm" else StreamTerm
         for role, metric in metrics.items():
             name = f"layers.{layer}.{role}"
-            yield _Choice(name, role, position, StreamTerm(name, read, metric, arch.linears()[role][0]))
+            yield _Choice(name, role, position, term(name, read, metric, arch.linears()[role][0]))
         name = f"layers.{layer}.{writer}"
-        yield _Choice(name, writer, position + 1, StreamTerm(name, write_metric, write, arch.linears()[writer][1]))
+        yield _Choice(name, writer, position + 1, term(name, write_metric, write, arch.linears()[writer][1]))
+
+
+def _mean_free_term(name: str, p: Tensor, m: Tensor, cost: int) -> StreamTerm:
+    """The term in the d - 1 directions that LayerNorm lets through."""
+    basis = _mean_free_basis(len(p))
+    return StreamTerm(name, basis.T @ p @ basis, basis.T @ m @ basis, cost)
+
+
+def _mean_free_basis(width: int) -> Tensor:
+    """(width, width - 1): an orthonormal basis of what is left of the stream without its mean, 1 / sqrt(width)."""
+    whole: Tensor = torch.linalg.qr(torch.ones(width, 1, dtype=torch.float64), mode="complete").Q
+    return whole[:, 1:]
+
+
+def _with_mean(q: Tensor) -> Tensor:
+    """The rotation (d, d) of a mean-free one (d - 1, d - 1): the mean becomes the last rotated coordinate.
+
+    Every writer that keeps less than all coordinates leaves it at zero, so that the compressed model, too, has nothing
+    for LayerNorm to subtract.
+    """
+    width = len(q) + 1
+    mean = torch.full((width, 1), width**-0.5, dtype=torch.float64)
+    return torch.cat((_mean_free_basis(width) @ q, mean), dim=1)
 
 
 def _positive(energy: float) -> float:
@@ -238,6 +262,8 @@ def _plan_nested(model: FoldedModel, recipe: Recipe, moments: Moments, unit: int
                 side="out" if choice.role in WRITERS.values() else "in",
                 mix="leading",
             )
+    if arch.norm == "layernorm":
+        rotations = [_with_mean(q) for q in rotations]
     return Plan(Rotations(recipe.rotation, tuple(rotations)), structures, predicted)
 
 
@@ -250,7 +276,8 @@ def _allocate(
         for choice in here:
             curve, cost = choice.term.curve(q), choice.term.cost
             names.append(choice.name)
-            menus.append([Choice(k, k * cost, float(curve[k])) for k in range(unit, arch.hidden_size + 1, unit)])
+            widths = range(unit, arch.hidden_size + 1, unit)
+            menus.append([Choice(k, k * cost, float(curve[min(k, len(q))])) for k in widths])
     chosen = allocate(menus, budget_parameters(arch, recipe))
     return (
         {name: c.label for name, c in zip(names, chosen, strict=True)},

@@ -230,3 +230,11 @@ def test_units(tiny_model: TinyModel) -> None:
     units = {width: default_unit(replace(arch, hidden_size=width)) for width in (64, 576, 2048, 5120)}
     assert all(width % unit == 0 for width, unit in units.items())
     assert units[5120] % 64 == 0
+
+
+@pytest.mark.parametrize("rotation", ["shared", "block"])
+def test_the_mean_of_a_layer_norm_stream_is_the_last_coordinate(rotation: str, tiny_model: TinyModel) -> None:
+    plan = plan_of(tiny_source(tiny_model, "tiny_opt"), rotation=rotation, ratio=0.8)
+    for q in plan.rotations.matrices:
+        torch.testing.assert_close(q[:, -1], torch.full((64,), 1 / 8, dtype=torch.float64))
+    assert orthogonality_error(plan.rotations.matrices) < 1e-10

@@ -1,0 +1,118 @@
+"""OUT/dense: a plain checkpoint of the compressed model, which loads where this project is not installed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress.artifact import Artifact
+from compress.checkpoint import load_model
+from compress.errors import UsageError
+from compress.pipeline import compress_model, has_checkpoint
+from tests import tiny
+from tests.compress import helpers
+from tests.compress.helpers import TinyModel, logits_of, relative, text_file, tiny_source
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("tiny_llama", {"rotation": "shared"}),
+    ("tiny_llama", {"rotation": "block"}),
+    ("tiny_llama_tied", {"rotation": "shared"}),
+    ("tiny_llama_tied", {"rotation": "block"}),
+    ("tiny_opt", {"rotation": "shared"}),
+    ("tiny_opt", {"rotation": "block"}),
+    ("tiny_opt_untied", {"rotation": "shared"}),
+    ("tiny_opt_untied", {"rotation": "block"}),
+    ("tiny_llama_bias", {"rotation": "block"}),
+    ("tiny_qwen2", {"structure": "gs"}),
+    ("tiny_qwen3", {"rotation": "shared"}),
+    ("tiny_mistral", {"structure": "lowrank"}),
+    ("tiny_opt", {"structure": "lowrank"}),
+    ("tiny_opt", {"rotation": "shared", "checkpoint_dtype": "bfloat16"}),
+    ("tiny_opt", {"structure": "dense"}),
+]
+IDS = tiny.token_ids(2, 24)
+
+
+@pytest.fixture(scope="module")
+def artifacts(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> list[Artifact]:
+    """One artefact per case, with OUT/dense."""
+    found = []
+    for i, (name, changes) in enumerate(CASES):
+        folder = tmp_path_factory.mktemp(f"dense-{i}")
+        wanted = helpers.recipe(text_file(folder), **changes)
+        found.append(compress_model(tiny_source(tiny_model, name), wanted, folder / "out", materialize_dense=True))
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain_logits(artifacts: list[Artifact], tmp_path_factory: pytest.TempPathFactory) -> list[torch.Tensor]:
+    """Logits of every OUT/dense, computed by a process that never sees this project."""
+    folder = tmp_path_factory.mktemp("plain")
+    script = (
+        "import sys, torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "ids, out = torch.load(sys.argv[1]), []\n"
+        "for folder in sys.argv[3:]:\n"
+        "    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)\n"
+        "    assert not info['missing_keys'] and not info['unexpected_keys'], (folder, info)\n"
+        "    AutoTokenizer.from_pretrained(folder)\n"
+        "    with torch.no_grad():\n        out.append(model(ids).logits.float())\n"
+        "assert 'compress' not in sys.modules\ntorch.save(out, sys.argv[2])\n"
+    )
+    torch.save(IDS, folder / "ids.pt")
+    paths = [folder / "ids.pt", folder / "logits.pt", *(a.path("dense") for a in artifacts)]
+    command = [sys.executable, "-I", "-c", script, *map(str, paths)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    logits: list[torch.Tensor] = torch.load(folder / "logits.pt")
+    return logits
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{n}-{'-'.join(c.values())}" for n, c in CASES])
+def test_same_logits_without_the_import(case: int, artifacts: list[Artifact], plain_logits: list[torch.Tensor]) -> None:
+    expected = logits_of(load_model(artifacts[case].path("checkpoint")), IDS)
+    # Factors stored in half precision have lost their exact rotation, and with it the exact absence of a mean.
+    half = "checkpoint_dtype" in CASES[case][1]
+    assert relative(plain_logits[case], expected) < (5e-2 if half else 1e-4)
+    assert expected.std() > 0.1
+
+
+def test_it_is_the_compressed_model_and_not_the_source(
+    artifacts: list[Artifact], plain_logits: list[torch.Tensor], tiny_model: TinyModel
+) -> None:
+    for (name, changes), logits in zip(CASES, plain_logits, strict=True):
+        dense = logits_of(tiny_source(tiny_model, name).reference_model(torch.float32), IDS)
+        assert (relative(logits, dense) > 1e-2) == (changes.get("structure") != "dense")
+
+
+def test_config_is_the_source_s(artifacts: list[Artifact], tiny_model: TinyModel) -> None:
+    for (name, _), artifact in zip(CASES, artifacts, strict=True):
+        seen = json.loads((artifact.path("dense") / "config.json").read_text())
+        source = json.loads((tiny_model(name) / "config.json").read_text())
+        volatile = {"transformers_version", "dtype", "torch_dtype"}
+        assert {k: v for k, v in seen.items() if k not in volatile} == {
+            k: v for k, v in source.items() if k not in volatile
+        }
+
+
+def test_stage_belongs_to_its_checkpoint(artifacts: list[Artifact]) -> None:
+    for artifact in artifacts:
+        artifact.verify(["dense"])
+        assert artifact.require_stage("dense") == artifact.path("dense")
+
+
+@pytest.mark.parametrize("changes", [{"structure": "kron", "rotation": "none"}, {"structure": "gs"}])
+def test_writes_with_a_mean_have_no_plain_equivalent(
+    changes: dict[str, Any], tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    wanted = helpers.recipe(text_file(tmp_path), **changes)
+    with pytest.raises(UsageError, match=r"writes a mean .* do without --materialize-dense"):
+        compress_model(tiny_source(tiny_model, "tiny_opt"), wanted, tmp_path / "out", materialize_dense=True)
+    # Everything else is there, and is the request's.
+    assert Artifact(tmp_path / "out").require_stage("checkpoint")
+    assert has_checkpoint(Artifact(tmp_path / "out"), tiny_source(tiny_model, "tiny_opt"), wanted)
