@@ -21,7 +21,7 @@ from compress.models import ModelSource, resolve
 from compress.pipeline import folded
 from compress.planning import make_plan, uses_leading_mix
 from compress.procrustes import damped
-from compress.statistics import collect
+from compress.statistics import SUB_BLOCKS, collect
 from compress.streams import Runner, mapped
 from compress.structures import (
     DenseStructure,
@@ -86,7 +86,8 @@ class Fit:
 
     def __init__(self, source: ModelSource, folder: Path, **changes: Any) -> None:
         folder.mkdir(parents=True)
-        recipe, arch = helpers.recipe(text_file(folder), **changes), source.architecture()
+        self.recipe = recipe = helpers.recipe(text_file(folder), **changes)
+        arch = source.architecture()
         c = recipe.calibration
         self.tokens = token_sequences(
             load_text(c.data),
@@ -97,7 +98,7 @@ class Fit:
             vocab_size=arch.vocab_size,
         )
         model, runner = folded(source), Runner(arch, c.sequence_length, torch.device("cpu"), 4)
-        moments = collect(
+        self.moments = moments = collect(
             model,
             self.tokens[: recipe.sensitivity_samples],
             sensitivity=recipe.sensitivity,
@@ -106,7 +107,7 @@ class Fit:
             runner=runner,
             state=folder,
         )
-        plan = make_plan(model, recipe, moments)
+        self.plan = plan = make_plan(model, recipe, moments)
         self.files, self.records = LayerFitter(model, plan, recipe, moments, self.tokens, runner, folder).run()
         shape = (*self.tokens.shape, arch.hidden_size)
         self.dense, self.compressed = (
@@ -201,6 +202,32 @@ def test_relative_errors_are_those_of_the_checkpoint(
         assert records[name].parameters == module.structure.parameter_count()
         assert records[name].structure == module.structure.name
     assert sum(isinstance(model.get_submodule(f"model.{n}").structure, DenseStructure) for n in linears) < len(linears)
+
+
+@pytest.mark.parametrize("rotation", ["shared", "block"])
+def test_writers_are_fitted_in_the_loss_metric(rotation: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    """The best B of K B, K the leading coordinates, in the metric H of the rotated stream: K^T H (W - K B) = 0."""
+    source = tiny_source(tiny_model, "tiny_llama")
+    fit = Fit(source, tmp_path / "fit", rotation=rotation, correction=0, ratio=0.7)
+    arch, model, seen = source.architecture(), folded(source), 0
+    for layer, file in enumerate(fit.files):
+        weights, factors = rotate_block(model.block(layer), arch, layer, fit.plan.rotations), load_file(file)
+        for sub, role in WRITERS.items():
+            name = f"model.layers.{layer}.{role}.B"
+            if name not in factors:
+                continue
+            gradient = fit.moments[layer, sub].write_gradient
+            q = fit.plan.rotations.at(2 * layer + SUB_BLOCKS.index(sub) + 1)
+            assert gradient is not None
+            assert q is not None
+            H, B = q.T @ damped(gradient, fit.recipe.metric_damping) @ q, factors[name].double()
+            E = weights[f"{role}.weight"].double().clone()
+            whole = float((H @ E).norm())
+            E[: len(B)] -= B
+            assert float((H @ E)[: len(B)].norm()) < 1e-5 * whole
+            assert float((H @ E)[len(B) :].norm()) > 1e-3 * whole
+            seen += 1
+    assert seen >= 3
 
 
 # ---- hostile data

@@ -223,6 +223,17 @@ def test_full_width_terms_do_not_count() -> None:
     torch.testing.assert_close(alone, both)
 
 
+def test_never_worse_than_the_start_even_by_rounding() -> None:
+    """Nothing is to be gained at the optimum, and the search in float32 does not see that."""
+    draw = Draw(10)
+    for _ in range(5):
+        terms, kept = [draw.term(), draw.term()], [4, 8]
+        start = nested_rotation(terms, kept, draw.orthogonal(), iterations=200, tolerance=1e-12)
+        q = nested_rotation(terms, kept, start, iterations=10, dtype=torch.float32)
+        assert kept_loss(terms, kept, q) <= kept_loss(terms, kept, start)
+        assert orthogonality(q) < 1e-10
+
+
 def test_steps_are_reported() -> None:
     draw = Draw(9)
     seen: list[float] = []
@@ -301,6 +312,28 @@ def test_majorised_rotation_never_rises(structure: Structure) -> None:
     assert all(later <= earlier * (1 + 1e-9) for earlier, later in pairwise(errors))
     assert error_of(members, q, weighted=True) <= errors[-1] * (1 + 1e-9)
     assert orthogonality(q) < 1e-12
+
+
+class Fixed(LowRankStructure):
+    """Always the same approximation, so that only the rotation moves."""
+
+    def fit(self, weight: Tensor, gram: Tensor | None = None, metric: Tensor | None = None) -> dict[str, Tensor]:
+        return {"V": torch.eye(16, dtype=torch.float64), "U": Draw(20 + self.rank).matrix(16, 16)}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_polar_steps_alone_never_rise(seed: int) -> None:
+    """The Gram-weighted Procrustes problem with What held fixed: each step lowers it, down to a stationary point."""
+    draw = Draw(seed)
+    structures: list[Structure] = [Fixed(in_features=16, out_features=16, rank=1 + i) for i in range(2)]
+    weights, grams = [draw.matrix(16, 16) for _ in range(2)], [draw.moment(16, 0.3) for _ in range(2)]
+    members = members_of(structures, weights, grams)
+    q, errors = majorised_rotation(members, draw.orthogonal(16), 60, polar_steps=1)
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in pairwise(errors))
+    assert errors[-1] < 0.9 * errors[0]
+    # One step more: it moves less and less.
+    _, more = majorised_rotation(members, q, 60, polar_steps=5)
+    assert errors[-1] - more[-1] < 0.2 * (errors[0] - errors[-1])
 
 
 def test_majorised_rotation_recovers_a_planted_rotation_from_nearby() -> None:
