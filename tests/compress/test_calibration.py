@@ -39,17 +39,19 @@ def test_rows_are_shuffled_by_the_seed_and_joined_by_blank_lines() -> None:
 
 
 def test_long_corpora_are_read_only_as_far_as_needed() -> None:
-    class Counting:
-        calls = 0
+    class Recording:
+        def __init__(self) -> None:
+            self.pieces: list[list[str]] = []
 
         def __call__(self, text: str, **options: object) -> dict[str, list[int]]:
-            self.calls += 1
+            self.pieces.append(text.split())
             return {"input_ids": [3] * 600}
 
-    counting = Counting()
-    text = TextData("a test", tuple("row" for _ in range(5000)), "", "")
-    token_sequences(text, counting, samples=2, length=500, seed=0, vocab_size=10)  # type: ignore[arg-type]
-    assert counting.calls == 2
+    recording = Recording()
+    text = TextData("a test", tuple(f"row{i}" for i in range(5000)), "", "")
+    token_sequences(text, recording, samples=2, length=500, seed=0, vocab_size=10)  # type: ignore[arg-type]
+    assert len(recording.pieces) == 2
+    assert len({*recording.pieces[0], *recording.pieces[1]}) == 2 * len(recording.pieces[0])  # no row twice
 
 
 def test_no_warning_about_long_text(capfd: pytest.CaptureFixture[str]) -> None:
