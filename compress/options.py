@@ -50,7 +50,7 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DATA",
         help="FILE.txt, FILE.jsonl, a hub dataset, or boolq from the demo's packages (default: boolq)",
     )
-    how.add_argument("--calibration-samples", type=int, metavar="N", help="sequences (default: 32)")
+    how.add_argument("--calibration-samples", type=int, metavar="N", help="sequences (default: 24)")
     how.add_argument("--sequence-length", type=int, metavar="T", help="tokens per sequence (default: 1024)")
     how.add_argument("--seed", type=int, help="of the text order and the sampled labels (default: 0)")
     how.add_argument(

@@ -32,7 +32,7 @@ class Calibration(_Strict):
     """Which text, how much of it."""
 
     data: str = "boolq"
-    samples: int = Field(default=32, ge=1)
+    samples: int = Field(default=24, ge=1)
     sequence_length: int = Field(default=1024, ge=2)
     seed: int = 0
 
@@ -47,7 +47,7 @@ class Recipe(_Strict):
     skip: Literal["none", "dense"] = "none"
     sensitivity: Literal["fisher", "none"] = "fisher"
     sensitivity_samples: int = Field(default=16, ge=1)
-    rotation_iterations: int = Field(default=40, ge=0)
+    rotation_iterations: int = Field(default=30, ge=0)
     correction: float = Field(default=0.5, ge=0, le=1)
     gram_damping: float = Field(default=1e-3, gt=0, lt=1)
     metric_damping: float = Field(default=1e-2, gt=0, lt=1)
