@@ -158,11 +158,11 @@ class Copies:
             binding = session.io_binding()
             binding.bind_ortvalue_input("x", source)
             binding.bind_ortvalue_output("y", target)
-            bound.append((session, binding))
+            bound.append((session, binding, source, target))  # a binding does not keep its arrays alive
         turn = itertools.cycle(bound)
 
         def run() -> None:
-            session, binding = next(turn)
+            session, binding, *_ = next(turn)
             session.run_with_iobinding(binding)
 
         return run
