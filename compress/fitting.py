@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.architecture import WRITERS
+from compress.blocks import Block, StructuredLinear, rms_normalise
 from compress.checkpoint import structured_state
 from compress.invariance import FoldedModel, Weights, rotate_block
-from compress.modeling import Block, StructuredLinear, rms_normalise
 from compress.planning import Moments, Plan
 from compress.procrustes import damped
 from compress.progress import log, track

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.architecture import WRITERS, Architecture
+from compress.blocks import rms_normalise
 from compress.invariance import FoldedModel, Rotations, Weights
-from compress.modeling import rms_normalise
 from compress.progress import track
 from compress.streams import GramSum, Runner, embed, mapped, save_whole
 

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.architecture import Architecture
+from compress.blocks import Block, Rotary, attention_mask_bool, rotary_for
 from compress.files import named, os_error_of
 from compress.invariance import Weights
-from compress.modeling import Block, Rotary, attention_mask_bool, rotary_for
 from compress.structures import Structure
 
 

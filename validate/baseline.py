@@ -110,7 +110,7 @@ class Baseline:
             return path
         from compress.pipeline import write_dense
         from export.graph import export_onnx
-        from validate.speed import GraphFacts
+        from validate.graphfacts import GraphFacts
 
         folder = self.artifact.state_folder() / "dense-baseline"
         self._stack.callback(_remove, folder)

@@ -42,7 +42,8 @@ class ModelCost:
     @classmethod
     def of(cls, config: ProcrustesConfig) -> ModelCost:
         """Count the model of a config.json."""
-        from compress.modeling import ProcrustesForCausalLM, StructuredLinear
+        from compress.blocks import StructuredLinear
+        from compress.modeling import ProcrustesForCausalLM
 
         with torch.device("meta"):
             model = ProcrustesForCausalLM(config)

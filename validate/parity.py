@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from compress.blocks import positions_from_mask
 from compress.errors import ArtifactError
-from compress.modeling import positions_from_mask
 from compress.progress import track
 
 if TYPE_CHECKING:

@@ -158,8 +158,8 @@ def _parity(baseline: Baseline) -> list[Rung]:
     import torch
 
     from export.engines.ort import OrtRunner
+    from validate.graphfacts import GraphFacts
     from validate.parity import GREEDY_TOKENS, make_prompts, rung_1, rung_2, rung_3
-    from validate.speed import GraphFacts
 
     arch = baseline.reader.architecture
     prompts = make_prompts(arch.vocab_size, max(2, min(48, arch.max_positions - 2 * GREEDY_TOKENS)))

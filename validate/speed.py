@@ -24,46 +24,10 @@ if TYPE_CHECKING:
 
     from export.engines.ort import OrtRunner
     from validate.cost import Limit, ModelCost
-    from validate.timing import Paired
+    from validate.graphfacts import GraphFacts
+from validate.timing import Paired
 
 DECODE_STEPS = 48  # at most; the cache grows by one token a step
-
-
-@dataclass(frozen=True)
-class GraphFacts:
-    """What the file says of itself: `logits` is "all" or "last", nodes are those in the file."""
-
-    dtype: str
-    logits: str
-    nodes: int
-    structured_nodes: int
-    executed_nodes: int
-
-    @classmethod
-    def of(cls, path: Path) -> GraphFacts:
-        """Read the graph without its weights, and run it once to see what ONNX Runtime makes of it."""
-        import onnx
-
-        from export.engines.ort import executed_nodes
-        from export.ops import DOMAIN
-
-        dtypes = {
-            onnx.TensorProto.FLOAT: "float32",
-            onnx.TensorProto.FLOAT16: "float16",
-            onnx.TensorProto.BFLOAT16: "bfloat16",
-        }
-        graph = onnx.load(str(path), load_external_data=False).graph
-        logits = next((o for o in graph.output if o.name == "logits"), None)
-        if logits is None:
-            raise ArtifactError(f"{path} has no output called logits; export the model again")
-        tensor = logits.type.tensor_type
-        return cls(
-            dtype=dtypes.get(tensor.elem_type, f"type {tensor.elem_type}"),
-            logits="last" if tensor.shape.dim[1].dim_value == 1 else "all",
-            nodes=len(graph.node),
-            structured_nodes=sum(node.domain == DOMAIN for node in graph.node),
-            executed_nodes=sum(executed_nodes(path).values()),
-        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,260 @@
+"""One pre-norm decoder block for every family: attention and feed-forward over structured linears in factors.
+
+Normalisation is parameter-free RMS everywhere: scales, biases and LayerNorm's mean subtraction have been
+folded into the neighbouring weights (compress/invariance.py), which leaves the output unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from compress.architecture import Architecture
+from compress.errors import ArtifactError
+from compress.structures import DenseStructure, Structure
+
+Tap = Callable[[str, Tensor], None]
+"""Called while a block runs with a place and the tensor there: "attn.in" and "mlp.in" (the normalised stream that
+the readers see), "attn.o" and "mlp.down" (the inputs of the writers), "attn.out" and "mlp.out" (their outputs)."""
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def rms_normalise(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last axis, computed in float32 at the least. Shape is kept."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rope_frequencies(arch: Architecture) -> tuple[Tensor, float]:
+    """Inverse frequencies (head_dim / 2,) in float32 and the factor on cos and sin, by transformers' own rules."""
+    from transformers.models.llama.configuration_llama import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig(
+        hidden_size=arch.num_heads * arch.head_dim,  # not read: head_dim is given
+        num_attention_heads=arch.num_heads,
+        head_dim=arch.head_dim,
+        max_position_embeddings=arch.max_positions,
+        rope_parameters=dict(arch.rope or {}),
+    )
+    rotary = LlamaRotaryEmbedding(config)
+    return rotary.inv_freq.float(), float(rotary.attention_scaling)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """cos and sin, each (batch, 1, sequence, head_dim / 2), in the half-split convention."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """x: (batch, heads, sequence, head_dim)."""
+        first, second = x.chunk(2, dim=-1)
+        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rotary_for(arch: Architecture, position_ids: Tensor) -> Rotary | None:
+    """cos and sin for (batch, length) positions, in float32; None where positions are learned."""
+    if arch.positions != "rope":
+        return None
+    frequencies, scaling = rope_frequencies(arch)
+    angles = position_ids[:, None, :, None].float() * frequencies.to(position_ids.device)
+    return Rotary(angles.cos() * scaling, angles.sin() * scaling)
+
+
+def attention_mask_bool(
+    attention_mask: Tensor | None,
+    batch: int,
+    past: int,
+    length: int,
+    window: int | None,
+    device: torch.device,
+) -> Tensor:
+    """Which key each query may see: bool (batch, 1, length, past + length).
+
+    attention_mask: (batch, past + length), 0 on padding, or None. Every query sees itself, so that a row of
+    padding never becomes a softmax over nothing.
+    """
+    query = torch.arange(past, past + length, device=device)[:, None]  # (length, 1)
+    key = torch.arange(past + length, device=device)[None, :]  # (1, past + length)
+    visible = key <= query
+    if window is not None:
+        visible = visible & (key > query - window)
+    visible = visible[None, None].expand(batch, 1, length, past + length)
+    if attention_mask is not None:
+        visible = visible & (attention_mask.bool()[:, None, None, :] | (key == query))
+    return visible
+
+
+def positions_from_mask(attention_mask: Tensor) -> Tensor:
+    """Position of each token counted from the first one that is not padding; (batch, total) -> the same shape."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _silent(place: str, value: Tensor) -> None:
+    """The tap of a block that nobody listens to."""
+
+
+class StructuredLinear(nn.Module):
+    """A linear layer whose weight is a structure; runs in factors. (..., in_features) -> (..., out_features)."""
+
+    def __init__(self, structure: Structure, bias: bool, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.structure = structure
+        self.factor_names = tuple(structure.shapes())
+        for name, shape in structure.shapes().items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False))
+        self.bias = (
+            nn.Parameter(torch.empty(structure.out_features, dtype=dtype), requires_grad=False) if bias else None
+        )
+
+    def factors(self) -> dict[str, Tensor]:
+        """The structure's parameters by name."""
+        return {name: getattr(self, name) for name in self.factor_names}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.structure.apply(self.factors(), x)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return repr(self.structure)
+
+
+class SkipMatrix(nn.Module):
+    """The d x d matrix that turns the residual stream from one rotation into the next (`--rotation block`)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, width), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class HeadNorm(nn.Module):
+    """RMS normalisation of each head's queries or keys with a learned scale (Qwen 3)."""
+
+    def __init__(self, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(head_dim), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_normalise(x, self.eps) * self.weight
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over structured projections."""
+
+    q: StructuredLinear
+    k: StructuredLinear
+    v: StructuredLinear
+    o: StructuredLinear
+
+    def __init__(self, arch: Architecture, structures: Mapping[str, Structure], layer: int) -> None:
+        super().__init__()
+        self.arch, self.layer = arch, layer
+        for role in ("q", "k", "v", "o"):
+            self.add_module(role, _linear(arch, structures, layer, f"attn.{role}"))
+        if arch.qk_norm:
+            self.q_norm = HeadNorm(arch.head_dim, arch.norm_eps)
+            self.k_norm = HeadNorm(arch.head_dim, arch.norm_eps)
+
+    def inner(self, h: Tensor, rotary: Rotary | None, mask: Tensor, cache: Cache | None = None) -> Tensor:
+        """What `o` reads: the heads' mixed values, (batch, length, heads * head_dim)."""
+        batch, length, _ = h.shape
+
+        def heads(x: Tensor, count: int) -> Tensor:
+            # (batch, length, heads, head_dim) -> (batch, heads, length, head_dim)
+            return x.view(batch, length, count, self.arch.head_dim).transpose(1, 2)
+
+        q = heads(self.q(h), self.arch.num_heads)
+        k = heads(self.k(h), self.arch.num_kv_heads)
+        v = heads(self.v(h), self.arch.num_kv_heads)
+        if self.arch.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotary.rotate(q), rotary.rotate(k)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer)
+        grouped = self.arch.num_heads != self.arch.num_kv_heads
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        return mixed.transpose(1, 2).reshape(batch, length, self.arch.num_heads * self.arch.head_dim)
+
+
+class FeedForward(nn.Module):
+    """down(act(gate(h)) * up(h)), or down(act(up(h))) where the architecture is not gated."""
+
+    gate: StructuredLinear
+    up: StructuredLinear
+    down: StructuredLinear
+
+    def __init__(self, arch: Architecture, structures: Mapping[str, Structure], layer: int) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[arch.activation]
+        self.gated = arch.gated
+        for role in arch.linears():
+            block, _, short = role.partition(".")
+            if block == "mlp":
+                self.add_module(short, _linear(arch, structures, layer, role))
+
+    def inner(self, h: Tensor) -> Tensor:
+        """What `down` reads, (batch, length, intermediate_size)."""
+        out: Tensor = self.activation(self.gate(h)) * self.up(h) if self.gated else self.activation(self.up(h))
+        return out
+
+
+class Block(nn.Module):
+    """One decoder block. `structures` maps "layers.{i}.{role}" to a structure; what is absent is dense."""
+
+    def __init__(self, arch: Architecture, structures: Mapping[str, Structure], layer: int, skips: bool) -> None:
+        super().__init__()
+        self.eps = arch.norm_eps
+        self.attn = Attention(arch, structures, layer)
+        self.mlp = FeedForward(arch, structures, layer)
+        self.attn_skip: nn.Module = SkipMatrix(arch.hidden_size) if skips else nn.Identity()
+        self.mlp_skip: nn.Module = SkipMatrix(arch.hidden_size) if skips else nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Rotary | None,
+        mask: Tensor,
+        cache: Cache | None = None,
+        tap: Tap | None = None,
+    ) -> Tensor:
+        """x: (batch, length, d) -> the same shape; mask as `attention_mask_bool`."""
+        say = tap or _silent
+        say("attn.in", h := rms_normalise(x, self.eps))
+        say("attn.o", inner := self.attn.inner(h, rotary, mask, cache))
+        say("attn.out", out := self.attn.o(inner))
+        x = self.attn_skip(x) + out
+        say("mlp.in", h := rms_normalise(x, self.eps))
+        say("mlp.down", inner := self.mlp.inner(h))
+        say("mlp.out", out := self.mlp.down(inner))
+        result: Tensor = self.mlp_skip(x) + out
+        return result
+
+
+def _linear(arch: Architecture, structures: Mapping[str, Structure], layer: int, role: str) -> StructuredLinear:
+    n, m = arch.linears()[role]
+    structure = structures.get(f"layers.{layer}.{role}") or DenseStructure(in_features=m, out_features=n)
+    if (structure.out_features, structure.in_features) != (n, m):
+        raise ArtifactError(
+            f"layers.{layer}.{role} is {n} x {m} in the architecture but its structure in config.json is "
+            f"{structure.out_features} x {structure.in_features}"
+        )
+    return StructuredLinear(structure, arch.has_bias(role))
