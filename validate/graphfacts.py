@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from compress.errors import ArtifactError
+
 
 @dataclass(frozen=True)
 class GraphFacts:
