@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import ArtifactError, UsageError, run_cli
 from compress.progress import log
+from validate.graphfacts import GraphFacts
 
 if TYPE_CHECKING:
     import torch
 
     from export.engines.ort import OrtRunner
     from validate.cost import Limit, ModelCost
-    from validate.graphfacts import GraphFacts
-from validate.timing import Paired
+    from validate.timing import Paired
 
 DECODE_STEPS = 48  # at most; the cache grows by one token a step
 

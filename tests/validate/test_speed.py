@@ -18,7 +18,8 @@ from compress.structures import DenseStructure, Structure, structure_from_config
 from export.graph import export_onnx
 from validate import layers, speed
 from validate.baseline import Baseline
-from validate.speed import GraphFacts, measure_model, peak_memory
+from validate.graphfacts import GraphFacts
+from validate.speed import measure_model, peak_memory
 from validate.timing import Quartiles, paired
 
 
