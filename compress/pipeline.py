@@ -123,6 +123,7 @@ def compress_model(
                 seed=c.seed,
                 vocab_size=arch.vocab_size,
             )
+            _warn_when_short(tokens.numel(), max(m for _, m in arch.linears().values()))
         plan, files, records = _plan_and_fit(model, recipe, tokens, state, runner_device, batch)
         summarise(records)
         dtype = getattr(torch, recipe.checkpoint_dtype)
@@ -153,6 +154,15 @@ def compress_model(
         f"{size.model_ratio:.4f} of the model"
     )
     return artifact
+
+
+def _warn_when_short(tokens: int, width: int) -> None:
+    """Second moments of `width` features from too few tokens are singular or noise, and the fits follow the noise."""
+    if tokens < 4 * width:
+        log(
+            f"warning: {tokens:,} calibration tokens for linears of {width:,} inputs are few; at least {4 * width:,} "
+            f"are advisable (--calibration-samples, --sequence-length), perplexity suffers otherwise"
+        )
 
 
 def has_checkpoint(artifact: Artifact, source: ModelSource, recipe: Recipe) -> bool:
