@@ -89,7 +89,12 @@ def make_plan(model: FoldedModel, recipe: Recipe, moments: Moments) -> Plan:
 
 def check_recipe(arch: Architecture, recipe: Recipe) -> None:
     """Raise UsageError for what no calibration can make work, before anything is read or computed."""
-    explicit_layers(arch, recipe)
+    slower = [s.macs(1) / (s.in_features * s.out_features) for s in explicit_layers(arch, recipe).values()]
+    if max(slower, default=0) > 1:
+        log(
+            f"warning: {sum(x > 1 for x in slower)} linears of this recipe need more arithmetic than dense ones, up to "
+            f"{max(slower):.2f} times (Kronecker products of two sides do): smaller, but not faster"
+        )
     length = recipe.calibration.sequence_length
     if recipe.needs_text() and length > arch.max_positions:
         raise UsageError(

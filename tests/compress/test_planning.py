@@ -238,3 +238,15 @@ def test_the_mean_of_a_layer_norm_stream_is_the_last_coordinate(rotation: str, t
     for q in plan.rotations.matrices:
         torch.testing.assert_close(q[:, -1], torch.full((64,), 1 / 8, dtype=torch.float64))
     assert orthogonality_error(plan.rotations.matrices) < 1e-10
+
+
+def test_general_kronecker_says_what_it_costs(tiny_model: TinyModel, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tiny_source(tiny_model, "tiny_llama")
+    n, m = source.architecture().linears()["attn.q"]
+    sides = {"structure": "kron", "in_features": m, "out_features": n, "side": "both", "mix": "explicit"}
+    check_recipe(
+        source.architecture(), recipe(layers={"layers.0.attn.q": {**sides, "blocks": 16, "n1": 4, "m1": 4, "terms": 4}})
+    )
+    assert "1 linears of this recipe need more arithmetic than dense ones" in capsys.readouterr().err
+    check_recipe(source.architecture(), recipe())
+    assert "arithmetic" not in capsys.readouterr().err
