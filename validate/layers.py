@@ -247,7 +247,8 @@ def surroundings(file: Path) -> tuple[str, str]:
     Raises UsageError when the file has not both marks, once and in order.
     """
     if not file.exists():
-        return f"# Speed\n\nPrinted by `python -m validate.speed --layers --write-docs {file.name}`.\n\n", "\n"
+        shown = file.name if file.is_absolute() else file.as_posix()
+        return f"# Speed\n\nPrinted by `python -m validate.speed --layers --write-docs {shown}`.\n\n", "\n"
     text = file.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
