@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.architecture import WRITERS
@@ -46,7 +45,7 @@ class FitRecord:
 
 
 class LayerFitter:
-    """Fits one block after the other; `fit(layer)` returns the block's state-dict entries and its records.
+    """Fits one block after the other; `run` returns a file of state-dict entries for each, and all records.
 
     The two streams after each block are kept in `state`, so that a run that was interrupted goes on at the next block.
     """
@@ -200,11 +199,6 @@ class LayerFitter:
         position = 2 * layer + SUB_BLOCKS.index(role.split(".")[0]) + 1
         q = self.plan.rotations.at(position)
         return metric if q is None else q.T.to(metric) @ metric @ q.to(metric)
-
-
-def load_block(file: Path) -> dict[str, Tensor]:
-    """The state-dict entries of one fitted block."""
-    return load_file(file)
 
 
 def summarise(records: list[FitRecord]) -> None:

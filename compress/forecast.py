@@ -6,7 +6,7 @@ from typing import Any
 
 from compress.accounting import model_size, overhead_parameters
 from compress.architecture import Architecture
-from compress.planning import budget_parameters, check_recipe, default_unit
+from compress.planning import budget_parameters, check_recipe, unit_of
 from compress.recipe import Recipe
 
 
@@ -31,7 +31,7 @@ def forecast(arch: Architecture, recipe: Recipe) -> dict[str, Any]:
         "layers": arch.num_layers,
         "structure": recipe.structure,
         "rotation": recipe.rotation,
-        "unit": recipe.unit or default_unit(arch),
+        "unit": unit_of(arch, recipe),
         "ratio_asked": recipe.ratio,
         "dense_projection_parameters": size.dense_projections,
         "projection_budget": int(budget),

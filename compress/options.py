@@ -78,6 +78,16 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the result goes and how it is told."""
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="OUT", help="artefact folder, made when it is missing"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
+    parser.add_argument("--json", action="store_true", help="the result as one JSON object")
+    parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+
+
 _FLAGS = {
     "structure": "structure",
     "ratio": "ratio",

@@ -29,7 +29,7 @@ from compress.structures import KroneckerStructure, Structure, registry, structu
 from compress.structures.base import Side
 
 ROUNDS = 2
-"""Of rotation and allocation, after the closed-form start; a third changes the predicted loss by less than 1 %."""
+"""Of rotation and allocation, after the closed-form start. The second took the predicted loss from 0.494 to 0.483."""
 
 Moments = Mapping[tuple[int, str], StreamMoments]
 
@@ -37,7 +37,7 @@ Moments = Mapping[tuple[int, str], StreamMoments]
 @dataclass(frozen=True)
 class Plan:
     """Rotations, the structure of every linear that is not dense, and the predicted loss (nats per token) of each
-    group that was allocated one."""
+    linear that was allocated a size."""
 
     rotations: Rotations
     structures: dict[str, Structure]
@@ -47,6 +47,11 @@ class Plan:
 def default_unit(arch: Architecture) -> int:
     """Alignment of kept sizes: 64 at production widths, finer where 64 would leave fewer than 16 sizes."""
     return 64 if arch.hidden_size >= 1024 else 32 if arch.hidden_size >= 512 else 8
+
+
+def unit_of(arch: Architecture, recipe: Recipe) -> int:
+    """The alignment that the recipe asks for, or the default one."""
+    return recipe.unit or default_unit(arch)
 
 
 def budget_parameters(arch: Architecture, recipe: Recipe) -> float:
@@ -72,7 +77,7 @@ def uses_leading_mix(recipe: Recipe) -> bool:
 def make_plan(model: FoldedModel, recipe: Recipe, moments: Moments) -> Plan:
     """Rotations and structures for `recipe`."""
     arch = model.arch
-    unit = recipe.unit or default_unit(arch)
+    unit = unit_of(arch, recipe)
     if recipe.structure == "dense":
         plan = Plan(Rotations.none(), {}, {})
     elif uses_leading_mix(recipe):
@@ -102,7 +107,7 @@ def check_recipe(arch: Architecture, recipe: Recipe) -> None:
             f"give --sequence-length {arch.max_positions} or less"
         )
     if uses_leading_mix(recipe):
-        unit = recipe.unit or default_unit(arch)
+        unit = unit_of(arch, recipe)
         _check_unit(arch, unit)
         smallest = arch.projection_parameters() * unit // arch.hidden_size
         if budget_parameters(arch, recipe) < smallest:
@@ -111,7 +116,7 @@ def check_recipe(arch: Architecture, recipe: Recipe) -> None:
                 f"allows, are {smallest:,} parameters: raise --ratio"
             )
     elif recipe.structure != "dense":
-        _uniform(arch, recipe, recipe.unit or default_unit(arch))
+        _uniform(arch, recipe, unit_of(arch, recipe))
 
 
 def explicit_layers(arch: Architecture, recipe: Recipe) -> dict[str, Structure]:

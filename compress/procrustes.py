@@ -149,7 +149,7 @@ def nested_rotation(
     here preconditioned by the curvature of each plane rotation (`plane_curvatures`): without it the few directions
     that carry most of the stream dictate the step. `kept` gives k_t in 0 .. d; terms with k_t = d do not count.
     Stops when the loss falls by less than `tolerance` (relative) over five steps. (d, d) float64 in and out; the
-    search itself runs in `dtype` (float32 takes half the time and finds the same minimum to three digits).
+    search itself runs in `dtype`, and its result is judged against `start` in float64.
     """
     wanted = [(t, k) for t, k in zip(terms, kept, strict=True) if k < len(start)]
     if not wanted:

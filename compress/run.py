@@ -6,10 +6,9 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from compress.errors import run_cli
-from compress.options import add_compress_arguments, recipe_from
+from compress.options import add_compress_arguments, add_output_arguments, recipe_from
 
 EXAMPLES = """\
 examples:
@@ -28,10 +27,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_compress_arguments(p)
-    p.add_argument("--out", type=Path, required=True, metavar="OUT", help="artefact folder, made when it is missing")
-    p.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
-    p.add_argument("--json", action="store_true", help="the result as one JSON object")
-    p.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    add_output_arguments(p)
     return p
 
 

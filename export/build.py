@@ -6,11 +6,10 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import ArtifactError, MissingDependencyError, UsageError, run_cli
-from compress.options import add_compress_arguments, recipe_from
+from compress.options import add_compress_arguments, add_output_arguments, recipe_from
 from compress.progress import log
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_compress_arguments(p)
-    p.add_argument("--out", type=Path, required=True, metavar="OUT", help="artefact folder, made when it is missing")
+    add_output_arguments(p)
     what = p.add_argument_group("what to build")
     what.add_argument(
         "--engine",
@@ -56,9 +55,6 @@ def parser() -> argparse.ArgumentParser:
         default="all",
         help="of all positions, as validation needs them, or of the last one, for serving (default: all)",
     )
-    p.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
-    p.add_argument("--json", action="store_true", help="the result as one JSON object")
-    p.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     return p
 
 
