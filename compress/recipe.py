@@ -12,7 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compress.errors import UsageError
 
-StructureName = Literal["kron", "gs", "lowrank", "dense"]
+StructureName = Literal["auto", "kron", "gs", "lowrank", "jrk", "compot", "compot24", "slice", "dense"]
+Fit = Literal["loss-aware", "paper"]
+Allocation = Literal["global", "uniform"]
+SkipName = Literal["none", "dense", "cs", "householder"]
+Inner = Literal["vo", "neurons", "bias"]
 RotationName = Literal["none", "shared", "block"]
 
 # kron: measured best at equal bytes on SmolLM2-135M (docs/quality.md). Low rank and dense gain nothing from rotations;
@@ -43,10 +47,20 @@ class Recipe(_Strict):
 
     version: Literal[1] = 1
     structure: StructureName = "kron"
+    menu: tuple[Literal["kron", "gs", "lowrank", "compot24"], ...] = ()
+    fit: Fit = "loss-aware"
     ratio: float = Field(default=0.75, gt=0, le=1)
+    budget_bytes: int | None = Field(default=None, gt=0)
+    budget_latency: float | None = Field(default=None, gt=0)
+    latency_table: str | None = None
+    allocation: Allocation = "global"
     rotation: RotationName = "shared"
-    skip: Literal["none", "dense"] = "none"
-    sensitivity: Literal["fisher", "none"] = "fisher"
+    skip: SkipName = "none"
+    ties: bool = True
+    joint: bool = False
+    inner: tuple[Inner, ...] = ()
+    embedding: float = Field(default=1.0, gt=0, le=1)
+    sensitivity: Literal["fisher", "measured", "none"] = "fisher"
     sensitivity_samples: int = Field(default=16, ge=1)
     rotation_iterations: int = Field(default=30, ge=0)
     correction: float = Field(default=0.5, ge=0, le=1)
