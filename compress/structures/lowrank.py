@@ -1,4 +1,8 @@
-"""What = U V with inner dimension `rank`: two plain matrix products, the structure that every other has to beat."""
+"""What = U V with inner dimension `rank`: two plain matrix products, the structure that every other has to beat.
+
+Linears that read the same input may share one V (compress/structures/joint.py): the leader stores it, a follower
+names the leader in `shares` and stores its own U only.
+"""
 
 from __future__ import annotations
 
@@ -19,30 +23,45 @@ from compress.structures.linalg import Problem, balance, low_rank, result_dtype
 @register
 @dataclass(frozen=True)
 class LowRankStructure(Structure):
-    """U (out_features, rank), V (rank, in_features): y = (x V^T) U^T."""
+    """U (out_features, rank), V (rank, in_features): y = (x V^T) U^T.
+
+    `shares` is None, or the role of the linear of the same block whose V this one uses, e.g. "attn.q". V is then
+    stored, counted and multiplied there, and `shapes`, `parameter_count` and `macs` are those of U alone; `apply` and
+    `dense` are still given both factors.
+    """
 
     name: ClassVar[str] = "lowrank"
 
     rank: int
+    shares: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("rank")
-        if self.rank > min(self.in_features, self.out_features):
+        # A shared V serves the stacked matrix of its group, whose rank no single follower limits.
+        full = self.in_features if self.shares else min(self.in_features, self.out_features)
+        if self.rank > full:
             raise UsageError(
-                f"rank {self.rank} is above the full rank {min(self.in_features, self.out_features)} of a "
+                f"rank {self.rank} is above the full rank {full} of a "
                 f"{self.out_features} x {self.in_features} matrix; choose a smaller rank"
             )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"V": (self.rank, self.in_features), "U": (self.out_features, self.rank)}
+        own: dict[str, tuple[int, ...]] = {"U": (self.out_features, self.rank)}
+        return own if self.shares else {"V": (self.rank, self.in_features), **own}
 
     def fit(self, weight: Tensor, gram: Tensor | None = None, metric: Tensor | None = None) -> dict[str, Tensor]:
         """The optimum in closed form (derived here; with H = I it is the whitened SVD of SVD-LLM).
 
         With G = C_G C_G^T and H = C_H C_H^T, tr(H E G E^T) = |C_H^T E C_G|^2, so the best What is
         C_H^{-T} T_k C_G^{-1}, T_k the truncated SVD of T = C_H^T W C_G. U and V have equal norms term by term.
+        Raises UsageError for a follower, which only `joint.joint_fit` can fit, together with its leader.
         """
+        if self.shares:
+            raise UsageError(
+                f"a low-rank structure that shares the V of {self.shares} cannot be fitted alone; "
+                f"fit the group as one (joint_fit), or leave out `shares`"
+            )
         problem = Problem.of(weight, gram, metric, self.in_features, self.out_features)
         U, V = low_rank(problem.whiten(problem.weight), self.rank)
         if problem.metric is not None:
