@@ -86,8 +86,11 @@ def attention_mask_bool(
     """Which key each query may see: bool (batch, 1, length, past + length).
 
     attention_mask: (batch, past + length), 0 on padding, or None. Every query sees itself, so that a row of
-    padding never becomes a softmax over nothing.
+    padding never becomes a softmax over nothing. A mask of four axes, (batch, 1, length, past + length), says all
+    by itself, as in transformers.
     """
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return attention_mask.bool()
     query = torch.arange(past, past + length, device=device)[:, None]  # (length, 1)
     key = torch.arange(past + length, device=device)[None, :]  # (1, past + length)
     visible = key <= query
