@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from compress.architecture import Architecture
@@ -11,7 +11,8 @@ from compress.structures import Structure
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Parameter counts. `overhead` is what rotations add: skip matrices and the head map of a tied head.
+    """Parameter counts. `overhead` is what compression adds beside the projections: skip matrices, the head map
+    of a tied head, and the biases of bias correction.
 
     `rest` is everything that is not a projection (embeddings, head, biases, norms) and is the same for both models.
     """
@@ -42,7 +43,15 @@ def overhead_parameters(arch: Architecture, rotation: str) -> int:
     return skips + head
 
 
-def model_size(arch: Architecture, structures: Mapping[str, Structure], rotation: str) -> ModelSize:
+def bias_parameters(arch: Architecture, extra_biases: Collection[str]) -> int:
+    """Parameters of the biases that these linears ("layers.{i}.{role}") have beyond those of the architecture."""
+    roles = (name.split(".", 2)[2] for name in extra_biases)
+    return sum(arch.linears()[role][0] for role in roles if not arch.has_bias(role))
+
+
+def model_size(
+    arch: Architecture, structures: Mapping[str, Structure], rotation: str, extra_biases: Collection[str] = ()
+) -> ModelSize:
     """Count; linears that `structures` does not name are dense."""
     d, rest = arch.hidden_size, arch.vocab_size * arch.hidden_size * (1 if arch.tied else 2)
     if arch.positions == "learned":
@@ -59,7 +68,7 @@ def model_size(arch: Architecture, structures: Mapping[str, Structure], rotation
     return ModelSize(
         arch.projection_parameters(),
         projections,
-        overhead_parameters(arch, rotation),
+        overhead_parameters(arch, rotation) + bias_parameters(arch, extra_biases),
         rest,
         len(structures),
         linears - len(structures),

@@ -6,7 +6,7 @@ folded into the neighbouring weights (compress/invariance.py), which leaves the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from compress.architecture import Architecture
 from compress.errors import ArtifactError
 from compress.structures import DenseStructure, Structure
+from compress.structures.joint import leader_of
 
 Tap = Callable[[str, Tensor], None]
 """Called while a block runs with a place and the tensor there: "attn.in" and "mlp.in" (the normalised stream that
@@ -112,7 +113,10 @@ def _silent(place: str, value: Tensor) -> None:
 
 
 class StructuredLinear(nn.Module):
-    """A linear layer whose weight is a structure; runs in factors. (..., in_features) -> (..., out_features)."""
+    """A linear layer whose weight is a structure; runs in factors. (..., in_features) -> (..., out_features).
+
+    `leader` is the linear whose V this one uses (LowRankStructure.shares), or None.
+    """
 
     def __init__(self, structure: Structure, bias: bool, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -123,17 +127,39 @@ class StructuredLinear(nn.Module):
         self.bias = (
             nn.Parameter(torch.empty(structure.out_features, dtype=dtype), requires_grad=False) if bias else None
         )
+        self._leader: tuple[StructuredLinear, ...] = ()
+
+    @property
+    def leader(self) -> StructuredLinear | None:
+        """See the class."""
+        return self._leader[0] if self._leader else None
+
+    def share(self, leader: StructuredLinear) -> None:
+        """Use the V of `leader`. Kept in a tuple, so that its parameters do not become this module's as well."""
+        self._leader = (leader,)
 
     def factors(self) -> dict[str, Tensor]:
-        """The structure's parameters by name."""
-        return {name: getattr(self, name) for name in self.factor_names}
+        """The structure's factors by name: its own parameters, and the V of its leader."""
+        own = {name: getattr(self, name) for name in self.factor_names}
+        return own if self.leader is None else {"V": self.leader.factors()["V"], **own}
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.structure.apply(self.factors(), x)
+    def forward(self, x: Tensor, latent: Tensor | None = None) -> Tensor:
+        """y for x; `latent` is x V^T of a low-rank structure, where it has been computed already."""
+        if latent is None:
+            y = self.structure.apply(self.factors(), x)
+        else:
+            y = F.linear(latent, self.factors()["U"])
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         return repr(self.structure)
+
+
+def read_together(linears: Sequence[StructuredLinear], x: Tensor) -> list[Tensor]:
+    """The output of every linear on the same x (..., in_features); a V that several share is multiplied once."""
+    leaders = {id(leader): leader for linear in linears if (leader := linear.leader) is not None}
+    latents = {key: F.linear(x, leader.factors()["V"]) for key, leader in leaders.items()}
+    return [linear(x, latents.get(id(linear.leader or linear))) for linear in linears]
 
 
 class SkipMatrix(nn.Module):
@@ -167,14 +193,17 @@ class Attention(nn.Module):
     v: StructuredLinear
     o: StructuredLinear
 
-    def __init__(self, arch: Architecture, structures: Mapping[str, Structure], layer: int) -> None:
+    def __init__(
+        self, arch: Architecture, structures: Mapping[str, Structure], layer: int, biases: Collection[str] = ()
+    ) -> None:
         super().__init__()
         self.arch, self.layer = arch, layer
         for role in ("q", "k", "v", "o"):
-            self.add_module(role, _linear(arch, structures, layer, f"attn.{role}"))
+            self.add_module(role, _linear(arch, structures, layer, f"attn.{role}", biases))
         if arch.qk_norm:
             self.q_norm = HeadNorm(arch.head_dim, arch.norm_eps)
             self.k_norm = HeadNorm(arch.head_dim, arch.norm_eps)
+        _share(self, arch, structures, layer, "attn")
 
     def inner(self, h: Tensor, rotary: Rotary | None, mask: Tensor, cache: Cache | None = None) -> Tensor:
         """What `o` reads: the heads' mixed values, (batch, length, heads * head_dim)."""
@@ -184,9 +213,9 @@ class Attention(nn.Module):
             # (batch, length, heads, head_dim) -> (batch, heads, length, head_dim)
             return x.view(batch, length, count, self.arch.head_dim).transpose(1, 2)
 
-        q = heads(self.q(h), self.arch.num_heads)
-        k = heads(self.k(h), self.arch.num_kv_heads)
-        v = heads(self.v(h), self.arch.num_kv_heads)
+        read = read_together((self.q, self.k, self.v), h)
+        counts = (self.arch.num_heads, self.arch.num_kv_heads, self.arch.num_kv_heads)
+        q, k, v = (heads(x, count) for x, count in zip(read, counts, strict=True))
         if self.arch.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
@@ -205,29 +234,42 @@ class FeedForward(nn.Module):
     up: StructuredLinear
     down: StructuredLinear
 
-    def __init__(self, arch: Architecture, structures: Mapping[str, Structure], layer: int) -> None:
+    def __init__(
+        self, arch: Architecture, structures: Mapping[str, Structure], layer: int, biases: Collection[str] = ()
+    ) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[arch.activation]
         self.gated = arch.gated
         for role in arch.linears():
             block, _, short = role.partition(".")
             if block == "mlp":
-                self.add_module(short, _linear(arch, structures, layer, role))
+                self.add_module(short, _linear(arch, structures, layer, role, biases))
+        _share(self, arch, structures, layer, "mlp")
 
     def inner(self, h: Tensor) -> Tensor:
         """What `down` reads, (batch, length, intermediate_size)."""
-        out: Tensor = self.activation(self.gate(h)) * self.up(h) if self.gated else self.activation(self.up(h))
-        return out
+        if not self.gated:
+            return self.activation(self.up(h))
+        gate, up = read_together((self.gate, self.up), h)
+        return self.activation(gate) * up
 
 
 class Block(nn.Module):
-    """One decoder block. `structures` maps "layers.{i}.{role}" to a structure; what is absent is dense."""
+    """One decoder block. `structures` maps "layers.{i}.{role}" to a structure; what is absent is dense. `biases` names
+    the linears that have a bias beyond those of the architecture (bias correction)."""
 
-    def __init__(self, arch: Architecture, structures: Mapping[str, Structure], layer: int, skips: bool) -> None:
+    def __init__(
+        self,
+        arch: Architecture,
+        structures: Mapping[str, Structure],
+        layer: int,
+        skips: bool,
+        biases: Collection[str] = (),
+    ) -> None:
         super().__init__()
         self.eps = arch.norm_eps
-        self.attn = Attention(arch, structures, layer)
-        self.mlp = FeedForward(arch, structures, layer)
+        self.attn = Attention(arch, structures, layer, biases)
+        self.mlp = FeedForward(arch, structures, layer, biases)
         self.attn_skip: nn.Module = SkipMatrix(arch.hidden_size) if skips else nn.Identity()
         self.mlp_skip: nn.Module = SkipMatrix(arch.hidden_size) if skips else nn.Identity()
 
@@ -252,7 +294,22 @@ class Block(nn.Module):
         return result
 
 
-def _linear(arch: Architecture, structures: Mapping[str, Structure], layer: int, role: str) -> StructuredLinear:
+def _share(
+    parent: nn.Module, arch: Architecture, structures: Mapping[str, Structure], layer: int, sub_block: str
+) -> None:
+    """Tell every follower of the sub-block which linear has its V. Raises ArtifactError, see `leader_of`."""
+    for role in arch.readers(sub_block):
+        leader = leader_of(structures, f"layers.{layer}.{role}")
+        if leader is not None:
+            follower, source = (parent.get_submodule(name.rpartition(".")[2]) for name in (role, leader))
+            assert isinstance(follower, StructuredLinear)
+            assert isinstance(source, StructuredLinear)
+            follower.share(source)
+
+
+def _linear(
+    arch: Architecture, structures: Mapping[str, Structure], layer: int, role: str, biases: Collection[str]
+) -> StructuredLinear:
     n, m = arch.linears()[role]
     structure = structures.get(f"layers.{layer}.{role}") or DenseStructure(in_features=m, out_features=n)
     if (structure.out_features, structure.in_features) != (n, m):
@@ -260,4 +317,4 @@ def _linear(arch: Architecture, structures: Mapping[str, Structure], layer: int,
             f"layers.{layer}.{role} is {n} x {m} in the architecture but its structure in config.json is "
             f"{structure.out_features} x {structure.in_features}"
         )
-    return StructuredLinear(structure, arch.has_bias(role))
+    return StructuredLinear(structure, arch.has_bias(role) or f"layers.{layer}.{role}" in biases)

@@ -17,6 +17,7 @@ from compress.architecture import Architecture
 from compress.errors import ArtifactError
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
 from compress.structures import DenseStructure, Structure
+from compress.structures.joint import leader_of
 
 if TYPE_CHECKING:
     from compress.invariance import Rotations
@@ -146,6 +147,7 @@ class CheckpointReader:
         self.config = ProcrustesConfig.from_pretrained(self.folder)
         self.architecture: Architecture = self.config.parsed_architecture()
         self._structures = self.config.parsed_structures()
+        self.extra_biases = self.config.parsed_extra_biases()
         if unknown := sorted(self._structures.keys() - set(self.linears())):
             raise ArtifactError(
                 f"{folder}/config.json has a structure for {unknown[0]!r}, which is no linear of its model"
@@ -201,16 +203,22 @@ class CheckpointReader:
         return tensor
 
     def factors(self, linear: str) -> dict[str, Tensor]:
-        """The factors of one linear, checked against the shapes of its structure."""
-        found = {}
-        for name, shape in self.structure(linear).shapes().items():
-            tensor = self.get(f"model.{linear}.{name}")
-            if tuple(tensor.shape) != tuple(shape):
-                raise ArtifactError(
-                    f"model.{linear}.{name} is {tuple(tensor.shape)} in {self.folder}, expected {tuple(shape)}"
-                )
-            found[name] = tensor
-        return found
+        """The factors of one linear, checked against the shapes of its structure; a shared V is that of its leader."""
+        leader = leader_of(self._structures, linear)
+        found = {} if leader is None else {"V": self._factor(leader, "V")}
+        return found | {name: self._factor(linear, name) for name in self.structure(linear).shapes()}
+
+    def _factor(self, linear: str, name: str) -> Tensor:
+        tensor, shape = self.get(f"model.{linear}.{name}"), self.structure(linear).shapes()[name]
+        if tuple(tensor.shape) != tuple(shape):
+            raise ArtifactError(
+                f"model.{linear}.{name} is {tuple(tensor.shape)} in {self.folder}, expected {tuple(shape)}"
+            )
+        return tensor
+
+    def has_bias(self, linear: str) -> bool:
+        """Whether "layers.{i}.{role}" has a bias: by the architecture, or one that bias correction added."""
+        return linear in self.extra_biases or self.architecture.has_bias(linear.split(".", 2)[2])
 
     def bias(self, linear: str) -> Tensor | None:
         """The bias of one linear, or None."""

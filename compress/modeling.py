@@ -34,6 +34,7 @@ class ProcrustesConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
     architecture: dict[str, Any] | None = None
     structures: dict[str, Any] | None = None
+    extra_biases: list[str] | None = None
     rotation: str = "none"
     skip: str = "none"
     center_embedding: bool = False
@@ -59,7 +60,7 @@ class ProcrustesConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     ) -> ProcrustesConfig:
         """The config of a model.
 
-        `choices` are rotation, skip, center_embedding, head_map, head_bias and tie_word_embeddings.
+        `choices` are rotation, skip, center_embedding, head_map, head_bias, tie_word_embeddings and extra_biases.
         """
         return cls(
             architecture=arch.to_dict(),
@@ -92,6 +93,22 @@ class ProcrustesConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         if not isinstance(structures, dict):
             raise ArtifactError("config.json has `structures` that are not a JSON object: compress the model again")
         return {name: structure_from_config(c) for name, c in structures.items()}
+
+    def parsed_extra_biases(self) -> frozenset[str]:
+        """Linears ("layers.{i}.{role}") with a bias that the architecture has not: what bias correction added.
+
+        Raises ArtifactError for anything but a list of such names.
+        """
+        arch, names = self.parsed_architecture(), self.extra_biases
+        if names is None:
+            return frozenset()
+        known = [f"layers.{i}.{role}" for i in range(arch.num_layers) for role in arch.linears()]
+        if not isinstance(names, list) or any(name not in known for name in names):
+            raise ArtifactError(
+                f"config.json has `extra_biases` that are no list of this model's linears: {names!r}; "
+                f"compress the model again"
+            )
+        return frozenset(names)
 
 
 class HeadMap(nn.Module):
@@ -126,8 +143,8 @@ class Decoder(nn.Module):
             self.embed_positions = nn.Embedding(arch.max_positions + arch.position_offset, arch.hidden_size)
         if config.center_embedding:
             self.center = nn.Parameter(torch.empty(arch.hidden_size), requires_grad=False)
-        skips = config.skip == "dense"
-        self.layers = nn.ModuleList(Block(arch, structures, i, skips) for i in range(arch.num_layers))
+        skips, biases = config.skip == "dense", config.parsed_extra_biases()
+        self.layers = nn.ModuleList(Block(arch, structures, i, skips, biases) for i in range(arch.num_layers))
         self.head_map: HeadMap | None = None
         if config.head_map:
             self.head_map = HeadMap(arch.hidden_size, config.rotation == "none", arch.norm == "layernorm")

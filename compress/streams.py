@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -75,10 +75,17 @@ class Runner:
             part = slice(start, start + self.batch)
             yield part, tuple(stream[part].to(self.device) for stream in streams)
 
-    def block(self, layer: int, weights: Weights, structures: Mapping[str, Structure], skips: bool) -> Block:
-        """One block with its weights on the device; `weights` may hold less than all of them."""
+    def block(
+        self,
+        layer: int,
+        weights: Weights,
+        structures: Mapping[str, Structure],
+        skips: bool,
+        biases: Collection[str] = (),
+    ) -> Block:
+        """One block with its weights on the device; `weights` may hold less than all of them. biases: as `Block`."""
         with torch.device("meta"):
-            block = Block(self.arch, structures, layer, skips)
+            block = Block(self.arch, structures, layer, skips, biases)
         block.load_state_dict({n: w.to(self.device) for n, w in weights.items()}, assign=True, strict=False)
         return block.requires_grad_(False).eval()
 

@@ -255,7 +255,10 @@ class _DecoderGraph:
         return self.g.op("Gemm", x, *map(self.g.weight, stored), transB=1)
 
     def _alone(self, layer: int, role: str) -> Fused:
-        return fuse({role: self._structure(layer, role)}, {})[0]
+        return fuse({role: self._structure(layer, role)}, {}, self._biased(layer))[0]
+
+    def _biased(self, layer: int) -> list[str]:
+        return [role for role in self.arch.linears() if self.reader.has_bias(f"layers.{layer}.{role}")]
 
     def _structure(self, layer: int, role: str) -> Structure:
         structure = self.reader.structure(f"layers.{layer}.{role}")
@@ -275,11 +278,11 @@ class _DecoderGraph:
             for role, structure in structures.items()
             if "A" in structure.shapes()
         }
-        for fused in fuse(structures, mixes):
+        for fused in fuse(structures, mixes, self._biased(layer)):
             yield fused, self._linear(layer, fused, h)
 
     def _linear(self, layer: int, fused: Fused, x: str) -> str:
-        for call in lower(fused.structure, self.arch.has_bias(fused.roles[0])):
+        for call in lower(fused.structure, fused.bias):
             weights = [self.g.weight(self._factor(layer, fused, factor)) for factor in call.factors]
             x = self.g.call(call, x, weights)
         return x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -124,10 +124,12 @@ class Fused:
     roles: tuple[str, ...]
     structure: Structure
     out_features: tuple[int, ...]
+    bias: bool = False
 
 
-def fuse(structures: Mapping[str, Structure], mixes: Mapping[str, Tensor]) -> list[Fused]:
-    """Group the readers of one input, in order. `mixes`: role -> its explicit A, where it has one.
+def fuse(structures: Mapping[str, Structure], mixes: Mapping[str, Tensor], biased: Collection[str] = ()) -> list[Fused]:
+    """Group the readers of one input, in order. `mixes`: role -> its explicit A, where it has one. `biased`: the roles
+    that have a bias; those that have one and those that have none stay apart.
 
     Dense weights stack; so do the B of one-sided Kronecker matrices that read the same mix of the input, that
     is, of the same blocks and terms with mix "leading" or with equal A. Everything else stays alone.
@@ -135,19 +137,21 @@ def fuse(structures: Mapping[str, Structure], mixes: Mapping[str, Tensor]) -> li
     groups: list[list[str]] = []
     for role, structure in structures.items():
         for group in groups:
-            if _same_input(structures[group[0]], structure, mixes.get(group[0]), mixes.get(role)):
+            first = group[0]
+            alike = _same_input(structures[first], structure, mixes.get(first), mixes.get(role))
+            if alike and (first in biased) == (role in biased):
                 group.append(role)
                 break
         else:
             groups.append([role])
-    return [_fused(group, structures) for group in groups]
+    return [_fused(group, structures, group[0] in biased) for group in groups]
 
 
-def _fused(roles: list[str], structures: Mapping[str, Structure]) -> Fused:
+def _fused(roles: list[str], structures: Mapping[str, Structure], bias: bool) -> Fused:
     first = structures[roles[0]]
     sizes = tuple(structures[role].out_features for role in roles)
     whole = first if len(roles) == 1 else replace(first, out_features=sum(sizes))
-    return Fused(tuple(roles), whole, sizes)
+    return Fused(tuple(roles), whole, sizes, bias)
 
 
 def _same_input(one: Structure, other: Structure, one_mix: Tensor | None, other_mix: Tensor | None) -> bool:
