@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from compress.structures.kron import KroneckerStructure
     from compress.structures.linalg import weighted_error
     from compress.structures.lowrank import LowRankStructure
+    from compress.structures.select import SelectStructure
 
 __all__ = [
     "DenseStructure",
     "GroupShuffleStructure",
     "KroneckerStructure",
     "LowRankStructure",
+    "SelectStructure",
     "Structure",
     "register",
     "registry",
@@ -33,6 +35,7 @@ _HOME = {
     "GroupShuffleStructure": "gs",
     "KroneckerStructure": "kron",
     "LowRankStructure": "lowrank",
+    "SelectStructure": "select",
     "Structure": "base",
     "register": "base",
     "registry": "base",

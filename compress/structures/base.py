@@ -15,7 +15,7 @@ import math
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -104,7 +104,9 @@ class Structure(ABC):
 
     def to_config(self) -> dict[str, Any]:
         """A JSON object that `structure_from_config` reads back; fields that are None are left out."""
-        return {"structure": self.name, **{k: v for k, v in asdict(self).items() if v is not None}}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        config = {k: v.to_config() if isinstance(v, Structure) else v for k, v in values.items() if v is not None}
+        return {"structure": self.name, **config}
 
     def check_factors(self, factors: Mapping[str, Tensor]) -> None:
         """Raise ArtifactError when the factors are not those of this structure (names and shapes)."""
@@ -171,7 +173,11 @@ def structure_from_config(config: Mapping[str, Any]) -> Structure:
         )
     cls = known[name]
     hints = get_type_hints(cls)
-    given = {key: value for key, value in config.items() if key != "structure"}
+    given = {
+        key: structure_from_config(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key != "structure"
+    }
     required = {f.name for f in fields(cls) if f.default is MISSING}
     allowed = {f.name for f in fields(cls)}
     for problem, names in (("unknown", given.keys() - allowed), ("missing", required - given.keys())):

@@ -31,7 +31,7 @@ class TestDense(StructureBattery):
 
 
 def test_registry_knows_every_structure() -> None:
-    assert list(registry()) == ["dense", "gs", "kron", "lowrank"]
+    assert list(registry()) == ["dense", "gs", "kron", "lowrank", "select"]
     for name, cls in registry().items():
         assert cls.name == name
     with pytest.raises(ValueError, match="two structures"):
@@ -60,7 +60,7 @@ def test_refusals_name_the_field() -> None:
         structure_from_config({**config, "rank": "2"})
     with pytest.raises(ArtifactError, match="not valid: rank 7"):
         structure_from_config({**config, "rank": 7})
-    with pytest.raises(ArtifactError, match="dense, gs, kron, lowrank"):
+    with pytest.raises(ArtifactError, match="dense, gs, kron, lowrank, select"):
         structure_from_config({**config, "structure": "lowrnk"})
 
 
