@@ -16,6 +16,7 @@ from torch import Tensor
 from compress.architecture import Architecture
 from compress.errors import ArtifactError
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
+from compress.skips import SkipForm, skip_from_config
 from compress.structures import DenseStructure, Structure
 from compress.structures.joint import leader_of
 
@@ -98,9 +99,13 @@ def write_config(folder: Path, config: ProcrustesConfig, dtype: torch.dtype, gen
 
 
 def write_rotations(folder: Path, rotations: Rotations) -> None:
-    """rotation.safetensors: float64 (d, d) matrices "q.{position}", none for an unrotated stream."""
+    """rotation.safetensors: float64 (d, d) matrices "q.{position}", none for an unrotated stream; its metadata name the
+    forms of the skips where they are not dense."""
     tensors = {f"q.{i}": q.contiguous() for i, q in enumerate(rotations.matrices)}
-    save_file(tensors, folder / ROTATION, metadata={"kind": rotations.kind})
+    metadata = {"kind": rotations.kind}
+    if rotations.skips:
+        metadata["skips"] = json.dumps([form.to_config() for form in rotations.skips])
+    save_file(tensors, folder / ROTATION, metadata=metadata)
 
 
 def read_rotations(folder: Path) -> Rotations:
@@ -110,14 +115,17 @@ def read_rotations(folder: Path) -> Rotations:
     path = folder / ROTATION
     try:
         with safe_open(path, framework="pt") as file:
-            kind = (file.metadata() or {}).get("kind", "none")
+            metadata = file.metadata() or {}
+        kind, forms = metadata.get("kind", "none"), json.loads(metadata.get("skips", "[]"))
         tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); compress the model again") from error
     names = [f"q.{i}" for i in range(len(tensors))]
     if set(names) != tensors.keys() or (kind == "none") != (not names) or kind not in ("none", "shared", "block"):
         raise ArtifactError(f"{path} does not hold the rotations of kind {kind!r}; compress the model again")
-    return Rotations(kind, tuple(tensors[name] for name in names))
+    if not isinstance(forms, list) or (forms and len(forms) != len(names) - 1):
+        raise ArtifactError(f"{path} does not give one skip from each rotation to the next; compress the model again")
+    return Rotations(kind, tuple(tensors[name] for name in names), tuple(map(skip_from_config, forms)))
 
 
 def structured_state(linear: str, factors: Mapping[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
@@ -147,11 +155,14 @@ class CheckpointReader:
         self.config = ProcrustesConfig.from_pretrained(self.folder)
         self.architecture: Architecture = self.config.parsed_architecture()
         self._structures = self.config.parsed_structures()
+        self._skips = self.config.parsed_skips()
         self.extra_biases = self.config.parsed_extra_biases()
         if unknown := sorted(self._structures.keys() - set(self.linears())):
             raise ArtifactError(
                 f"{folder}/config.json has a structure for {unknown[0]!r}, which is no linear of its model"
             )
+        for linear in self._structures:
+            leader_of(self._structures, linear)
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise ArtifactError(f"{self.folder / INDEX} has no weight_map of names to files; compress the model again")
@@ -187,6 +198,10 @@ class CheckpointReader:
             return self._structures[linear]
         n, m = self.architecture.linears()[linear.split(".", 2)[2]]
         return DenseStructure(in_features=m, out_features=n)
+
+    def skip(self, layer: int, sub_block: str) -> SkipForm | None:
+        """The form of the skip past "attn" or "mlp" of block `layer`, None where the stream passes unchanged."""
+        return self._skips[2 * layer + (sub_block == "mlp")] if self._skips else None
 
     def get(self, name: str) -> Tensor:
         """One tensor by its state-dict name. Raises ArtifactError when it is missing, damaged or not finite."""

@@ -31,6 +31,7 @@ from export.external import ExternalData
 from export.lowering import Fused, fuse, lower
 from export.memory import peak_rss, reset_peak
 from export.ops import DOMAIN, OPSET
+from export.skips import apply_skip
 from export.writer import GraphWriter, Weight
 
 MODEL_NAME = "model.onnx"
@@ -244,8 +245,11 @@ class _DecoderGraph:
         return self._stored(f"{name}.q_norm.weight", shape), self._stored(f"{name}.k_norm.weight", shape)
 
     def _skip(self, layer: int, name: str, x: str) -> str:
-        d = self.arch.hidden_size
-        return self._matrix(f"model.layers.{layer}.{name}", (d, d), False, x) if self.config.skip == "dense" else x
+        form = self.reader.skip(layer, name.removesuffix("_skip"))
+        if form is None:
+            return x
+        factors = {f: self._stored(f"model.layers.{layer}.{name}.{f}", shape) for f, shape in form.shapes().items()}
+        return apply_skip(self.g, form, factors, x)
 
     def _matrix(self, name: str, shape: tuple[int, int], bias: bool, x: str) -> str:
         """x @ weight.T (+ bias) of a matrix that is never structured."""
@@ -291,10 +295,13 @@ class _DecoderGraph:
         """One factor of a projection node: its role's, or those of all its roles one below the other."""
         block = fused.roles[0].partition(".")[0]
         shape = fused.structure.shapes().get(factor, (fused.structure.out_features,))  # absent: the bias
-        stacked = len(fused.roles) > 1 and factor != "A"  # an explicit mix is the same for all
+        stacked = len(fused.roles) > 1 and factor not in ("A", "V")  # an explicit mix, a shared V: the same for all
 
         def parts() -> Iterable[Tensor]:
             for role, size in zip(fused.roles, fused.out_features, strict=True):
+                if factor == "bias" and not self.reader.has_bias(f"layers.{layer}.{role}"):
+                    yield torch.zeros(size)  # of a role beside one that has a bias
+                    continue
                 yield self._read(f"model.layers.{layer}.{role}.{factor}", (size, *shape[1:]) if stacked else shape)
                 if not stacked:
                     return

@@ -132,19 +132,20 @@ def fuse(structures: Mapping[str, Structure], mixes: Mapping[str, Tensor], biase
     that have a bias; those that have one and those that have none stay apart.
 
     Dense weights stack; so do the B of one-sided Kronecker matrices that read the same mix of the input, that
-    is, of the same blocks and terms with mix "leading" or with equal A. Everything else stays alone.
+    is, of the same blocks and terms with mix "leading" or with equal A. The U of low-rank matrices that share a V stack
+    whatever their biases: the V must be multiplied once. Everything else stays alone.
     """
     groups: list[list[str]] = []
     for role, structure in structures.items():
         for group in groups:
             first = group[0]
             alike = _same_input(structures[first], structure, mixes.get(first), mixes.get(role))
-            if alike and (first in biased) == (role in biased):
+            if _shared(structure) == first or (alike and (first in biased) == (role in biased)):
                 group.append(role)
                 break
         else:
             groups.append([role])
-    return [_fused(group, structures, group[0] in biased) for group in groups]
+    return [_fused(group, structures, any(role in biased for role in group)) for group in groups]
 
 
 def _fused(roles: list[str], structures: Mapping[str, Structure], bias: bool) -> Fused:
@@ -152,6 +153,11 @@ def _fused(roles: list[str], structures: Mapping[str, Structure], bias: bool) ->
     sizes = tuple(structures[role].out_features for role in roles)
     whole = first if len(roles) == 1 else replace(first, out_features=sum(sizes))
     return Fused(tuple(roles), whole, sizes, bias)
+
+
+def _shared(structure: Structure) -> str | None:
+    """The role whose V a low-rank structure uses."""
+    return structure.shares if isinstance(structure, LowRankStructure) else None
 
 
 def _same_input(one: Structure, other: Structure, one_mix: Tensor | None, other_mix: Tensor | None) -> bool:

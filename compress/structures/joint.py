@@ -42,14 +42,14 @@ def joint_fit(
         raise UsageError(f"a joint rank of {rank} for matrices of {n} x {m} together; choose 1 to {min(n, m)}")
     U, V = low_rank(whole.whitened, rank)
     parts = []
-    for part, metric, root in zip(U.split(whole.heights), whole.metrics, whole.roots, strict=True):
+    for part, metric, root in zip(torch.split(U, whole.heights), whole.metrics, whole.roots, strict=True):
         own = part / root
         parts.append(own if metric is None else torch.linalg.solve_triangular(metric.factor.T, own, upper=True))
     if whole.gram is not None:
         V = torch.linalg.solve_triangular(whole.gram.factor, V, upper=False, left=False)
     U, V = balance(torch.cat(parts), V)
     dtype = result_dtype(weights[0])
-    return V.to(dtype).contiguous(), [part.to(dtype).contiguous() for part in U.split(whole.heights)]
+    return V.to(dtype).contiguous(), [part.to(dtype).contiguous() for part in torch.split(U, whole.heights)]
 
 
 def joint_error_by_rank(
@@ -58,7 +58,7 @@ def joint_error_by_rank(
     metrics: Sequence[Tensor | None] | None = None,
     scales: Sequence[float] | None = None,
 ) -> Tensor:
-    """The optimal sum_i s_i tr(H_i E_i G E_i^T) at every rank 0 ... min(sum n_i, m), from one decomposition; float64."""
+    """The optimal sum_i s_i tr(H_i E_i G E_i^T) at every rank 0 ... min(sum n_i, m), in float64."""
     squares = torch.linalg.svdvals(_Stack(weights, gram, metrics, scales).whitened).square()
     tails = squares.flip(0).cumsum(0).flip(0)  # entry k: sum of squares k, k + 1, ...
     return torch.cat([tails, tails.new_zeros(1)])
@@ -96,9 +96,7 @@ class _Stack:
 def joint_structures(linears: Mapping[str, tuple[int, int]], rank: int) -> dict[str, LowRankStructure]:
     """Role -> its structure of a group that shares the V of its first member; linears: role -> (out, in)."""
     leader = next(iter(linears))
-    return {
-        role: LowRankStructure(m, n, rank, None if role == leader else leader) for role, (n, m) in linears.items()
-    }
+    return {role: LowRankStructure(m, n, rank, None if role == leader else leader) for role, (n, m) in linears.items()}
 
 
 def joint_ranks(linears: Mapping[str, tuple[int, int]], unit: int) -> list[int]:

@@ -70,6 +70,27 @@ def low_rank(name: str, n: int, m: int, side: str) -> Structure:
     return LowRankStructure(m, n, 5 if name.endswith("attn.k") else 9)
 
 
+def joint(name: str, n: int, m: int, side: str) -> Structure | None:
+    """q, k, v share a V that is wider than k and v; gate and up share one in the second layer only."""
+    layer, role = name[7:].split(".", 1)
+    if role in ("attn.q", "attn.k", "attn.v"):
+        return LowRankStructure(m, n, 20, None if role == "attn.q" else "attn.q")
+    if layer == "0" or role not in ("mlp.gate", "mlp.up"):
+        return low_rank(name, n, m, side)
+    return LowRankStructure(m, n, 9, "mlp.gate" if role == "mlp.up" else None)
+
+
+def partly_joint(name: str, n: int, m: int, side: str) -> Structure | None:
+    """Sharing beside linears that do not: q dense, v with the V of k; and q with k, v alone."""
+    layer, role = name[7:].split(".", 1)
+    if layer == "0":
+        groups = {"attn.k": LowRankStructure(m, n, 6), "attn.v": LowRankStructure(m, n, 6, "attn.k")}
+    else:
+        groups = {"attn.q": LowRankStructure(m, n, 6), "attn.k": LowRankStructure(m, n, 6, "attn.q")}
+        groups["attn.v"] = LowRankStructure(m, n, 5)
+    return groups.get(role)
+
+
 def two_sided(name: str, n: int, m: int, side: str) -> Structure:
     return KroneckerStructure(m, n, 8, 4, side="both", n1=4 if side == "in" else 2, m1=2 if side == "in" else 4)
 
@@ -106,6 +127,11 @@ CASES = {
     "kron both sides": Case(llama(), two_sided),
     "gs": Case(llama(), gs),
     "lowrank": Case(llama(), low_rank),
+    "joint": Case(llama(), joint),
+    "joint, biased": Case(llama(attention_bias=True, qk_norm=True), joint),
+    "joint, one of three biased": Case(llama(), joint, {"extra_biases": ["layers.0.attn.v", "layers.1.mlp.gate"]}),
+    "partly joint": Case(llama(), partly_joint),
+    "opt joint": Case(opt(), partly_joint, {"center_embedding": True, "head_map": True}),
     "mixture": Case(llama(num_layers=4), mixture),
     "opt": Case(opt(), choices={"center_embedding": True, "head_map": True, "rotation": "shared"}),
     "opt unrotated": Case(opt(), choices={"center_embedding": True, "head_map": True}),
@@ -242,7 +268,21 @@ def test_equal_explicit_mixes_are_fused_and_unlike_ones_are_not(tmp_path: Path) 
     assert not np.allclose(expected, torch_logits(apart, ids, np.ones_like(ids)))
 
 
-@pytest.mark.parametrize("name", ["dense", "mixture", "qk norm", "opt mixture", "block skips"])
+def test_a_shared_v_is_one_gemm_before_one_gemm(tmp_path: Path) -> None:
+    """Of q, k and v: V, then the stacked U and a Split, the same nodes as one low-rank matrix."""
+    one_layer = llama(num_layers=1)
+    _, shared = export(Case(one_layer, joint), tmp_path / "shared")
+    _, dense = export(Case(one_layer), tmp_path / "dense")
+    # Dense: qkv, o, gate-up, down, head. Low rank in the first layer: two for each of qkv, o, gate, up and down.
+    assert (dense.nodes["Gemm"], shared.nodes["Gemm"]) == (5, 11)
+    assert shared.nodes["Split"] == dense.nodes["Split"] - 1  # gate and up do not share here
+    stored = {t.name: tuple(t.dims) for t in onnx.load(shared.path, load_external_data=False).graph.initializer}
+    assert stored["layers.0.attn.q_k_v.V"] == (20, 32)
+    assert stored["layers.0.attn.q_k_v.U"] == (64, 20)
+    assert not {name for name in stored if "attn.k." in name or "attn.v." in name}
+
+
+@pytest.mark.parametrize("name", ["dense", "mixture", "qk norm", "opt mixture", "block skips", "joint"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_graphs_are_strongly_typed(name: str, dtype: str, tmp_path: Path) -> None:
     """Beside the rotary angles and the explicit mixes nothing is float32; norms are so only inside."""
