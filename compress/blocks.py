@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from compress.architecture import Architecture
+from compress.architecture import WRITERS, Architecture
 from compress.errors import ArtifactError
 from compress.structures import DenseStructure, Structure
 from compress.structures.joint import leader_of
@@ -145,10 +145,8 @@ class StructuredLinear(nn.Module):
 
     def forward(self, x: Tensor, latent: Tensor | None = None) -> Tensor:
         """y for x; `latent` is x V^T of a low-rank structure, where it has been computed already."""
-        if latent is None:
-            y = self.structure.apply(self.factors(), x)
-        else:
-            y = F.linear(latent, self.factors()["U"])
+        factors = self.factors()
+        y = self.structure.apply(factors, x) if latent is None else F.linear(latent, factors["U"])
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -298,7 +296,7 @@ def _share(
     parent: nn.Module, arch: Architecture, structures: Mapping[str, Structure], layer: int, sub_block: str
 ) -> None:
     """Tell every follower of the sub-block which linear has its V. Raises ArtifactError, see `leader_of`."""
-    for role in arch.readers(sub_block):
+    for role in (*arch.readers(sub_block), WRITERS[sub_block]):
         leader = leader_of(structures, f"layers.{layer}.{role}")
         if leader is not None:
             follower, source = (parent.get_submodule(name.rpartition(".")[2]) for name in (role, leader))
