@@ -35,10 +35,14 @@ class ModelSize:
         return (self.projections + self.overhead + self.rest) / (self.dense_projections + self.rest)
 
 
-def overhead_parameters(arch: Architecture, rotation: str) -> int:
-    """Parameters that a rotation adds at run time: skip matrices, and the d x d head map of a tied head."""
+def overhead_parameters(arch: Architecture, rotation: str, skip_parameters: int | None = None) -> int:
+    """Parameters that a rotation adds at run time: skips, and the d x d head map of a tied head.
+
+    `skip_parameters` is what all skips of rotation "block" take together (`skips.parameters_of`); dense ones when None.
+    """
     d = arch.hidden_size
-    skips = 2 * arch.num_layers * d * d if rotation == "block" else 0
+    dense = 2 * arch.num_layers * d * d if skip_parameters is None else skip_parameters
+    skips = dense if rotation == "block" else 0
     head = d * d if arch.tied and rotation != "none" else 0
     return skips + head
 
@@ -50,9 +54,13 @@ def bias_parameters(arch: Architecture, extra_biases: Collection[str]) -> int:
 
 
 def model_size(
-    arch: Architecture, structures: Mapping[str, Structure], rotation: str, extra_biases: Collection[str] = ()
+    arch: Architecture,
+    structures: Mapping[str, Structure],
+    rotation: str,
+    extra_biases: Collection[str] = (),
+    skip_parameters: int | None = None,
 ) -> ModelSize:
-    """Count; linears that `structures` does not name are dense."""
+    """Count; linears that `structures` does not name are dense. skip_parameters: as `overhead_parameters`."""
     d, rest = arch.hidden_size, arch.vocab_size * arch.hidden_size * (1 if arch.tied else 2)
     if arch.positions == "learned":
         rest += (arch.max_positions + arch.position_offset) * d
@@ -68,7 +76,7 @@ def model_size(
     return ModelSize(
         arch.projection_parameters(),
         projections,
-        overhead_parameters(arch, rotation) + bias_parameters(arch, extra_biases),
+        overhead_parameters(arch, rotation, skip_parameters) + bias_parameters(arch, extra_biases),
         rest,
         len(structures),
         linears - len(structures),

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from compress.architecture import WRITERS, Architecture
 from compress.errors import ArtifactError
+from compress.skips import DenseSkip, SkipForm
 from compress.structures import DenseStructure, Structure
 from compress.structures.joint import leader_of
 
@@ -160,15 +161,24 @@ def read_together(linears: Sequence[StructuredLinear], x: Tensor) -> list[Tensor
     return [linear(x, latents.get(id(linear.leader or linear))) for linear in linears]
 
 
-class SkipMatrix(nn.Module):
-    """The d x d matrix that turns the residual stream from one rotation into the next (`--rotation block`)."""
+class StructuredSkip(nn.Module):
+    """What turns the residual stream from one rotation into the next (`--rotation block`), in factors."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, form: SkipForm) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, width), requires_grad=False)
+        self.form = form
+        for name, shape in form.shapes().items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=False))
+
+    def factors(self) -> dict[str, Tensor]:
+        """The form's parameters by name."""
+        return {name: getattr(self, name) for name in self.form.shapes()}
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return self.form.apply(self.factors(), x)
+
+    def extra_repr(self) -> str:
+        return repr(self.form)
 
 
 class HeadNorm(nn.Module):
@@ -254,22 +264,24 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     """One decoder block. `structures` maps "layers.{i}.{role}" to a structure; what is absent is dense. `biases` names
-    the linears that have a bias beyond those of the architecture (bias correction)."""
+    the linears that have a bias beyond those of the architecture (bias correction). `skips` are the forms of the skips
+    past attention and MLP; False or empty for none, True for dense ones."""
 
     def __init__(
         self,
         arch: Architecture,
         structures: Mapping[str, Structure],
         layer: int,
-        skips: bool,
+        skips: Sequence[SkipForm] | bool,
         biases: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.eps = arch.norm_eps
         self.attn = Attention(arch, structures, layer, biases)
         self.mlp = FeedForward(arch, structures, layer, biases)
-        self.attn_skip: nn.Module = SkipMatrix(arch.hidden_size) if skips else nn.Identity()
-        self.mlp_skip: nn.Module = SkipMatrix(arch.hidden_size) if skips else nn.Identity()
+        forms = [DenseSkip(arch.hidden_size)] * 2 if skips is True else list(skips or ())
+        self.attn_skip: nn.Module = StructuredSkip(forms[0]) if forms else nn.Identity()
+        self.mlp_skip: nn.Module = StructuredSkip(forms[1]) if forms else nn.Identity()
 
     def forward(
         self,

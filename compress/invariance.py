@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from compress.architecture import WRITERS, Architecture
 from compress.families import TensorNames
+from compress.skips import DenseSkip, SkipForm, SliceSkip
 from compress.source import WeightReader
 
 Weights = dict[str, Tensor]
@@ -25,11 +27,13 @@ class Rotations:
     """The orthogonal matrices of the residual stream, each (d, d) float64.
 
     Position 2i is what the attention of block i reads, 2i + 1 what its MLP reads, 2L what the head reads.
-    `kind` is "none" (matrices empty), "shared" (one matrix) or "block" (2L + 1 matrices).
+    `kind` is "none" (matrices empty), "shared" (one matrix) or "block" (2L + 1 matrices). `skips` are the forms of the
+    2L skips of kind "block", from position p to p + 1; all dense when it is empty.
     """
 
     kind: str
     matrices: tuple[Tensor, ...]
+    skips: tuple[SkipForm, ...] = ()
 
     @classmethod
     def none(cls) -> Rotations:
@@ -41,6 +45,26 @@ class Rotations:
         if self.kind == "none":
             return None
         return self.matrices[0] if self.kind == "shared" else self.matrices[position]
+
+    def forms(self) -> tuple[SkipForm, ...]:
+        """The 2L skips in order of position; none but for kind "block"."""
+        if self.kind != "block":
+            return ()
+        return self.skips or (DenseSkip(len(self.matrices[0])),) * (len(self.matrices) - 1)
+
+    def of_block(self, layer: int) -> tuple[SkipForm, ...]:
+        """The skips past attention and MLP of block `layer`: two of them, or none."""
+        return self.forms()[2 * layer : 2 * layer + 2]
+
+    def skip_choices(self) -> dict[str, Any]:
+        """`skip` and `skip_config` of config.json."""
+        forms = self.forms()
+        listed = [form.to_config() for form in self.skips] or None
+        return {"skip": forms[0].name if forms else "none", "skip_config": listed}
+
+    def exact(self) -> Rotations:
+        """The same rotations with skips that lose nothing: dense ones in place of those of form "slice"."""
+        return self if all(form.exact for form in self.skips) else Rotations(self.kind, self.matrices)
 
 
 class FoldedModel:
@@ -91,6 +115,8 @@ class FoldedModel:
 
         A tied head stays tied: the last norm's scale becomes `head_map` (see modeling.HeadMap), and the mean of an
         OPT token embedding, which its head still needs, is removed from the stream at run time (`model.center`).
+        Where the first skip is a slice, the coordinates that it drops are zero in the embeddings; not in tied ones,
+        whose head needs them all.
         """
         first, last = rotations.at(0), rotations.at(2 * self.arch.num_layers)
         embedding = self._need(self.names.embed)
@@ -117,6 +143,10 @@ class FoldedModel:
         if self.names.positions is not None:
             positions = self._need(self.names.positions)
             ends["model.embed_positions.weight"] = _rotate_rows(self._centred(positions, 1), first)
+        start = rotations.forms()[:1]
+        if start and isinstance(start[0], SliceSkip) and not self.arch.tied:
+            for name in ends.keys() & {"model.embed_tokens.weight", "model.embed_positions.weight"}:
+                ends[name][:, start[0].kept_in :] = 0
         return {name: tensor.to(self.dtype) for name, tensor in ends.items()}
 
 
@@ -125,10 +155,11 @@ def _rotate_rows(rows: Tensor, q: Tensor | None) -> Tensor:
 
 
 def rotate_block(weights: Weights, arch: Architecture, layer: int, rotations: Rotations) -> Weights:
-    """The weights of block `layer` in the rotated stream, with the skip matrices of per-block rotations.
+    """The weights of block `layer` in the rotated stream, with the skips of per-block rotations.
 
-    Readers: W Q_in. Writers: Q_out^T W and Q_out^T b. Skip from position p to p + 1: x Q_p^T Q_{p+1}, as a Linear
-    weight Q_{p+1}^T Q_p (ProcrustesGPT section 3). Computed in float64, returned in the dtype of `weights`.
+    Readers: W Q_in. Writers: Q_out^T W and Q_out^T b. Skip from position p to p + 1: x Q_p^T Q_{p+1}, in the factors of
+    its form, "attn_skip.{factor}"; a dense one as a Linear weight Q_{p+1}^T Q_p (ProcrustesGPT section 3). Computed in
+    float64, returned in the dtype of `weights`.
     """
     if rotations.kind == "none":
         return dict(weights)
@@ -149,7 +180,8 @@ def rotate_block(weights: Weights, arch: Architecture, layer: int, rotations: Ro
                 rotated[name] = product(q_out.T, weights[name], weights[name])
         if rotations.kind == "block":
             like = weights[f"{writer}.weight"]
-            rotated[f"{sub_block}_skip.weight"] = product(q_out.T, q_in, like)
+            factors = rotations.forms()[position].factors(q_in, q_out)
+            rotated |= {f"{sub_block}_skip.{name}": factor.to(like.dtype) for name, factor in factors.items()}
     return rotated
 
 

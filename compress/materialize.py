@@ -31,6 +31,11 @@ def write_plain(
     """
     reader, rotations = CheckpointReader(checkpoint), read_rotations(checkpoint)
     arch = reader.architecture
+    if reader.config.skip == "slice":
+        raise UsageError(
+            f"{source.name}: the skips of --structure slice drop part of the stream, which its own class cannot "
+            f"express; do without --materialize-dense"
+        )
     names = tensor_names(arch)
     stored = reader.get("model.embed_tokens.weight").dtype
     with ShardWriter(folder, dtype) as shards:

@@ -24,6 +24,7 @@ from compress.blocks import (
 )
 from compress.errors import ArtifactError
 from compress.families.base import check_sizes
+from compress.skips import SkipForm, skips_from_config
 from compress.structures import Structure, structure_from_config
 
 
@@ -37,6 +38,7 @@ class ProcrustesConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     extra_biases: list[str] | None = None
     rotation: str = "none"
     skip: str = "none"
+    skip_config: list[dict[str, Any]] | None = None
     center_embedding: bool = False
     head_map: bool = False
     head_bias: bool = False
@@ -60,7 +62,8 @@ class ProcrustesConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     ) -> ProcrustesConfig:
         """The config of a model.
 
-        `choices` are rotation, skip, center_embedding, head_map, head_bias, tie_word_embeddings and extra_biases.
+        `choices` are rotation, skip, skip_config, center_embedding, head_map, head_bias, tie_word_embeddings and
+        extra_biases.
         """
         return cls(
             architecture=arch.to_dict(),
@@ -86,6 +89,11 @@ class ProcrustesConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         if arch.activation not in ACTIVATIONS:
             raise ArtifactError(f"config.json gives the activation {arch.activation!r}, which this version has not")
         return arch
+
+    def parsed_skips(self) -> tuple[SkipForm, ...]:
+        """The forms of the 2L skips in order of position, none where the stream needs none."""
+        arch = self.parsed_architecture()
+        return skips_from_config(self.skip, self.skip_config, arch.hidden_size, arch.num_layers)
 
     def parsed_structures(self) -> dict[str, Structure]:
         """Linear name -> structure, for the linears that are not dense."""
@@ -143,8 +151,10 @@ class Decoder(nn.Module):
             self.embed_positions = nn.Embedding(arch.max_positions + arch.position_offset, arch.hidden_size)
         if config.center_embedding:
             self.center = nn.Parameter(torch.empty(arch.hidden_size), requires_grad=False)
-        skips, biases = config.skip == "dense", config.parsed_extra_biases()
-        self.layers = nn.ModuleList(Block(arch, structures, i, skips, biases) for i in range(arch.num_layers))
+        skips, biases = config.parsed_skips(), config.parsed_extra_biases()
+        self.layers = nn.ModuleList(
+            Block(arch, structures, i, skips[2 * i : 2 * i + 2], biases) for i in range(arch.num_layers)
+        )
         self.head_map: HeadMap | None = None
         if config.head_map:
             self.head_map = HeadMap(arch.hidden_size, config.rotation == "none", arch.norm == "layernorm")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from compress.architecture import Architecture
 from compress.blocks import Block, Rotary, attention_mask_bool, rotary_for
 from compress.files import named, os_error_of
 from compress.invariance import Weights
+from compress.skips import SkipForm
 from compress.structures import Structure
 
 
@@ -80,7 +81,7 @@ class Runner:
         layer: int,
         weights: Weights,
         structures: Mapping[str, Structure],
-        skips: bool,
+        skips: Sequence[SkipForm] | bool,
         biases: Collection[str] = (),
     ) -> Block:
         """One block with its weights on the device; `weights` may hold less than all of them. biases: as `Block`."""

@@ -37,21 +37,24 @@ class ModelCost:
     other: dict[str, int] = field(default_factory=dict)
     head_elements: int = 0
     head_map_macs: int = 0
+    skip_macs: int = 0
     tables: int = 0
 
     @classmethod
     def of(cls, config: ProcrustesConfig) -> ModelCost:
         """Count the model of a config.json."""
-        from compress.blocks import StructuredLinear
+        from compress.blocks import StructuredLinear, StructuredSkip
         from compress.modeling import ProcrustesForCausalLM
 
         with torch.device("meta"):
             model = ProcrustesForCausalLM(config)
-        factors, inside = {}, set()
+        factors, inside, skip_macs = {}, set(), 0
         for name, module in model.model.named_modules():
             if isinstance(module, StructuredLinear):
                 factors[name] = module.structure
                 inside |= {f"model.{name}.{factor}" for factor in module.factor_names}
+            elif isinstance(module, StructuredSkip):
+                skip_macs += module.form.macs(1)
         other = dict.fromkeys(("bias", "skip", "head_map", "scale"), 0)
         tables = head = head_map_macs = 0
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -75,7 +78,7 @@ class ModelCost:
         arch = config.parsed_architecture()
         if tied:
             tables -= arch.vocab_size * arch.hidden_size  # counted as the head, stored once
-        return cls(arch, factors, other, head, head_map_macs, tables)
+        return cls(arch, factors, other, head, head_map_macs, skip_macs, tables)
 
     # -- parameters ----------------------------------------------------------------------------------------
 
@@ -119,7 +122,7 @@ class ModelCost:
         width = arch.num_heads * arch.head_dim
         return {
             "projections": 2 * sum(s.macs(rows) for s in self.factors.values()),
-            "skip": 2 * rows * self.other["skip"],
+            "skip": 2 * rows * self.skip_macs,
             "attention": 4 * arch.num_layers * rows * (past + tokens) * width,
             "head_map": 2 * rows * self.head_map_macs,
             "head": 2 * head_rows * arch.hidden_size * arch.vocab_size,
