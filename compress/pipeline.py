@@ -22,6 +22,7 @@ from compress.checkpoint import (
     ShardWriter,
     load_model,
     read_rotations,
+    structured_state,
     write_config,
     write_rotations,
 )
@@ -29,14 +30,16 @@ from compress.errors import MissingDependencyError, UsageError
 from compress.files import sha256_of
 from compress.fitting import FitRecord, LayerFitter, summarise
 from compress.invariance import FoldedModel, Rotations, rotate_block
+from compress.jrk import frobenius_error, jrk_fit_block
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
 from compress.models import ModelSource
-from compress.planning import Moments, Plan, check_recipe, make_plan, uses_leading_mix
+from compress.planning import Moments, Plan, check_recipe, make_plan, structures_without_text, uses_leading_mix
 from compress.progress import log
 from compress.recipe import Recipe, parse_recipe, read_yaml
 from compress.statistics import collect
 from compress.streams import Runner, save_whole
-from compress.structures import Structure, structure_from_config
+from compress.structures import DenseStructure, Structure, structure_from_config
+from compress.structures.joint import leader_of
 from compress.textdata import load_text
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy")
@@ -211,7 +214,7 @@ def _plan_and_fit(
     model: FoldedModel, recipe: Recipe, tokens: Tensor | None, state: Path, device: torch.device, batch: int
 ) -> tuple[Plan, list[Path], list[FitRecord]]:
     if tokens is None:
-        return _all_dense(model, state)
+        return _without_text(model, recipe, state)
     runner = Runner(model.arch, tokens.shape[1], device, batch)
     moments: Moments = {}
     if recipe.rotation != "none":
@@ -231,15 +234,30 @@ def _plan_and_fit(
     return plan, files, records
 
 
-def _all_dense(model: FoldedModel, state: Path) -> tuple[Plan, list[Path], list[FitRecord]]:
-    files, records = [], []
-    for layer in range(model.arch.num_layers):
-        file = state / f"block-{layer}.safetensors"
-        save_whole({f"model.layers.{layer}.{n}": w for n, w in model.block(layer).items()}, file)
-        files.append(file)
-        for role, (n, m) in model.arch.linears().items():
-            records.append(FitRecord(f"layers.{layer}.{role}", "dense", n * m, n * m, 0.0, None))
-    return Plan(Rotations.none(), {}, {}), files, records
+def _without_text(model: FoldedModel, recipe: Recipe, state: Path) -> tuple[Plan, list[Path], list[FitRecord]]:
+    """A dense copy, or joint rank-k: every block by itself, from its weights alone. relative_error is |W - What| / |W|
+    in the Frobenius norm."""
+    arch, files, records = model.arch, [], []
+    structures = structures_without_text(arch, recipe)
+    for layer in range(arch.num_layers):
+        weights = model.block(layer)
+        prefix = f"layers.{layer}."
+        here = {name.removeprefix(prefix): s for name, s in structures.items() if name.startswith(prefix)}
+        fitted = jrk_fit_block(weights, here)
+        tensors = {f"model.{prefix}{n}": w for n, w in weights.items() if n.removesuffix(".weight") not in here}
+        for role, (n, m) in arch.linears().items():
+            name, weight = prefix + role, weights[f"{role}.weight"]
+            structure: Structure = here.get(role) or DenseStructure(in_features=m, out_features=n)
+            error = 0.0
+            if role in here:
+                tensors |= structured_state(name, fitted[role], None)
+                leader = leader_of(structures, name)
+                shared = {} if leader is None else {"V": fitted[leader.removeprefix(prefix)]["V"]}
+                error = frobenius_error(weight, structure, shared | fitted[role])
+            records.append(FitRecord(name, structure.name, structure.parameter_count(), n * m, error, None))
+        files.append(state / f"block-{layer}.safetensors")
+        save_whole(tensors, files[-1])
+    return Plan(Rotations.none(), structures, {}), files, records
 
 
 def _save_plan(state: Path, plan: Plan) -> Plan:

@@ -13,6 +13,7 @@ from compress.allocation import Choice, allocate
 from compress.architecture import WRITERS, Architecture
 from compress.errors import ArtifactError, UsageError
 from compress.invariance import FoldedModel, Rotations
+from compress.jrk import jrk_structures
 from compress.procrustes import (
     Member,
     StreamTerm,
@@ -27,6 +28,7 @@ from compress.recipe import Recipe
 from compress.statistics import SUB_BLOCKS, StreamMoments
 from compress.structures import KroneckerStructure, Structure, registry, structure_from_config
 from compress.structures.base import Side
+from compress.structures.joint import leader_of
 
 ROUNDS = 2
 """Of rotation and allocation, after the closed-form start. The second took the predicted loss from 0.494 to 0.483."""
@@ -106,7 +108,9 @@ def check_recipe(arch: Architecture, recipe: Recipe) -> None:
             f"sequences of {length} tokens are longer than the {arch.max_positions} positions of this model: "
             f"give --sequence-length {arch.max_positions} or less"
         )
-    if uses_leading_mix(recipe):
+    if not recipe.needs_text():
+        structures_without_text(arch, recipe)
+    elif uses_leading_mix(recipe):
         unit = unit_of(arch, recipe)
         _check_unit(arch, unit)
         smallest = arch.projection_parameters() * unit // arch.hidden_size
@@ -117,6 +121,21 @@ def check_recipe(arch: Architecture, recipe: Recipe) -> None:
             )
     elif recipe.structure != "dense":
         _uniform(arch, recipe, unit_of(arch, recipe))
+
+
+def structures_without_text(arch: Architecture, recipe: Recipe) -> dict[str, Structure]:
+    """The structures of a recipe that reads no text, dense ones left out: joint rank-k, or what it gives by name.
+
+    Raises UsageError for an impossible ratio and for sharing that does not hold together.
+    """
+    chosen = jrk_structures(arch, recipe.ratio, unit_of(arch, recipe)) if recipe.structure == "jrk" else {}
+    chosen = {n: s for n, s in (chosen | explicit_layers(arch, recipe)).items() if s.name != "dense"}
+    try:
+        for name in chosen:
+            leader_of(chosen, name)
+    except ArtifactError as error:
+        raise UsageError(f"recipe layers: {error}") from error
+    return chosen
 
 
 def explicit_layers(arch: Architecture, recipe: Recipe) -> dict[str, Structure]:

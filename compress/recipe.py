@@ -87,12 +87,17 @@ class Recipe(_Strict):
                 f"rotation {self.rotation!r} with skip {self.skip!r}: rotation 'block' needs skip 'dense' "
                 f"(each block has its own basis), the other rotations need none"
             )
-        if self.structure == "dense" and self.rotation != "none":
-            raise ValueError(f"structure 'dense' with rotation {self.rotation!r}: a dense model is not rotated")
+        if self.structure in ("dense", "jrk") and self.rotation != "none":
+            raise ValueError(
+                f"structure {self.structure!r} with rotation {self.rotation!r}: a dense model is not rotated, and "
+                f"joint rank-k is the same in every rotation"
+            )
         return self
 
     def needs_text(self) -> bool:
-        """Whether anything is fitted at all: a dense copy reads no calibration text."""
+        """Whether any calibration text is read: a dense copy has nothing to fit, joint rank-k fits without data."""
+        if self.structure == "jrk":
+            return False
         return self.structure != "dense" or any(c.get("structure") != "dense" for c in self.layers.values())
 
     def digest(self) -> str:
