@@ -69,16 +69,30 @@ def _rotary(g: GraphWriter, arch: Architecture) -> tuple[str, str]:
     return made[0], made[1]
 
 
-def split_heads(g: GraphWriter, arch: Architecture, shared: Shared, fused: Fused, y: str) -> dict[str, str]:
-    """y (tokens, heads * head_dim) of one projection node as role -> (batch, heads, sequence, head_dim)."""
-    heads = [size // arch.head_dim for size in fused.out_features]
+def split_heads(
+    g: GraphWriter, arch: Architecture, shared: Shared, fused: Fused, y: str, value_dim: int
+) -> dict[str, str]:
+    """y (tokens, heads * head_dim) of one projection node as role -> (batch, heads, sequence, head_dim).
+
+    Heads of v have `value_dim` coordinates.
+    """
+    if "attn.v" in fused.roles and len(fused.roles) > 1 and value_dim != arch.head_dim:
+        # Heads of two widths do not share an axis: v, the last role, goes its own way before the reshape.
+        others, own = sum(fused.out_features[:-1]), fused.out_features[-1]
+        y, values = g.ops("Split", y, g.ints(others, own), outputs=2, axis=1)
+        rest = Fused(fused.roles[:-1], fused.structure, fused.out_features[:-1])
+        alone = Fused(fused.roles[-1:], fused.structure, fused.out_features[-1:])
+        parts = split_heads(g, arch, shared, rest, y, value_dim)
+        return parts | split_heads(g, arch, shared, alone, values, value_dim)
+    width = value_dim if fused.roles == ("attn.v",) else arch.head_dim
+    heads = [size // width for size in fused.out_features]
     # Made where it is first needed and then shared by all layers, so its name has no layer in it.
-    shape = g.once(f"heads_{sum(heads)}", "Concat", shared.tokens, g.ints(sum(heads), arch.head_dim), axis=0)
+    name = f"heads_{sum(heads)}" + ("" if width == arch.head_dim else f"_{width}")
+    shape = g.once(name, "Concat", shared.tokens, g.ints(sum(heads), width), axis=0)
     y = g.op("Transpose", g.op("Reshape", y, shape), perm=[0, 2, 1, 3])  # (batch, heads, sequence, head_dim)
     if len(heads) == 1:
         return {fused.roles[0]: y}
-    parts = g.ops("Split", y, g.ints(*heads), outputs=len(heads), axis=1)
-    return dict(zip(fused.roles, parts, strict=True))
+    return dict(zip(fused.roles, g.ops("Split", y, g.ints(*heads), outputs=len(heads), axis=1), strict=True))
 
 
 def attend(
@@ -88,11 +102,12 @@ def attend(
     layer: int,
     heads: Mapping[str, str],
     scales: tuple[Weight, Weight] | None,
+    value_dim: int,
 ) -> str:
-    """Attention over the cache and the new tokens: (tokens, num_heads * head_dim).
+    """Attention over the cache and the new tokens: (tokens, num_heads * value_dim).
 
-    heads: "attn.q", "attn.k", "attn.v" -> (batch, heads, sequence, head_dim); scales: those of the norms of
-    q and k, where the family has such norms. Writes present.{layer}.key and .value.
+    heads: "attn.q", "attn.k", "attn.v" -> (batch, heads, sequence, head_dim, of v value_dim); scales: those of the
+    norms of q and k, where the family has such norms. Writes present.{layer}.key and .value.
     """
     q, k, v = heads["attn.q"], heads["attn.k"], heads["attn.v"]
     if scales is not None:
@@ -105,5 +120,5 @@ def attend(
         g.op("Concat", f"past_key_values.{layer}.{name}", value, result=f"present.{layer}.{name}", axis=2)
     # One output: TensorRT refuses the operator's own cache outputs.
     mixed = g.op("Attention", q, f"present.{layer}.key", f"present.{layer}.value", shared.mask)
-    mixed = g.op("Transpose", mixed, perm=[0, 2, 1, 3])  # (batch, sequence, heads, head_dim)
-    return g.op("Reshape", mixed, g.ints(-1, arch.num_heads * arch.head_dim))
+    mixed = g.op("Transpose", mixed, perm=[0, 2, 1, 3])  # (batch, sequence, heads, value_dim)
+    return g.op("Reshape", mixed, g.ints(-1, arch.num_heads * value_dim))

@@ -3,7 +3,8 @@
 Inputs: input_ids, position_ids int64 (batch, sequence); attention_mask int64 (batch, total_sequence), 0 on
 padding; past_key_values.{i}.key and .value (batch, kv_heads, past_sequence, head_dim). Outputs: logits (batch,
 sequence, vocabulary), present.{i}.key and .value (batch, kv_heads, total_sequence, head_dim): the past with the
-new tokens appended. total_sequence = past_sequence + sequence; past_sequence may be 0.
+new tokens appended. total_sequence = past_sequence + sequence; past_sequence may be 0. Where a selection keeps fewer
+value coordinates of every head, the values of that layer have that many in place of head_dim.
 
 Inside, activations are (tokens, features), tokens = batch * sequence, and every matrix is a Gemm with the
 checkpoint's own (out, in) weight: measured faster in ONNX Runtime than MatMul on three axes.
@@ -25,11 +26,12 @@ from torch import Tensor
 
 from compress.checkpoint import CheckpointReader
 from compress.errors import ArtifactError, UsageError
-from compress.structures import Structure
+from compress.structures import SelectStructure, Structure
 from export.attention import Shared, attend, shared_values, split_heads
 from export.external import ExternalData
 from export.lowering import Fused, fuse, lower
 from export.memory import peak_rss, reset_peak
+from export.narrow import narrow_width
 from export.ops import DOMAIN, OPSET
 from export.skips import apply_skip
 from export.writer import GraphWriter, Weight
@@ -131,8 +133,8 @@ class _DecoderGraph:
         g.input("position_ids", ("batch", "sequence"), torch.int64)
         g.output("logits", ("batch", 1 if last_only else "sequence", arch.vocab_size))
         for layer in range(arch.num_layers):
-            for name in ("key", "value"):
-                axes = ("batch", arch.num_kv_heads, "past_sequence", arch.head_dim)
+            for name, width in (("key", arch.head_dim), ("value", self._value_dim(layer))):
+                axes = ("batch", arch.num_kv_heads, "past_sequence", width)
                 g.input(f"past_key_values.{layer}.{name}", axes)
                 g.output(f"present.{layer}.{name}", (*axes[:2], "total_sequence", axes[3]))
         shared = shared_values(g, arch)
@@ -172,9 +174,10 @@ class _DecoderGraph:
         with g.scope("attn"):
             h = self._norm(x)
             heads: dict[str, str] = {}
+            value_dim = self._value_dim(layer)
             for fused, y in self._read_stream(layer, "attn", h):
-                heads |= split_heads(g, arch, shared, fused, y)
-            mixed = attend(g, arch, shared, layer, heads, self._head_norms(layer))
+                heads |= split_heads(g, arch, shared, fused, y, value_dim)
+            mixed = attend(g, arch, shared, layer, heads, self._head_norms(layer), value_dim)
             o = self._linear(layer, self._alone(layer, "attn.o"), mixed)
             x = g.op("Add", self._skip(layer, "attn_skip", x), o)
         with g.scope("mlp"):
@@ -264,7 +267,7 @@ class _DecoderGraph:
     def _biased(self, layer: int) -> list[str]:
         return [role for role in self.arch.linears() if self.reader.has_bias(f"layers.{layer}.{role}")]
 
-    def _structure(self, layer: int, role: str) -> Structure:
+    def _stored_structure(self, layer: int, role: str) -> Structure:
         structure = self.reader.structure(f"layers.{layer}.{role}")
         found, expected = (structure.out_features, structure.in_features), self.arch.linears()[role]
         if found != expected:
@@ -273,6 +276,28 @@ class _DecoderGraph:
                 f"structure is {found}; compress the model again"
             )
         return structure
+
+    def _structure(self, layer: int, role: str) -> Structure:
+        """What runs: of a selection that the graph is narrow around, only what it keeps."""
+        structure = self._stored_structure(layer, role)
+        if isinstance(structure, SelectStructure) and self._narrow_width(layer, role.partition(".")[0]) is not None:
+            return structure.reduced
+        return structure
+
+    def _narrow_width(self, layer: int, sub_block: str) -> int | None:
+        return narrow_width(self.arch, lambda role: self._stored_structure(layer, role), sub_block)
+
+    def _value_dim(self, layer: int) -> int:
+        """Coordinates of a value head, in attention and in the cache."""
+        return self._narrow_width(layer, "attn") or self.arch.head_dim
+
+    def _bias(self, layer: int, role: str, size: int) -> Tensor:
+        """The bias of what runs (size,); zeros where the role has none, but is beside one that has."""
+        if not self.reader.has_bias(f"layers.{layer}.{role}"):
+            return torch.zeros(size)
+        structure = self._stored_structure(layer, role)
+        bias = self._read(f"model.layers.{layer}.{role}.bias", (structure.out_features,))
+        return bias if len(bias) == size or not isinstance(structure, SelectStructure) else bias[structure.features()]
 
     def _read_stream(self, layer: int, sub_block: str, h: str) -> Iterable[tuple[Fused, str]]:
         """The readers of the normalised stream, as few nodes as can be: (which roles, their output)."""
@@ -299,8 +324,8 @@ class _DecoderGraph:
 
         def parts() -> Iterable[Tensor]:
             for role, size in zip(fused.roles, fused.out_features, strict=True):
-                if factor == "bias" and not self.reader.has_bias(f"layers.{layer}.{role}"):
-                    yield torch.zeros(size)  # of a role beside one that has a bias
+                if factor == "bias":
+                    yield self._bias(layer, role, size)
                     continue
                 yield self._read(f"model.layers.{layer}.{role}.{factor}", (size, *shape[1:]) if stacked else shape)
                 if not stacked:

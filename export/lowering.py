@@ -14,6 +14,7 @@ from compress.structures import (
     GroupShuffleStructure,
     KroneckerStructure,
     LowRankStructure,
+    SelectStructure,
     Structure,
 )
 from export.ops import BIAS_SUFFIX, DOMAIN, GROUP_SHUFFLE_GRIDS, PLUGIN_VERSION, Attributes
@@ -21,12 +22,14 @@ from export.ops import BIAS_SUFFIX, DOMAIN, GROUP_SHUFFLE_GRIDS, PLUGIN_VERSION,
 
 @dataclass(frozen=True)
 class Call:
-    """One node: its first input is the activation, the others are the named factors ("bias" for the bias)."""
+    """One node. Its first input is the activation, then come constants (int64 vectors) and the named factors ("bias"
+    for the bias)."""
 
     op_type: str
     domain: str
     factors: tuple[str, ...]
     attributes: Attributes = field(default_factory=dict)
+    constants: tuple[tuple[int, ...], ...] = ()
 
 
 def lower(structure: Structure, bias: bool) -> tuple[Call, ...]:
@@ -42,11 +45,32 @@ def lower(structure: Structure, bias: bool) -> tuple[Call, ...]:
         return (_kronecker(structure, bias),)
     if isinstance(structure, GroupShuffleStructure):
         return (_group_shuffle(structure, bias),)
+    if isinstance(structure, SelectStructure):
+        return _select(structure, bias)
     raise ArtifactError(f"structure {structure.name!r} has no ONNX op; compress with kron, gs, lowrank or dense")
 
 
 def _gemm(weight: str, bias: bool) -> Call:
     return Call("Gemm", "", (weight, "bias") if bias else (weight,), {"transB": 1})
+
+
+def _standard(op_type: str, *constants: tuple[int, ...], factors: tuple[str, ...] = ()) -> Call:
+    return Call(op_type, "", factors, {}, constants)
+
+
+def _select(s: SelectStructure, bias: bool) -> tuple[Call, ...]:
+    """The core between a cut of its input or a padding of its output; groups are an axis of their own."""
+    axis, groups = 1 if s.groups == 1 else 2, s.groups
+    if s.side == "in":
+        cut = [_standard("Slice", (0,), (s.kept,), (axis,))]  # (tokens, [groups,] kept)
+        if groups > 1:
+            cut = [_standard("Reshape", (-1, groups, s.group_size)), *cut, _standard("Reshape", (-1, groups * s.kept))]
+        return (*cut, *lower(s.reduced, bias))
+    padded = [_standard("Pad", (0,) * (2 * axis + 1) + (s.group_size - s.kept,))]  # (tokens, [groups,] group_size)
+    if groups > 1:
+        padded = [_standard("Reshape", (-1, groups, s.kept)), *padded, _standard("Reshape", (-1, s.out_features))]
+    added = [_standard("Add", factors=("bias",))] if bias else []
+    return (*lower(s.reduced, False), *padded, *added)
 
 
 def _custom(op_type: str, structure: Structure, factors: tuple[str, ...], bias: bool, attributes: Attributes) -> Call:

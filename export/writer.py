@@ -90,7 +90,8 @@ class GraphWriter:
         """A node of a lowered structure; the function of a `procrustes` op is attached to the model."""
         if call.domain == DOMAIN and call.op_type not in self._functions:
             self._functions[call.op_type] = op(call.op_type).function()
-        return self.op(call.op_type, x, *weights, result=result, domain=call.domain, **call.attributes)
+        constants = [self.ints(*values) for values in call.constants]
+        return self.op(call.op_type, x, *constants, *weights, result=result, domain=call.domain, **call.attributes)
 
     def weight(self, weight: Weight) -> str:
         """An initializer, written once: a second weight of that name is taken for the same."""

@@ -54,6 +54,8 @@ class SelectStructure(Structure):
                 f"the core of a select structure must be {n} x {m}, what is kept; it is "
                 f"{self.core.out_features} x {self.core.in_features}"
             )
+        if getattr(self.core, "shares", None) is not None:
+            raise UsageError("the core of a select structure cannot share the V of another linear")
 
     @property
     def _cut(self) -> int:

@@ -1,0 +1,148 @@
+"""Selections of inner features in whole graphs: narrow where both sides agree, padded and cut where they do not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from compress.architecture import WRITERS, Architecture
+from compress.structures import KroneckerStructure, LowRankStructure, SelectStructure, Structure
+from compress.structures.select import with_core
+from export.engines.ort import OrtRunner, left_pad
+from export.graph import export_onnx
+from tests.export.helpers import VOCABULARY, llama, opt, write_checkpoint
+
+ROUNDING = 3e-5
+PADDED = ([7, 8, 9, 10, 11, 12, 13, 14, 15], [3], [20, 21, 22, 23])
+Chooser = Callable[[Architecture, int, str], Structure | None]
+
+
+def selection(arch: Architecture, role: str, kept: int) -> SelectStructure:
+    n, m = arch.linears()[role]
+    groups = {"attn.v": arch.num_kv_heads, "attn.o": arch.num_heads}.get(role, 1)
+    return SelectStructure(m, n, kept, groups, "in" if role in WRITERS.values() else "out")
+
+
+def neurons(arch: Architecture, layer: int, role: str) -> Structure | None:
+    return selection(arch, role, 20 + layer) if role.startswith("mlp.") else None
+
+
+def values(arch: Architecture, layer: int, role: str) -> Structure | None:
+    return selection(arch, role, 5 + layer) if role in ("attn.v", "attn.o") else None
+
+
+def both(arch: Architecture, layer: int, role: str) -> Structure | None:
+    return neurons(arch, layer, role) or values(arch, layer, role)
+
+
+def one_layer(arch: Architecture, layer: int, role: str) -> Structure | None:
+    """Widths of the caches differ from layer to layer."""
+    return both(arch, layer, role) if layer == 1 else None
+
+
+def unlike(arch: Architecture, layer: int, role: str) -> Structure | None:
+    """Nobody agrees: every selection needs its own cut or padding."""
+    if role == "attn.o" or role in ("mlp.up", "attn.v"):
+        return selection(arch, role, 6)
+    return selection(arch, role, 30) if role == "mlp.down" else None
+
+
+def around_cores(arch: Architecture, layer: int, role: str) -> Structure | None:
+    """Leading coordinates of the stream on one side, kept features on the other; a low rank in between for v and o."""
+    plain = both(arch, layer, role)
+    if not isinstance(plain, SelectStructure):
+        n, m = arch.linears()[role]
+        return KroneckerStructure(m, n, 4, 3, "in", "leading")
+    n, m = plain.reduced.out_features, plain.reduced.in_features
+    if role.startswith("attn."):
+        return with_core(plain, LowRankStructure(m, n, 4))
+    return with_core(plain, KroneckerStructure(m, n, 4, 3, "out" if plain.side == "in" else "in", "leading"))
+
+
+def every(arch: Architecture, choose: Chooser) -> dict[str, Structure]:
+    found = {f"layers.{i}.{r}": choose(arch, i, r) for i in range(arch.num_layers) for r in arch.linears()}
+    return {name: structure for name, structure in found.items() if structure is not None}
+
+
+CASES: dict[str, tuple[Architecture, Chooser, dict[str, Any]]] = {
+    "neurons": (llama(), neurons, {}),
+    "values": (llama(), values, {}),
+    "values, no grouping": (llama(num_kv_heads=4), values, {}),
+    "values, qk norm": (llama(qk_norm=True), values, {}),
+    "values, some biases": (llama(attention_bias=True), both, {}),
+    "both": (llama(), both, {}),
+    "one layer": (llama(), one_layer, {}),
+    "unlike": (llama(), unlike, {}),
+    "around cores": (llama(), around_cores, {}),
+    "opt": (opt(), both, {"center_embedding": True, "head_map": True}),
+    "opt unlike": (opt(), unlike, {"center_embedding": True, "head_map": True}),
+    "opt around cores": (opt(), around_cores, {"rotation": "block", "skip": "dense"}),
+    "extra biases": (llama(), both, {"extra_biases": [f"layers.0.{role}" for role in llama().linears()]}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parity_with_torch(name: str, tmp_path: Path) -> None:
+    """Full forward = PyTorch; prefill and decode through the (narrow) cache = full forward; padding included."""
+    arch, choose, choices = CASES[name]
+    model = write_checkpoint(tmp_path / "checkpoint", arch, every(arch, choose), **choices)
+    runner = OrtRunner(export_onnx(tmp_path / "checkpoint", tmp_path / "onnx").path)
+    ids, mask = left_pad(PADDED, 0)
+    start = ids.shape[1]
+    following = np.random.default_rng(0).integers(0, VOCABULARY, (len(PADDED), 5))
+    ids, mask = np.concatenate([ids, following], 1), np.concatenate([mask, np.ones_like(following)], 1)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), use_cache=False).logits.numpy()
+    seen, scale = mask.astype(bool), np.abs(logits).max()
+    full = runner.run_full(ids, mask)
+    np.testing.assert_allclose(full[seen], logits[seen], rtol=0, atol=ROUNDING * scale)
+    steps = [runner.prefill(ids[:, :start], mask[:, :start])]
+    for width in (1, 3, 1):
+        steps.append(runner.decode(ids[:, runner.length : runner.length + width]))
+    np.testing.assert_allclose(np.concatenate(steps, 1)[seen], full[seen], rtol=0, atol=ROUNDING * scale)
+
+
+def nodes(arch: Architecture, choose: Chooser, folder: Path) -> tuple[Counter[str], onnx.GraphProto]:
+    write_checkpoint(folder / "checkpoint", arch, every(arch, choose))
+    info = export_onnx(folder / "checkpoint", folder / "onnx")
+    return Counter(info.nodes), onnx.load(info.path, load_external_data=False).graph
+
+
+@pytest.mark.parametrize("arch", [llama(), opt()], ids=["llama", "opt"])
+def test_agreeing_selections_add_no_node(arch: Architecture, tmp_path: Path) -> None:
+    """Only v, whose heads are narrower than those of q and k, takes a reshape of its own."""
+    dense, _ = nodes(arch, lambda *_: None, tmp_path / "dense")
+    narrow, graph = nodes(arch, neurons, tmp_path / "neurons")
+    assert narrow == dense
+    with_values, graph = nodes(arch, both, tmp_path / "both")
+    assert with_values.keys() == dense.keys()
+    assert sum((with_values - dense).values()) <= 5 * arch.num_layers
+    widths = {
+        i.name: i.type.tensor_type.shape.dim[3].dim_value for i in (*graph.input, *graph.output) if ".value" in i.name
+    }
+    expected = {f"{way}.{i}.value": 5 + i for way in ("past_key_values", "present") for i in range(2)}
+    assert widths == expected
+    sizes = {t.name: list(t.dims) for t in graph.initializer}
+    assert sizes["layers.1.mlp.down.weight"] == [32, 21]
+    assert sizes["layers.0.attn.o.weight"] == [32, 4 * 5]
+
+
+def test_disagreeing_selections_are_padded_and_cut(tmp_path: Path) -> None:
+    found, _ = nodes(llama(), unlike, tmp_path)
+    # up and down differ, so each is alone; v and o agree.
+    assert (found["Pad"], found["Slice"]) == (2, 2)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision(dtype: str, tmp_path: Path) -> None:
+    arch = llama(attention_bias=True)
+    write_checkpoint(tmp_path / "checkpoint", arch, every(arch, around_cores))
+    info = export_onnx(tmp_path / "checkpoint", tmp_path / "onnx", dtype=dtype)
+    onnx.shape_inference.infer_shapes(onnx.load(info.path), check_type=True, strict_mode=True)
