@@ -15,6 +15,7 @@ import torch
 
 from compress.architecture import Architecture
 from compress.errors import UsageError
+from compress.skips import CSSkip, HouseholderSkip, SkipForm, SliceSkip
 from compress.structures import (
     GroupShuffleStructure,
     KroneckerStructure,
@@ -101,6 +102,11 @@ def mixture(name: str, n: int, m: int, side: str) -> Structure | None:
     return kinds[sum(map(ord, name)) % len(kinds)](name, n, m, side)
 
 
+def block_skips(attn: SkipForm, mlp: SkipForm) -> dict[str, Any]:
+    """The choices of a model of two layers with these skips in each."""
+    return {"rotation": "block", "skip": attn.name, "skip_config": [attn.to_config(), mlp.to_config()] * 2}
+
+
 @dataclass(frozen=True)
 class Case:
     arch: Architecture
@@ -121,6 +127,9 @@ CASES = {
     "head map": Case(llama(), mixed_kron, {"head_map": True, "rotation": "shared"}),
     "head scale": Case(llama(), choices={"head_map": True}),
     "block skips": Case(llama(), kron("explicit"), {"rotation": "block", "skip": "dense"}),
+    "cs skips": Case(llama(), kron("leading"), block_skips(CSSkip(32, 24, 8), CSSkip(32, 24, 5))),
+    "householder skips": Case(llama(), kron("leading"), block_skips(HouseholderSkip(32, 6), HouseholderSkip(32, 1))),
+    "slice skips": Case(llama(), kron("leading"), block_skips(SliceSkip(32, 24, 16), SliceSkip(32, 16, 32))),
     "kron leading": Case(llama(), kron("leading")),
     "kron mixed sizes": Case(llama(num_layers=3), mixed_kron),
     "kron explicit": Case(llama(), kron("explicit")),
@@ -282,7 +291,7 @@ def test_a_shared_v_is_one_gemm_before_one_gemm(tmp_path: Path) -> None:
     assert not {name for name in stored if "attn.k." in name or "attn.v." in name}
 
 
-@pytest.mark.parametrize("name", ["dense", "mixture", "qk norm", "opt mixture", "block skips", "joint"])
+@pytest.mark.parametrize("name", ["dense", "mixture", "qk norm", "opt mixture", "block skips", "cs skips", "joint"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_graphs_are_strongly_typed(name: str, dtype: str, tmp_path: Path) -> None:
     """Beside the rotary angles and the explicit mixes nothing is float32; norms are so only inside."""
