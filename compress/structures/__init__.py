@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compress.structures.base import Structure, register, registry, structure_from_config
+    from compress.structures.compot import Compot24Structure, CompotStructure
     from compress.structures.dense import DenseStructure
     from compress.structures.gs import GroupShuffleStructure
     from compress.structures.kron import KroneckerStructure
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from compress.structures.select import SelectStructure
 
 __all__ = [
+    "Compot24Structure",
+    "CompotStructure",
     "DenseStructure",
     "GroupShuffleStructure",
     "KroneckerStructure",
@@ -31,6 +34,8 @@ __all__ = [
 ]
 
 _HOME = {
+    "Compot24Structure": "compot",
+    "CompotStructure": "compot",
     "DenseStructure": "dense",
     "GroupShuffleStructure": "gs",
     "KroneckerStructure": "kron",

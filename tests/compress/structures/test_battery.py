@@ -31,7 +31,7 @@ class TestDense(StructureBattery):
 
 
 def test_registry_knows_every_structure() -> None:
-    assert list(registry()) == ["dense", "gs", "kron", "lowrank", "select"]
+    assert list(registry()) == ["compot", "compot24", "dense", "gs", "kron", "lowrank", "select"]
     for name, cls in registry().items():
         assert cls.name == name
     with pytest.raises(ValueError, match="two structures"):
