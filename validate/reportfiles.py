@@ -1,0 +1,50 @@
+"""Single reports in OUT/reports, kept beside those that are there already."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import Any
+
+from compress.artifact import Artifact
+from compress.errors import ArtifactError
+from validate.report import write_json
+
+
+def read_report(artifact: Artifact, name: str) -> dict[str, Any] | None:
+    """OUT/reports/NAME, or None where it is not there or was made from another checkpoint.
+
+    Raises ArtifactError when it is not a JSON object.
+    """
+    path = artifact.path("reports") / name
+    if not _current(artifact) or not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); remove {path.parent} and run again") from error
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path} is not a JSON object; remove {path.parent} and run again")
+    return value
+
+
+def add_report(artifact: Artifact, name: str, value: dict[str, Any]) -> None:
+    """Publish OUT/reports with this report added; what belongs to another checkpoint is left out."""
+    with artifact.lock():
+        inputs = ["checkpoint"]
+        kept = artifact.path("reports") if _current(artifact) else None
+        if kept is not None:  # validate.run also reports on the export
+            inputs = list(artifact.read_manifest()["stages"]["reports"].get("inputs", {})) or inputs
+        with artifact.stage("reports", inputs=inputs) as folder:
+            if kept is not None:
+                shutil.copytree(kept, folder, dirs_exist_ok=True)
+            write_json(folder / name, value)
+
+
+def _current(artifact: Artifact) -> bool:
+    """Whether there is an OUT/reports that was made from the checkpoint (and export) of now."""
+    if not artifact.has_stage("reports"):
+        return False
+    stages = artifact.read_manifest()["stages"]
+    inputs = stages["reports"].get("inputs", {})
+    return all(source in stages and artifact.stage_digest(source) == digest for source, digest in inputs.items())
