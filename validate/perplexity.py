@@ -9,12 +9,15 @@ text.
 
 from __future__ import annotations
 
+import copy
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from compress.errors import ArtifactError
@@ -39,12 +42,19 @@ class LogitsSource(Protocol):
 
 
 class TorchLogits:
-    """The decoder in PyTorch; the head runs slice by slice."""
+    """The decoder in PyTorch; the head runs slice by slice.
+
+    `wide_head`: the head's weights and logits in float32, whatever the decoder's type. bfloat16 rounds a logit of 20
+    to the nearest 1/8.
+    """
 
     runtime = "PyTorch"
 
-    def __init__(self, model: ProcrustesForCausalLM) -> None:
+    def __init__(self, model: ProcrustesForCausalLM, wide_head: bool = False) -> None:
         self.model = model
+        self._wide = wide_head
+        # A copy: a tied head is the embedding too, which stays what the decoder reads.
+        self._head = copy.deepcopy(model.lm_head).float() if wide_head else model.lm_head
 
     # As a decorator it holds while the generator runs. A `with` around the yields would also hold in between, and
     # two generators read in turn would leave the caller without gradients.
@@ -53,7 +63,30 @@ class TorchLogits:
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         hidden = self.model.model(ids, None, positions, None)  # (batch, length, d)
         for part in torch.split(hidden, POSITIONS_AT_ONCE, dim=1):
-            yield self.model.lm_head(part)
+            yield self._head(part.float() if self._wide else part)
+
+
+class HiddenLogits:
+    """Final hidden states that were computed before (validate/hidden.py); only the head runs, in float32.
+
+    `hidden` is (windows, length, d), what the head reads of each window of `windows`; `weight` (vocabulary, d) and
+    `bias` are the head's.
+    """
+
+    runtime = "PyTorch, hidden states kept"
+
+    def __init__(self, windows: Windows, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._hidden, self._weight, self._bias = hidden, weight.float(), bias if bias is None else bias.float()
+        # Found by their tokens, not by their order: another text, or other windows of it, cannot be scored by mistake.
+        self._index = {ids.numpy().tobytes(): w for w, ids in windows.batches(1)}
+
+    @torch.inference_mode()
+    def slices(self, ids: Tensor) -> Iterator[Tensor]:
+        rows = [self._index.get(window.numpy().tobytes()) for window in ids]
+        if None in rows:
+            raise ValueError("these tokens are not a window that the hidden states were computed for")
+        for part in torch.split(self._hidden[rows], POSITIONS_AT_ONCE, dim=1):
+            yield F.linear(part.float(), self._weight, self._bias)
 
 
 class OrtLogits:
@@ -104,18 +137,21 @@ class Comparison:
 
 def compare(dense: LogitsSource, compressed: LogitsSource, windows: Windows, batch_size: int = 1) -> Comparison:
     """Score every window with both models. Raises ArtifactError when a figure is NaN or infinite."""
+    start = time.monotonic()
     kept: list[Tensor] = []  # per batch: (batch, 4) sums over scored tokens: nll dense, nll compressed, kl, same top-1
     for first, ids in windows.batches(batch_size):
         sums = torch.zeros(len(ids), 4, dtype=torch.float64)
         position = 0
-        for a, b in zip(dense.slices(ids), compressed.slices(ids), strict=True):
+        for a, b in _pairs(dense, compressed, ids):
             sums += _score(a, b, ids, position, [windows.scored_from(first + i) for i in range(len(ids))])
             position += a.shape[1]
         kept.append(sums)
-        done = torch.cat(kept).sum(0) / _scored(windows, first + len(ids))
+        count = first + len(ids)
+        done = torch.cat(kept).sum(0) / _scored(windows, count)
+        left = (time.monotonic() - start) / count * (windows.count - count)
         log(
-            f"perplexity: window {first + len(ids)}/{windows.count}: dense {torch.exp(done[0]):.4f}, "
-            f"compressed {torch.exp(done[1]):.4f}"
+            f"perplexity: window {count}/{windows.count}: dense {torch.exp(done[0]):.4f}, "
+            f"compressed {torch.exp(done[1]):.4f}, {left:.0f} s left"
         )
     per_window = torch.cat(kept)  # (windows, 4)
     counts = torch.tensor([windows.length - windows.scored_from(w) for w in range(windows.count)]).double()
@@ -140,6 +176,14 @@ def compare(dense: LogitsSource, compressed: LogitsSource, windows: Windows, bat
         kl_standard_error=errors[2],
         top1_agreement=float(means[3]),
     )
+
+
+def _pairs(dense: LogitsSource, compressed: LogitsSource, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both models' logits, slice by slice; a model that is compared with itself runs once."""
+    if dense is compressed:
+        yield from ((logits, logits) for logits in dense.slices(ids))
+    else:
+        yield from zip(dense.slices(ids), compressed.slices(ids), strict=True)
 
 
 def _score(a: Tensor, b: Tensor, ids: Tensor, position: int, scored_from: list[int]) -> Tensor:

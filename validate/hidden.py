@@ -1,0 +1,63 @@
+"""The final hidden states of one model on a set of windows, computed once and kept in a file.
+
+A table of methods compares each of them with the same dense model on the same text. What its head reads takes
+length x d numbers a window, its logits length x vocabulary: the former are kept, the head runs again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from compress.progress import log
+from compress.streams import mapped
+
+if TYPE_CHECKING:
+    from compress.modeling import ProcrustesForCausalLM
+    from validate.data import Windows
+
+
+def window_sha256(windows: Windows) -> str:
+    """Of the tokens and how they are cut: equal for equal windows."""
+    end = windows.length + (windows.count - 1) * windows.stride
+    shape = json.dumps([windows.length, windows.stride, windows.count]).encode()
+    return hashlib.sha256(shape + windows.ids[:end].contiguous().numpy().tobytes()).hexdigest()
+
+
+@torch.inference_mode()
+def fill_hidden(model: ProcrustesForCausalLM, windows: Windows, path: Path) -> None:
+    """Write what the head of `model` reads of every window to `path`, float32, complete or not at all.
+
+    4 x windows x length x d bytes. An interrupted run goes on at the window where it was. Raises OSError when there
+    is no space for it.
+    """
+    partial, count = path.with_suffix(".partial"), path.with_suffix(".count")
+    begun = int(count.read_text()) if partial.exists() and count.exists() else 0
+    hidden = mapped(partial, _shape(windows, model.config.hidden_size))
+    start = time.monotonic()
+    for window, ids in windows.batches(1):
+        if window < begun:
+            continue
+        positions = torch.arange(windows.length)[None]
+        hidden[window] = model.model(ids, None, positions, None)[0].float()
+        count.write_text(str(window + 1))
+        left = (time.monotonic() - start) / (window + 1 - begun) * (windows.count - window - 1)
+        log(f"dense hidden states: window {window + 1}/{windows.count}, {left:.0f} s left")
+    del hidden
+    partial.rename(path)
+    count.unlink()
+
+
+def read_hidden(windows: Windows, width: int, path: Path) -> Tensor:
+    """The file of `fill_hidden`, memory-mapped: (windows, length, width) float32."""
+    return mapped(path, _shape(windows, width))
+
+
+def _shape(windows: Windows, width: int) -> tuple[int, int, int]:
+    return (windows.count, windows.length, width)
