@@ -74,7 +74,8 @@ def split_heads(
 ) -> dict[str, str]:
     """y (tokens, heads * head_dim) of one projection node as role -> (batch, heads, sequence, head_dim).
 
-    Heads of v have `value_dim` coordinates.
+    y holds `value_dim` coordinates of every head of v; the others are zeros, which attention leaves zeros. They are put
+    in here, for the new tokens alone: TensorRT's attention takes no values that are narrower than queries.
     """
     if "attn.v" in fused.roles and len(fused.roles) > 1 and value_dim != arch.head_dim:
         # Heads of two widths do not share an axis: v, the last role, goes its own way before the reshape.
@@ -89,7 +90,10 @@ def split_heads(
     # Made where it is first needed and then shared by all layers, so its name has no layer in it.
     name = f"heads_{sum(heads)}" + ("" if width == arch.head_dim else f"_{width}")
     shape = g.once(name, "Concat", shared.tokens, g.ints(sum(heads), width), axis=0)
-    y = g.op("Transpose", g.op("Reshape", y, shape), perm=[0, 2, 1, 3])  # (batch, heads, sequence, head_dim)
+    y = g.op("Reshape", y, shape)  # (batch, sequence, heads, width)
+    if width < arch.head_dim:
+        y = g.op("Pad", y, g.ints(0, 0, 0, 0, 0, 0, 0, arch.head_dim - width))
+    y = g.op("Transpose", y, perm=[0, 2, 1, 3])  # (batch, heads, sequence, head_dim)
     if len(heads) == 1:
         return {fused.roles[0]: y}
     return dict(zip(fused.roles, g.ops("Split", y, g.ints(*heads), outputs=len(heads), axis=1), strict=True))
@@ -106,8 +110,8 @@ def attend(
 ) -> str:
     """Attention over the cache and the new tokens: (tokens, num_heads * value_dim).
 
-    heads: "attn.q", "attn.k", "attn.v" -> (batch, heads, sequence, head_dim, of v value_dim); scales: those of the
-    norms of q and k, where the family has such norms. Writes present.{layer}.key and .value.
+    heads: "attn.q", "attn.k", "attn.v" -> (batch, heads, sequence, head_dim); scales: those of the norms of
+    q and k, where the family has such norms. Writes present.{layer}.key and .value.
     """
     q, k, v = heads["attn.q"], heads["attn.k"], heads["attn.v"]
     if scales is not None:
@@ -120,5 +124,7 @@ def attend(
         g.op("Concat", f"past_key_values.{layer}.{name}", value, result=f"present.{layer}.{name}", axis=2)
     # One output: TensorRT refuses the operator's own cache outputs.
     mixed = g.op("Attention", q, f"present.{layer}.key", f"present.{layer}.value", shared.mask)
-    mixed = g.op("Transpose", mixed, perm=[0, 2, 1, 3])  # (batch, sequence, heads, value_dim)
+    mixed = g.op("Transpose", mixed, perm=[0, 2, 1, 3])  # (batch, sequence, heads, head_dim)
+    if value_dim < arch.head_dim:
+        mixed = g.op("Slice", mixed, g.ints(0), g.ints(value_dim), g.ints(3))
     return g.op("Reshape", mixed, g.ints(-1, arch.num_heads * value_dim))

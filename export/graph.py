@@ -3,8 +3,7 @@
 Inputs: input_ids, position_ids int64 (batch, sequence); attention_mask int64 (batch, total_sequence), 0 on
 padding; past_key_values.{i}.key and .value (batch, kv_heads, past_sequence, head_dim). Outputs: logits (batch,
 sequence, vocabulary), present.{i}.key and .value (batch, kv_heads, total_sequence, head_dim): the past with the
-new tokens appended. total_sequence = past_sequence + sequence; past_sequence may be 0. Where a selection keeps fewer
-value coordinates of every head, the values of that layer have that many in place of head_dim.
+new tokens appended. total_sequence = past_sequence + sequence; past_sequence may be 0.
 
 Inside, activations are (tokens, features), tokens = batch * sequence, and every matrix is a Gemm with the
 checkpoint's own (out, in) weight: measured faster in ONNX Runtime than MatMul on three axes.
@@ -133,8 +132,8 @@ class _DecoderGraph:
         g.input("position_ids", ("batch", "sequence"), torch.int64)
         g.output("logits", ("batch", 1 if last_only else "sequence", arch.vocab_size))
         for layer in range(arch.num_layers):
-            for name, width in (("key", arch.head_dim), ("value", self._value_dim(layer))):
-                axes = ("batch", arch.num_kv_heads, "past_sequence", width)
+            for name in ("key", "value"):
+                axes = ("batch", arch.num_kv_heads, "past_sequence", arch.head_dim)
                 g.input(f"past_key_values.{layer}.{name}", axes)
                 g.output(f"present.{layer}.{name}", (*axes[:2], "total_sequence", axes[3]))
         shared = shared_values(g, arch)
@@ -288,7 +287,7 @@ class _DecoderGraph:
         return narrow_width(self.arch, lambda role: self._stored_structure(layer, role), sub_block)
 
     def _value_dim(self, layer: int) -> int:
-        """Coordinates of a value head, in attention and in the cache."""
+        """Coordinates that the projections keep of a value head; the others are zeros in attention and cache."""
         return self._narrow_width(layer, "attn") or self.arch.head_dim
 
     def _bias(self, layer: int, role: str, size: int) -> Tensor:

@@ -12,8 +12,8 @@ def narrow_width(arch: Architecture, structure: Callable[[str], Structure], sub_
     """Features kept of each group, where all linears on the inner side of `sub_block` keep the same; else None.
 
     For "mlp" these are gate, up and down with one group, so the products in between need only the kept neurons. For
-    "attn" they are v with a group for each key-value head and o with one for each head, so that attention mixes, and
-    the cache holds, values of the kept width. `structure`: role -> its structure.
+    "attn" they are v with a group for each key-value head and o with one for each head: the projections are narrow, and
+    attention puts in the zeros where it splits the heads. `structure`: role -> its structure.
     """
     if sub_block == "mlp":
         groups = dict.fromkeys((*arch.readers("mlp"), WRITERS["mlp"]), 1)

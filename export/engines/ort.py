@@ -57,7 +57,7 @@ class OrtRunner:
             raise UsageError(f"{path} keeps its cache as {caches[0].type}, which numpy has not; use --dtype float32")
         self._caches = [cache.name for cache in caches]
         self._cache_type = _NUMPY_TYPES[caches[0].type]
-        self._cache_axes = [(cache.shape[1], cache.shape[3]) for cache in caches]  # (kv_heads, head_dim) of each
+        _, self._kv_heads, _, self._head_dim = caches[0].shape
         values = self.session.get_modelmeta().custom_metadata_map
         self.metadata: dict[str, Any] = {k.removeprefix("procrustes."): json.loads(v) for k, v in values.items()}
         self.vocabulary = int(self.session.get_outputs()[0].shape[2])
@@ -80,8 +80,8 @@ class OrtRunner:
         """
         ids, mask = self._checked(input_ids, attention_mask)
         self.reset()
-        empty = [np.zeros((len(ids), heads, 0, width), self._cache_type) for heads, width in self._cache_axes]
-        past = [_ort_value(cache) for cache in empty]
+        empty = np.zeros((len(ids), self._kv_heads, 0, self._head_dim), self._cache_type)
+        past = [_ort_value(empty) for _ in self._caches]
         return self._step(ids, mask, past)
 
     def decode(self, token_ids: npt.ArrayLike) -> Logits:

@@ -7,14 +7,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 
+from compress.architecture import Architecture
+from compress.structures import Structure
 from tests.export.helpers import llama
-from tests.export.test_graph import CASES, Case, export, gs, kron, low_rank, two_sided
+from tests.export.test_graph import CASES, Case, Chooser, export, gs, kron, low_rank, two_sided
+from tests.export.test_select import around_cores, both, unlike
 
 SCRIPT = Path(__file__).with_name("rtx_parse.py")
 TYPES = {"float32": "DataType.FLOAT", "float16": "DataType.HALF", "bfloat16": "DataType.BF16"}
@@ -47,6 +51,10 @@ def parse(path: Path, environment: dict[str, str], *options: str) -> dict[str, A
     return result
 
 
+def selecting(arch: Architecture, choose: Callable[[Architecture, int, str], Structure | None]) -> Chooser:
+    return lambda name, *_: choose(arch, int(name.split(".")[1]), name.split(".", 2)[2])
+
+
 MODELS = {
     "dense": Case(llama()),
     "kron leading": Case(llama(), kron("leading")),
@@ -55,6 +63,9 @@ MODELS = {
     "gs": Case(llama(), gs),
     "lowrank": Case(llama(), low_rank),
     "opt mixture": CASES["opt mixture"],
+    "narrow selections": Case(llama(), selecting(llama(), both)),
+    "padded selections": Case(llama(attention_bias=True), selecting(llama(), unlike)),
+    "selections around cores": Case(llama(), selecting(llama(), around_cores)),
     "sliding window, llama3 rope": Case(llama(sliding_window=4, rope=CASES["llama3 rope"].arch.rope)),
 }
 
@@ -69,7 +80,9 @@ def test_parser_takes_the_graph(name: str, dtype: str, rtx_environment: dict[str
     assert not [kind for kind in result["layers"] if "PLUGIN" in kind]
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("kron leading", "float32"), ("opt mixture", "float16")])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("kron leading", "float32"), ("opt mixture", "float16"), ("narrow selections", "float16")]
+)
 def test_builder_makes_a_plan(name: str, dtype: str, rtx_environment: dict[str, str], tmp_path: Path) -> None:
     """Types, shapes and a profile with dynamic batch, length and past all fit: the plan is not run here."""
     _, info = export(MODELS[name], tmp_path, dtype=dtype)

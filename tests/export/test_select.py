@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from compress.structures import KroneckerStructure, LowRankStructure, SelectStru
 from compress.structures.select import with_core
 from export.engines.ort import OrtRunner, left_pad
 from export.graph import export_onnx
+from export.layer import export_linear
 from tests.export.helpers import VOCABULARY, llama, opt, write_checkpoint
 
 ROUNDING = 3e-5
@@ -43,7 +45,7 @@ def both(arch: Architecture, layer: int, role: str) -> Structure | None:
 
 
 def one_layer(arch: Architecture, layer: int, role: str) -> Structure | None:
-    """Widths of the caches differ from layer to layer."""
+    """A layer that is dense beside one that is not."""
     return both(arch, layer, role) if layer == 1 else None
 
 
@@ -90,7 +92,7 @@ CASES: dict[str, tuple[Architecture, Chooser, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_parity_with_torch(name: str, tmp_path: Path) -> None:
-    """Full forward = PyTorch; prefill and decode through the (narrow) cache = full forward; padding included."""
+    """Full forward = PyTorch; prefill and decode through the cache = full forward; padding included."""
     arch, choose, choices = CASES[name]
     model = write_checkpoint(tmp_path / "checkpoint", arch, every(arch, choose), **choices)
     runner = OrtRunner(export_onnx(tmp_path / "checkpoint", tmp_path / "onnx").path)
@@ -117,18 +119,14 @@ def nodes(arch: Architecture, choose: Chooser, folder: Path) -> tuple[Counter[st
 
 @pytest.mark.parametrize("arch", [llama(), opt()], ids=["llama", "opt"])
 def test_agreeing_selections_add_no_node(arch: Architecture, tmp_path: Path) -> None:
-    """Only v, whose heads are narrower than those of q and k, takes a reshape of its own."""
+    """Beyond what v needs, whose heads are narrower than those of q and k: its own reshape, zeros in and zeros out."""
     dense, _ = nodes(arch, lambda *_: None, tmp_path / "dense")
     narrow, graph = nodes(arch, neurons, tmp_path / "neurons")
     assert narrow == dense
     with_values, graph = nodes(arch, both, tmp_path / "both")
-    assert with_values.keys() == dense.keys()
-    assert sum((with_values - dense).values()) <= 5 * arch.num_layers
-    widths = {
-        i.name: i.type.tensor_type.shape.dim[3].dim_value for i in (*graph.input, *graph.output) if ".value" in i.name
-    }
-    expected = {f"{way}.{i}.value": 5 + i for way in ("past_key_values", "present") for i in range(2)}
-    assert widths == expected
+    assert with_values.keys() - dense.keys() == {"Pad", "Slice"}
+    assert (with_values["Pad"], with_values["Slice"]) == (arch.num_layers, arch.num_layers)
+    assert with_values["Gemm"] == dense["Gemm"]
     sizes = {t.name: list(t.dims) for t in graph.initializer}
     assert sizes["layers.1.mlp.down.weight"] == [32, 21]
     assert sizes["layers.0.attn.o.weight"] == [32, 4 * 5]
@@ -136,8 +134,8 @@ def test_agreeing_selections_add_no_node(arch: Architecture, tmp_path: Path) -> 
 
 def test_disagreeing_selections_are_padded_and_cut(tmp_path: Path) -> None:
     found, _ = nodes(llama(), unlike, tmp_path)
-    # up and down differ, so each is alone; v and o agree.
-    assert (found["Pad"], found["Slice"]) == (2, 2)
+    # up and down differ, so each has its own, as have the heads of v, which agrees with o.
+    assert (found["Pad"], found["Slice"]) == (4, 4)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -146,3 +144,20 @@ def test_half_precision(dtype: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "checkpoint", arch, every(arch, around_cores))
     info = export_onnx(tmp_path / "checkpoint", tmp_path / "onnx", dtype=dtype)
     onnx.shape_inference.infer_shapes(onnx.load(info.path), check_type=True, strict_mode=True)
+
+
+@pytest.mark.parametrize("side", ["in", "out"])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_selection_alone(side: Any, groups: int, biased: bool, tmp_path: Path) -> None:
+    """One layer, whatever stands on its other side: Slice or Pad, with an axis of their own for groups."""
+    m, n = (12, 5) if side == "in" else (5, 12)
+    structure = SelectStructure(m, n, 2, groups, side)
+    generator = torch.Generator().manual_seed(0)
+    factors = {name: torch.randn(shape, generator=generator) for name, shape in structure.shapes().items()}
+    bias = torch.randn(n, generator=generator) if biased else None
+    x = torch.randn(7, m, generator=generator)
+    expected = structure.apply(factors, x) + (0 if bias is None else bias)
+    path = export_linear(structure, factors, tmp_path, bias=bias)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], expected.numpy(), rtol=1e-5, atol=1e-5)
