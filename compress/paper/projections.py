@@ -10,6 +10,8 @@ structures.kron` for A (terms, blocks) and B.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -17,11 +19,17 @@ from compress.errors import UsageError
 from compress.structures import KroneckerStructure, Structure
 from compress.structures.gs import GroupShuffleStructure
 from compress.structures.gs_fit import cut, join
-from compress.structures.linalg import Moment, conjugate_gradient, low_rank
+from compress.structures.linalg import conjugate_gradient, low_rank
 
 LSMR_TOLERANCE = 1e-3
 """Of the inner solver of the L-step (`ftol` and `xtol` of the paper's code)."""
 LSMR_ITERATIONS = 200
+
+SINGULAR = 1e-10
+DAMPING = (0.0, 1e-8, 1e-6, 1e-4, 1e-2)
+"""Of the mean diagonal. A pivot below SINGULAR of it, the mean diagonal, asks for the next."""
+
+logger = logging.getLogger(__name__)
 
 
 def frobenius_factors(structure: Structure, weight: Tensor) -> dict[str, Tensor]:
@@ -37,10 +45,13 @@ def frobenius_factors(structure: Structure, weight: Tensor) -> dict[str, Tensor]
 def weighted_factors(structure: Structure, weight: Tensor, gram: Tensor) -> dict[str, Tensor]:
     """One sweep of the paper's weighted fit from the Frobenius optimum: factors in float64.
 
-    weight (out, in), gram (in, in) symmetric. A singular Gram matrix is damped (`linalg.Moment`), where the paper's
-    code leaves the step out. Raises UsageError for a structure that the paper does not have.
+    weight (out, in), gram (in, in) symmetric; of a zero Gram matrix the Frobenius optimum comes back. A singular
+    system is damped (`definite`), where the paper's code leaves the step out. Raises UsageError for a structure that
+    the paper does not have.
     """
-    W, G = weight.double(), Moment.of(gram, structure.in_features, "Gram matrix", weight).matrix
+    W, G = weight.double(), gram.double()
+    if not bool(G.any()):
+        return frobenius_factors(structure, W)
     if isinstance(structure, KroneckerStructure):
         blocks = _stream_side_first(structure, W)
         _, B = _van_loan(blocks, structure.terms)
@@ -121,8 +132,32 @@ def writer_b_step(blocks: Tensor, A: Tensor) -> Tensor:
 
 
 def _solve(C: Tensor, D: Tensor) -> Tensor:
-    """C^{-1} D for a symmetric semi-definite C, damped where it is singular."""
-    return Moment.of(C, len(C), "normal matrix of the paper's fit", C).solve(D)
+    """C^{-1} D for a symmetric positive semi-definite C, damped where it is singular."""
+    solution: Tensor = torch.cholesky_solve(D, definite(C))
+    return solution
+
+
+def definite(matrix: Tensor) -> Tensor:
+    """The Cholesky factor of a symmetric matrix, damped by as little of its mean diagonal as makes it definite.
+
+    The steps reach far enough for moments that were rounded to float32 beside outlier channels. Raises UsageError
+    for a matrix that is not finite, or indefinite beyond any rounding.
+    """
+    mean = float(matrix.diagonal().mean())
+    if mean == 0 and not bool(matrix.any()):
+        return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    for fraction in DAMPING:
+        factor: Tensor
+        factor, info = torch.linalg.cholesky_ex((matrix + matrix.T) / 2 + fraction * abs(mean) * identity)
+        if int(info) == 0 and float(factor.diagonal().min()) ** 2 > SINGULAR * mean:
+            if fraction:
+                logger.info("a %d x %d system is singular: damped by %g of its mean diagonal", *matrix.shape, fraction)
+            return factor
+    raise UsageError(
+        f"a {len(matrix)} x {len(matrix)} system of the paper's fit is not positive semi-definite (mean diagonal "
+        f"{mean:g}); check the weights and the calibration data for NaN, infinity and extreme values"
+    )
 
 
 # ---- group-and-shuffle matrices: part (r, l) of What is U[r, l] V[r, l], see `compress.structures.gs_fit`
@@ -158,10 +193,8 @@ def l_step(W: Tensor, G: Tensor, U: Tensor, V: Tensor) -> Tensor:
     """
     right, left, rank, columns = V.shape
     grams = torch.stack([G[i * columns : (i + 1) * columns, i * columns : (i + 1) * columns] for i in range(left)])
-    gram_factor = torch.stack([Moment.of(g, columns, "Gram matrix", g).factor for g in grams])
-    inner = (U.mT @ U).flatten(0, 1)
-    inner_factor = torch.stack([Moment.of(u, rank, "normal matrix of the paper's fit", u).factor for u in inner])
-    inner_factor = inner_factor.reshape(right, left, rank, rank)
+    gram_factor = torch.stack([definite(g) for g in grams])
+    inner_factor = torch.stack([definite(u) for u in (U.mT @ U).flatten(0, 1)]).reshape(right, left, rank, rank)
 
     def pull(error: Tensor) -> Tensor:
         return U.mT @ cut(error @ G, right, left)

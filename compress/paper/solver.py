@@ -326,24 +326,36 @@ def project(members: Sequence[PaperMember], q: Tensor) -> Factors:
 
 
 def objective(members: Sequence[PaperMember], q: Tensor, factors: Factors) -> list[Norm]:
-    """The terms of F in the network rotated by q, float32. The writer's is scaled by
-    alpha = mean_i ||X W_i||_readers / ||X W||_writer."""
+    """The terms of F in the network rotated by q, float32, the writer's scaled by `alpha_of`."""
     single = torch.float32
-    rotated = [(m, m.rotated(q), m.rotated_gram(q)) for m in members]
-    sizes = {m.name: float(((w @ g) * w).sum()) ** 0.5 for m, w, g in rotated}
-    reading = [sizes[m.name] for m in members if m.side == "in"]
+    alpha = alpha_of(members, output_norms(members))
     shared: dict[int, Tensor] = {}  # one object per Gram matrix: what `total_norm` recognises it by
     terms = []
-    for m, weight, gram in rotated:
-        approximation = m.structure.dense(factors[m.name])
+    for m in members:
+        weight, gram = m.rotated(q), m.rotated_gram(q)
+        approximation = m.structure.dense(factors[m.name]).to(single)
         if m.side == "in":
             gram = shared.setdefault(id(m.gram), gram.to(single))
-            terms.append(Norm.reader(weight.to(single), approximation.to(single), gram))
+            terms.append(Norm.reader(weight.to(single), approximation, gram))
         else:
-            mean = sum(reading) / len(reading) if reading else sizes[m.name]
-            alpha = mean / sizes[m.name] if sizes[m.name] > 0 else 1.0
-            terms.append(Norm.writer(weight.to(single), approximation.to(single), gram.to(single), alpha))
+            terms.append(Norm.writer(weight.to(single), approximation, gram.to(single), alpha))
     return terms
+
+
+def output_norms(members: Sequence[PaperMember]) -> dict[str, float]:
+    """||X W|| of each member, which no rotation changes."""
+    norms = {}
+    for m in members:
+        weight = m.weight.double()
+        norms[m.name] = max(float(((weight @ m.gram) * weight).sum()), 0.0) ** 0.5
+    return norms
+
+
+def alpha_of(members: Sequence[PaperMember], norms: Mapping[str, float]) -> float:
+    """mean over the readers of ||X W||, over that of the writer; 1 where either is missing or zero."""
+    reading = [norms[m.name] for m in members if m.side == "in"]
+    written = sum(norms[m.name] for m in members if m.side == "out")
+    return sum(reading) / len(reading) / written if reading and written > 0 else 1.0
 
 
 def orthogonal(q: Tensor) -> Tensor:

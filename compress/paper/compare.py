@@ -1,0 +1,168 @@
+"""`python -m compress.paper.compare`: the paper's rotation solver against ours at one position, at equal structures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from compress.errors import UsageError, run_cli
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from compress.invariance import FoldedModel
+    from compress.models import ModelSource
+    from compress.statistics import Moments
+
+EXAMPLES = """\
+examples:
+  python -m compress.paper.compare --model smollm2-135m
+  python -m compress.paper.compare --model smollm2-135m --structure gs --kept 0.5 --position 12 --json
+  python -m compress.paper.compare --model facebook/opt-1.3b --device cuda --moments out/opt-moments
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m compress.paper.compare",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--model", required=True, metavar="M", help="as for compress.run")
+    p.add_argument("--revision", help="revision of a hub model")
+    p.add_argument("--structure", choices=["kron", "gs"], default="kron", help="default: kron")
+    p.add_argument(
+        "--kept", type=float, default=0.75, help="of each compressed matrix: 0.75, 0.625 or 0.5 (default: 0.75)"
+    )
+    p.add_argument(
+        "--position",
+        type=int,
+        metavar="P",
+        help="of the stream: 2i is read by attention i, 2i + 1 by MLP i (default: the middle MLP)",
+    )
+    p.add_argument("--als-iterations", type=int, default=10, help="of the paper's stage 1 (default: 10)")
+    p.add_argument("--gd-iterations", type=int, default=500, help="of the paper's stage 2 (default: 500)")
+    p.add_argument(
+        "--rotation-iterations", type=int, help="of our solver (default: 40 for kron, 10 alternations for gs)"
+    )
+    p.add_argument("--calibration-data", metavar="DATA", default="boolq", help="as for compress.run (default: boolq)")
+    p.add_argument("--calibration-samples", type=int, default=24, metavar="N", help="sequences (default: 24)")
+    p.add_argument("--sequence-length", type=int, default=1024, metavar="T", help="tokens each (default: 1024)")
+    p.add_argument("--seed", type=int, default=0, help="of the text order (default: 0)")
+    p.add_argument(
+        "--moments",
+        type=Path,
+        metavar="FOLDER",
+        help="keep the moments here, and read them when they are there (default: collected anew, not kept)",
+    )
+    p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    p.add_argument("--batch", type=int, default=4, help="calibration sequences at a time (default: 4)")
+    p.add_argument("--json", action="store_true", help="the result as one JSON object")
+    p.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Collect, solve, print."""
+    args = parser().parse_args(argv)
+    from compress.models import resolve
+    from compress.paper.comparison import compare_position
+    from compress.paper.shapes import paper_structures
+    from compress.paper.solver import position_members
+    from compress.pipeline import folded, torch_device
+
+    device = torch_device(args.device)
+    source = resolve(args.model, revision=args.revision)
+    arch = source.architecture()
+    structures = paper_structures(arch, args.structure, args.kept)
+    last = 2 * arch.num_layers
+    position = arch.num_layers // 2 * 2 + 1 if args.position is None else args.position
+    if not 0 <= position <= last:
+        raise UsageError(f"--position {position} is not one of the {last + 1} of this model: give 0 to {last}")
+    for flag in ("als_iterations", "gd_iterations", "rotation_iterations", "batch"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise UsageError(f"--{flag.replace('_', '-')} {value} does nothing: give 1 or more")
+    tokens = _tokens(args, source)
+    model = folded(source)
+    with TemporaryDirectory() as scratch:
+        moments = _moments(args, source, model, tokens, args.moments or Path(scratch), device)
+        counts = tokens.flatten().bincount(minlength=arch.vocab_size)
+        _, members, exact = next(
+            position_members(model, structures, moments, counts, device, start=position, stop=position + 1)
+        )
+    rows = compare_position(
+        position,
+        members,
+        exact,
+        als_iterations=args.als_iterations,
+        gd_iterations=args.gd_iterations,
+        rotation_iterations=args.rotation_iterations or (40 if args.structure == "kron" else 10),
+    )
+    if args.json:
+        facts = {"position": position, "structure": args.structure, "kept": args.kept}
+        print(json.dumps({**facts, "linears": [m.name for m in members], "rows": [asdict(r) for r in rows]}))
+        return 0
+    print(f"position {position}: {', '.join(m.name for m in members)}; {args.structure}, {args.kept:g} kept of each")
+    print(f"{'method':<26} {'error':>9} {'norms':>9} {'search s':>9} {'total s':>9}")
+    for r in rows:
+        print(f"{r.method:<26} {r.error:9.5f} {r.norms:9.4f} {r.rotation_seconds:9.2f} {r.seconds:9.2f}")
+    return 0
+
+
+def _tokens(args: argparse.Namespace, source: ModelSource) -> Tensor:
+    from compress.calibration import token_sequences
+    from compress.textdata import load_text
+
+    arch = source.architecture()
+    if args.sequence_length > arch.max_positions:
+        raise UsageError(
+            f"--sequence-length {args.sequence_length} is more than the {arch.max_positions} positions of this model"
+        )
+    return token_sequences(
+        load_text(args.calibration_data),
+        source.tokenizer(),
+        samples=args.calibration_samples,
+        length=args.sequence_length,
+        seed=args.seed,
+        vocab_size=arch.vocab_size,
+    )
+
+
+def _moments(
+    args: argparse.Namespace,
+    source: ModelSource,
+    model: FoldedModel,
+    tokens: Tensor,
+    folder: Path,
+    device: torch.device,
+) -> Moments:
+    """Collected into `folder`, or read from there; refused when they are those of another model or text."""
+    import hashlib
+
+    from compress.statistics import collect
+    from compress.streams import Runner
+
+    request = json.dumps(
+        {"source": source.to_dict(), "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()}, sort_keys=True
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "request.json"
+    if note.exists() and note.read_text() != request:
+        raise UsageError(f"the moments in {folder} are of another model or another text; give another --moments folder")
+    note.write_text(request)
+    runner = Runner(model.arch, tokens.shape[1], device, args.batch)
+    return collect(model, tokens, sensitivity="none", seed=args.seed, runner=runner, folder=folder)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
