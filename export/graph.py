@@ -25,10 +25,10 @@ from torch import Tensor
 
 from compress.checkpoint import CheckpointReader
 from compress.errors import ArtifactError, UsageError
-from compress.structures import SelectStructure, Structure
+from compress.structures import CompotStructure, SelectStructure, Structure
 from export.attention import Shared, attend, shared_values, split_heads
 from export.external import ExternalData
-from export.lowering import Fused, fuse, lower
+from export.lowering import COEFFICIENTS, Fused, fuse, lower, packed
 from export.memory import peak_rss, reset_peak
 from export.narrow import narrow_width
 from export.ops import DOMAIN, OPSET
@@ -318,6 +318,8 @@ class _DecoderGraph:
     def _factor(self, layer: int, fused: Fused, factor: str) -> Weight:
         """One factor of a projection node: its role's, or those of all its roles one below the other."""
         block = fused.roles[0].partition(".")[0]
+        if factor == COEFFICIENTS:
+            return self._coefficients(layer, fused.roles[0], packed(fused.structure))
         shape = fused.structure.shapes().get(factor, (fused.structure.out_features,))  # absent: the bias
         stacked = len(fused.roles) > 1 and factor not in ("A", "V")  # an explicit mix, a shared V: the same for all
 
@@ -333,6 +335,17 @@ class _DecoderGraph:
         name = "_".join(role.partition(".")[2] for role in fused.roles)
         mixing = torch.float32 if factor == "A" else None
         return Weight(f"layers.{layer}.{block}.{name}.{factor}", shape, parts, mixing)
+
+    def _coefficients(self, layer: int, role: str, structure: CompotStructure) -> Weight:
+        """The coefficients of a sparse dictionary, unpacked when they are written."""
+
+        def parts() -> Iterable[Tensor]:
+            shapes = structure.shapes()
+            values, mask = (self._read(f"model.layers.{layer}.{role}.{n}", shapes[n]) for n in ("values", "mask"))
+            structure.check_mask(mask)
+            yield structure.coefficients({"values": values, "mask": mask})
+
+        return Weight(f"layers.{layer}.{role}.{COEFFICIENTS}", (structure.out_features, structure.atoms), parts)
 
     def _embedding(self) -> str:
         return self.g.weight(self._stored("model.embed_tokens.weight", (self.arch.vocab_size, self.arch.hidden_size)))
