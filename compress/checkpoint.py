@@ -258,7 +258,8 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> ProcrustesFo
     state = {name: reader.get(name) for name in reader.names()}
     state = {n: t if n.endswith((".A", ".mask")) else t.to(dtype) for n, t in state.items()}
     if reader.config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        tied = {n: t for n, t in state.items() if n.startswith("model.embed_tokens.")}
+        state |= {n.replace("model.embed_tokens", "lm_head"): t for n, t in tied.items()}
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:

@@ -82,7 +82,7 @@ def write_checkpoint(
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in ProcrustesForCausalLM(config).state_dict().items()}
     if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
+        shapes = {n: s for n, s in shapes.items() if n not in ("lm_head.weight", "lm_head.U", "lm_head.R")}
     with ShardWriter(folder) as writer:
         for name, shape in shapes.items():
             structure = (structures or {}).get(name.removeprefix("model.").rpartition(".")[0])
