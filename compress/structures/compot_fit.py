@@ -33,7 +33,9 @@ Support = Callable[[Tensor], Tensor]
 """Absolute coefficients (out, atoms) -> which of them to keep, bool (out, atoms)."""
 
 
-def fit(problem: Problem, atoms: int, support: Support, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fit(
+    problem: Problem, atoms: int, support: Support, order: Tensor, *, rounds: int = ROUNDS, refits: int = REFITS
+) -> tuple[Tensor, Tensor, Tensor]:
     """S (out, atoms) with its zeros, its support bool (out, atoms), and D (atoms, in).
 
     `order` (atoms,): which singular vector each atom starts as.
@@ -41,11 +43,11 @@ def fit(problem: Problem, atoms: int, support: Support, order: Tensor) -> tuple[
     T = problem.weight if problem.gram is None else problem.weight @ problem.gram.factor
     rows = T.new_ones(len(T)) if problem.metric is None else problem.metric.matrix.diagonal()
     D = start(T, rows, atoms)[order.to(T.device)]
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         S, keep = code(T, D, support)
         D = dictionary(T, rows, S, D)
     S, keep = code(T, D, support)
-    S, D = refit(T, problem.metric, S, keep, D)
+    S, D = refit(T, problem.metric, S, keep, D, refits)
     if problem.gram is not None:
         D = torch.linalg.solve_triangular(problem.gram.factor, D, upper=False, left=False)
     return S, keep, D
@@ -77,10 +79,12 @@ def dictionary(T: Tensor, rows: Tensor, S: Tensor, D: Tensor) -> Tensor:
     return nearest
 
 
-def refit(T: Tensor, metric: Moment | None, S: Tensor, keep: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
+def refit(
+    T: Tensor, metric: Moment | None, S: Tensor, keep: Tensor, D: Tensor, refits: int = REFITS
+) -> tuple[Tensor, Tensor]:
     """S and D after alternating least squares on the fixed support; no step raises the error."""
     error = _error(T, metric, S, D)
-    for _ in range(REFITS):
+    for _ in range(refits):
         D = free_dictionary(T, metric, S, D)
         S = values(T, metric, S, keep, D)
         before, error = error, _error(T, metric, S, D)
