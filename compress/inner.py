@@ -29,7 +29,7 @@ def permute_neurons(weights: Weights, arch: Architecture, order: Tensor) -> Weig
     down. Exact. Raises UsageError when `order` is no permutation of the neurons."""
     if not torch.equal(order.sort().values.cpu(), torch.arange(arch.intermediate_size)):
         raise UsageError(f"the order of neurons must be a permutation of all {arch.intermediate_size}")
-    made = dict(weights)
+    made, order = dict(weights), order.to(weights["mlp.down.weight"].device)
     for role in arch.readers("mlp"):
         for name in (f"{role}.weight", f"{role}.bias"):
             if name in weights:
@@ -49,8 +49,8 @@ def change_value_basis(weights: Weights, arch: Architecture, basis: Tensor) -> W
     kv, size, per_group = arch.num_kv_heads, arch.head_dim, arch.num_heads // arch.num_kv_heads
     if basis.shape != (kv, size, size):
         raise UsageError(f"the basis of the values is {tuple(basis.shape)}, this model needs {(kv, size, size)}")
-    made, r = dict(weights), basis.double()
     v, o = weights["attn.v.weight"], weights["attn.o.weight"]
+    made, r = dict(weights), basis.double().to(v.device)
     made["attn.v.weight"] = (r @ v.double().reshape(kv, size, -1)).reshape(v.shape).to(v.dtype)
     columns = o.double().reshape(len(o), kv, per_group, size)  # (d, kv_heads, heads of the group, head_dim)
     turned = torch.einsum("okhi,kij->okhj", columns, torch.linalg.inv(r))
@@ -85,21 +85,21 @@ class InnerRewrites:
         of what o reads still holds that bias (without the mean it cannot be taken out).
         """
         if role == "mlp.down" and layer in self.orders:
-            order = self.orders[layer]
+            order = self.orders[layer].to(moment.device)
             return moment[order][:, order]
         if role == "attn.o" and layer in self.bases:
             per_group = arch.num_heads // arch.num_kv_heads
-            heads = block_diagonal(self.bases[layer].double().repeat_interleave(per_group, dim=0))
+            heads = block_diagonal(self.bases[layer].double().to(moment.device).repeat_interleave(per_group, dim=0))
             return heads @ moment.double() @ heads.T
         return moment
 
     def gradient_moment(self, moment: Tensor, arch: Architecture, layer: int, role: str) -> Tensor:
         """The second moment (out, out) of the gradient at the output of `role`, likewise: g -> R^{-T} g at v."""
         if role in arch.readers("mlp") and layer in self.orders:
-            order = self.orders[layer]
+            order = self.orders[layer].to(moment.device)
             return moment[order][:, order]
         if role == "attn.v" and layer in self.bases:
-            back: Tensor = torch.linalg.inv(block_diagonal(self.bases[layer].double()))
+            back: Tensor = torch.linalg.inv(block_diagonal(self.bases[layer].double().to(moment.device)))
             return back.T @ moment.double() @ back
         return moment
 

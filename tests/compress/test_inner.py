@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from compress import families
+from compress.accounting import model_size
 from compress.architecture import Architecture
 from compress.blocks import Block, attention_mask_bool, rotary_for
+from compress.checkpoint import load_model
 from compress.errors import UsageError
 from compress.inner import (
     InnerRewrites,
@@ -25,11 +28,14 @@ from compress.inner import (
 )
 from compress.invariance import FoldedModel, Rotations, Weights, rotate_block
 from compress.models import resolve
+from compress.pipeline import compress_model
 from compress.selection import neuron_order, value_output_basis
 from compress.streams import GramSum
-from compress.structures import DenseStructure, LowRankStructure, SelectStructure, Structure
+from compress.structures import DenseStructure, LowRankStructure, SelectStructure, Structure, structure_from_config
+from export.engines.ort import OrtRunner
+from export.graph import export_onnx
 from tests import tiny
-from tests.compress.helpers import TinyModel
+from tests.compress.helpers import TinyModel, logits_of, recipe, relative, text_file, tiny_source
 
 F64 = torch.float64
 NAMES = sorted(tiny.CONFIGS)
@@ -307,3 +313,35 @@ def test_linears_that_get_a_bias(tiny_model: TinyModel) -> None:
         f"layers.{i}.{role}" for i in range(3) for role in ("attn.o", "mlp.down")
     ]
     assert extra_biases(opt, ("attn.o", "mlp.down", "attn.q")) == []
+
+
+# --- through the whole program ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_opt", "tiny_qwen2"])
+def test_selections_in_a_recipe(name: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Fitted block by block, written, read back, exported, and written as a plain checkpoint: always the same logits.
+
+    (The features are the first ones, as they come: no rewrite precedes a selection that a recipe gives by name.)
+    """
+    source = tiny_source(tiny_model, name)
+    arch = source.architecture()
+    sizes = {"attn": arch.head_dim - 4, "mlp": arch.intermediate_size - 24}
+    layers = {
+        f"layers.1.{role}": selection(arch, role, kept).to_config()
+        for sub, kept in sizes.items()
+        for role in selected_roles(arch, sub)
+    }
+    wanted = recipe(text_file(tmp_path), structure="dense", layers=layers)
+    artifact = compress_model(source, wanted, tmp_path / "out", materialize_dense=True)
+    model, ids = load_model(artifact.path("checkpoint")), tiny.token_ids(2, 24)
+    logits, dense = logits_of(model, ids), logits_of(source.reference_model(torch.float32), ids)
+    assert 1e-3 < relative(logits, dense) < 1
+    plain = AutoModelForCausalLM.from_pretrained(artifact.path("dense")).eval()
+    assert relative(logits_of(plain, ids), logits) < 1e-4
+    path = export_onnx(artifact.path("checkpoint"), tmp_path / "onnx").path
+    assert relative(torch.from_numpy(OrtRunner(path).run_full(ids.numpy())), logits) < 1e-4
+    structures = {name: structure_from_config(config) for name, config in layers.items()}
+    saved = sum(s.in_features * s.out_features - s.parameter_count() for s in structures.values())
+    size = model_size(arch, structures, "none")
+    assert size.dense_projections - size.projections == saved > 0
