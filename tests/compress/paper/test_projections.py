@@ -21,8 +21,8 @@ from compress.paper.projections import (
 )
 from compress.structures import KroneckerStructure, LowRankStructure, Structure
 from compress.structures.gs import GroupShuffleStructure
-from compress.structures.gs_fit import join
-from compress.structures.linalg import weighted_error
+from compress.structures.gs_fit import cut, join
+from compress.structures.linalg import low_rank, weighted_error
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -116,6 +116,25 @@ def test_factors_belong_to_the_structure(structure: Structure) -> None:
     torch.testing.assert_close(structure.dense(plain), structure.dense(structure.fit(W)))
     assert weighted_error(W, structure.dense(weighted), G) < weighted_error(W, structure.dense(plain), G)
     assert frobenius_factors(structure, W.float())[next(iter(plain))].dtype == torch.float32
+
+
+def test_one_sweep_is_both_steps_from_the_frobenius_optimum() -> None:
+    W, G = normal(10, 16), moment(16)
+    reading = KroneckerStructure(16, 10, 4, 3, "in")
+    B = frobenius_factors(reading, W)["B"].T.reshape(3, 4, 10)
+    A = reader_a_step(W, G, B, 4)
+    expected = reader(A, reader_b_step(W, G, A))
+    torch.testing.assert_close(reading.dense(weighted_factors(reading, W, G)), expected)
+    writing = KroneckerStructure(16, 12, 4, 3, "out")
+    W = normal(12, 16)
+    blocks = W.reshape(4, 3, 16)
+    A = writer_a_step(blocks, G, frobenius_factors(writing, W)["B"].reshape(3, 3, 16))
+    expected = writer(A, writer_b_step(blocks, A))
+    torch.testing.assert_close(writing.dense(weighted_factors(writing, W, G)), expected)
+    grid = GroupShuffleStructure(16, 12, 4, 2, 2)
+    U, V = low_rank(cut(W, 2, 4), 2)
+    U = r_step(W, G, V)
+    torch.testing.assert_close(grid.dense(weighted_factors(grid, W, G)), join(U @ l_step(W, G, U, V)))
 
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids=str)
