@@ -23,13 +23,15 @@ from compress.architecture import WRITERS
 from compress.blocks import Block, StructuredLinear, rms_normalise
 from compress.checkpoint import structured_state
 from compress.invariance import FoldedModel, Weights, rotate_block
+from compress.inner import change_value_basis, permute_neurons
 from compress.planning import Moments, Plan
 from compress.procrustes import damped
 from compress.progress import log, track
 from compress.recipe import Recipe
+from compress.rotating import position_of
 from compress.statistics import SUB_BLOCKS
 from compress.streams import GramSum, Runner, embed, mapped, save_whole
-from compress.structures import DenseStructure, Structure
+from compress.structures import DenseStructure, SelectStructure, Structure
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class LayerFitter:
     @torch.no_grad()
     def _fit(self, layer: int) -> tuple[dict[str, Tensor], list[FitRecord]]:
         arch, runner = self.model.arch, self.runner
-        weights = rotate_block(self.model.block(layer), arch, layer, self.plan.rotations)
+        weights = rotate_block(self.rewritten(layer), arch, layer, self.plan.rotations)
         skips = self.plan.rotations.kind == "block"
         dense = runner.block(layer, weights, {}, skips)
         kept = {n: w for n, w in weights.items() if "norm" in n or "skip" in n}
@@ -119,6 +121,15 @@ class LayerFitter:
         for name, stream in (("dense", x_f), ("compressed", x_c)):
             mapped(self._stream_file(name, layer + 1), self.shape).copy_(stream)
         return state, records
+
+    def rewritten(self, layer: int) -> Weights:
+        """The dense block after the exact rewrites of its inner side that the plan asks for."""
+        weights, inner = self.model.block(layer), self.plan.inner.get(layer)
+        if inner is not None and inner.order is not None:
+            weights = permute_neurons(weights, self.model.arch, inner.order)
+        if inner is not None and inner.basis is not None:
+            weights = change_value_basis(weights, self.model.arch, inner.basis)
+        return weights
 
     def _reader_moments(self, x_f: Tensor, x_c: Tensor) -> tuple[Tensor, Tensor]:
         """G and D = E[(h_f - h_c) h_c^T], both (d, d)."""
@@ -173,7 +184,7 @@ class LayerFitter:
         if recipe.correction and self.plan.structures:
             cross = gap if role in WRITERS.values() else weight @ gap  # (out, in)
             target = weight + recipe.correction * torch.linalg.solve(gram, cross.T).T
-        factors = structure.fit(target, gram, self._metric(layer, role, structure))
+        factors = self._factors(structure, target, gram, self._metric(layer, role))
         factors = {key: value.float() for key, value in factors.items()}
         approximation = structure.dense(factors).double()
         if not torch.isfinite(approximation).all():
@@ -189,15 +200,25 @@ class LayerFitter:
         )
         return record, structured_state(name, {k: v.cpu() for k, v in factors.items()}, bias)
 
-    def _metric(self, layer: int, role: str, structure: Structure) -> Tensor | None:
-        """The loss metric of a writer's output in the rotated stream, for structures that keep leading coordinates."""
-        moment = self.moments.get((layer, role.split(".")[0]))
-        leading = getattr(structure, "mix", None) == "leading" and role in WRITERS.values()
-        if not leading or moment is None or moment.write_gradient is None:
+    @staticmethod
+    def _factors(structure: Structure, target: Tensor, gram: Tensor, metric: Tensor | None) -> dict[str, Tensor]:
+        """The fit. Dropped outputs are made up for by who reads the others: what is kept is fitted by itself."""
+        if isinstance(structure, SelectStructure) and structure.side == "out":
+            stay = structure.features().to(target.device)
+            return structure.reduced.fit(target[stay], gram, None if metric is None else metric[stay][:, stay])
+        return structure.fit(target, gram, metric)
+
+    def _metric(self, layer: int, role: str) -> Tensor | None:
+        """The loss metric of a linear's output after the rewrites and in the rotated stream; None without gradients."""
+        sub_block = role.split(".")[0]
+        moment = self.moments.get((layer, sub_block))
+        if moment is None or moment.gradients is None:
             return None
-        metric = damped(moment.write_gradient, self.recipe.metric_damping).to(self.runner.device)
-        position = 2 * layer + SUB_BLOCKS.index(role.split(".")[0]) + 1
-        q = self.plan.rotations.at(position)
+        metric = damped(moment.gradients[role], self.recipe.metric_damping).to(self.runner.device)
+        inner = self.plan.inner.get(layer)
+        if inner is not None:
+            metric = inner.output_metric(role, metric)
+        q = self.plan.rotations.at(position_of(layer, role)) if role in WRITERS.values() else None
         return metric if q is None else q.T.to(metric) @ metric @ q.to(metric)
 
 

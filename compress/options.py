@@ -70,6 +70,12 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("how to run")
     run.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     run.add_argument("--batch", type=int, default=4, help="calibration sequences at a time (default: 4)")
+    run.add_argument(
+        "--statistics",
+        type=Path,
+        metavar="DIR",
+        help="keep the calibration's second moments here and take them from here, for several recipes in turn",
+    )
     run.add_argument("--checkpoint-dtype", choices=["float32", "float16", "bfloat16"], help="default: float32")
     run.add_argument(
         "--materialize-dense",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -29,11 +30,12 @@ from compress.checkpoint import (
 from compress.errors import MissingDependencyError, UsageError
 from compress.files import sha256_of
 from compress.fitting import FitRecord, LayerFitter, summarise
+from compress.groups import Inner
 from compress.invariance import FoldedModel, Rotations, rotate_block
 from compress.jrk import frobenius_error, jrk_fit_block
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
 from compress.models import ModelSource
-from compress.planning import Moments, Plan, check_recipe, make_plan, structures_without_text, uses_leading_mix
+from compress.planning import Moments, Plan, check_recipe, make_plan, needs_moments, structures_without_text
 from compress.progress import log
 from compress.recipe import Recipe, parse_recipe, read_yaml
 from compress.statistics import collect
@@ -91,6 +93,16 @@ def request_digest(source: ModelSource, recipe: Recipe) -> dict[str, Any]:
     return request
 
 
+def statistics_digest(source: ModelSource, recipe: Recipe) -> str:
+    """Equal for requests whose second moments are equal."""
+    request = {
+        **{k: v for k, v in request_digest(source, recipe).items() if k != "recipe"},
+        "calibration": recipe.calibration.model_dump(),
+        "sensitivity": [recipe.sensitivity == "fisher", recipe.sensitivity_samples],
+    }
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def compress_model(
     source: ModelSource,
     recipe: Recipe,
@@ -99,10 +111,12 @@ def compress_model(
     device: str = "cpu",
     batch: int = 4,
     materialize_dense: bool = False,
+    statistics: Path | None = None,
 ) -> Artifact:
     """Compress `source` into OUT/checkpoint, and OUT/dense when asked for. Returns the artefact.
 
-    A run that was interrupted is resumed from OUT/state when source and recipe are the same.
+    A run that was interrupted is resumed from OUT/state when source and recipe are the same. `statistics`: a folder in
+    which the calibration's second moments are kept, for other runs with the same model and text (not two at a time).
     """
     if batch < 1:
         raise UsageError(f"--batch {batch} runs nothing: give 1 or more calibration sequences at a time")
@@ -127,7 +141,8 @@ def compress_model(
                 vocab_size=arch.vocab_size,
             )
             _warn_when_short(tokens.numel(), max(m for _, m in arch.linears().values()))
-        plan, files, records = _plan_and_fit(model, recipe, tokens, state, runner_device, batch)
+        folder = None if statistics is None else statistics / statistics_digest(source, recipe)
+        plan, files, records = _plan_and_fit(model, recipe, tokens, state, runner_device, batch, folder)
         summarise(records)
         dtype = getattr(torch, recipe.checkpoint_dtype)
         size = model_size(arch, plan.structures, plan.rotations.kind)
@@ -211,22 +226,26 @@ def _state_folder(artifact: Artifact, request: dict[str, Any]) -> Path:
 
 
 def _plan_and_fit(
-    model: FoldedModel, recipe: Recipe, tokens: Tensor | None, state: Path, device: torch.device, batch: int
+    model: FoldedModel,
+    recipe: Recipe,
+    tokens: Tensor | None,
+    state: Path,
+    device: torch.device,
+    batch: int,
+    statistics: Path | None = None,
 ) -> tuple[Plan, list[Path], list[FitRecord]]:
     if tokens is None:
         return _without_text(model, recipe, state)
     runner = Runner(model.arch, tokens.shape[1], device, batch)
     moments: Moments = {}
-    if recipe.rotation != "none":
-        count = min(recipe.sensitivity_samples, len(tokens))
+    if needs_moments(recipe):
         moments = collect(
             model,
-            tokens[:count],
+            tokens[: min(recipe.sensitivity_samples, len(tokens))],
             sensitivity=recipe.sensitivity,
-            inner=not uses_leading_mix(recipe),
             seed=recipe.calibration.seed,
             runner=runner,
-            state=state,
+            folder=statistics or state / "moments",
         )
     plan = _saved_plan(state) or _save_plan(state, make_plan(model, recipe, moments))
     fitter = LayerFitter(model, plan, recipe, moments, tokens, runner, state)
@@ -261,11 +280,15 @@ def _without_text(model: FoldedModel, recipe: Recipe, state: Path) -> tuple[Plan
 
 
 def _save_plan(state: Path, plan: Plan) -> Plan:
-    save_whole({f"q.{i}": q for i, q in enumerate(plan.rotations.matrices)}, state / "plan.safetensors")
+    tensors = {f"q.{i}": q for i, q in enumerate(plan.rotations.matrices)}
+    for layer, inner in plan.inner.items():
+        tensors |= {f"{k}.{layer}": t for k, t in (("order", inner.order), ("basis", inner.basis)) if t is not None}
+    save_whole(tensors, state / "plan.safetensors")
     record = {
         "kind": plan.rotations.kind,
         "structures": {name: s.to_config() for name, s in plan.structures.items()},
         "predicted": plan.predicted,
+        "inner": list(plan.inner),
     }
     partial = state / "plan.partial"
     partial.write_text(json.dumps(record))
@@ -277,9 +300,10 @@ def _saved_plan(state: Path) -> Plan | None:
     if not (state / "plan.json").exists():
         return None
     record, tensors = json.loads((state / "plan.json").read_text()), load_file(state / "plan.safetensors")
-    matrices = tuple(tensors[f"q.{i}"] for i in range(len(tensors)))
+    matrices = tuple(tensors[f"q.{i}"] for i in range(sum(name.startswith("q.") for name in tensors)))
     structures = {name: structure_from_config(c) for name, c in record["structures"].items()}
-    return Plan(Rotations(record["kind"], matrices), structures, record["predicted"])
+    inner = {i: Inner(tensors.get(f"order.{i}"), tensors.get(f"basis.{i}")) for i in record["inner"]}
+    return Plan(Rotations(record["kind"], matrices), structures, record["predicted"], inner)
 
 
 def write_dense(source: ModelSource, folder: Path, dtype: torch.dtype = torch.float32) -> None:

@@ -23,6 +23,7 @@ RotationName = Literal["none", "shared", "block"]
 # the blocks of gs could, but each alternation refits every matrix, and its gain has not been measured.
 DEFAULT_ROTATION: dict[str, RotationName] = {
     "kron": "shared",
+    "auto": "none",
     "gs": "none",
     "lowrank": "none",
     "dense": "none",
@@ -61,7 +62,7 @@ class Recipe(_Strict):
     inner: tuple[Inner, ...] = ()
     embedding: float = Field(default=1.0, gt=0, le=1)
     sensitivity: Literal["fisher", "measured", "none"] = "fisher"
-    sensitivity_samples: int = Field(default=16, ge=1)
+    sensitivity_samples: int = Field(default=32, ge=1)
     rotation_iterations: int = Field(default=30, ge=0)
     correction: float = Field(default=0.5, ge=0, le=1)
     gram_damping: float = Field(default=1e-3, gt=0, lt=1)
