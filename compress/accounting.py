@@ -14,12 +14,15 @@ class ModelSize:
     """Parameter counts. `overhead` is what compression adds beside the projections: skip matrices, the head map
     of a tied head, and the biases of bias correction.
 
-    `rest` is everything that is not a projection (embeddings, head, biases, norms) and is the same for both models.
+    `dense_embeddings` and `embeddings` are the token embedding and the head, a tied one once. `rest` is everything
+    else (positions, biases, norms) and is the same for both models.
     """
 
     dense_projections: int
     projections: int
     overhead: int
+    dense_embeddings: int
+    embeddings: int
     rest: int
     structured_linears: int
     dense_linears: int
@@ -32,7 +35,17 @@ class ModelSize:
     @property
     def model_ratio(self) -> float:
         """Kept fraction of all parameters of the model."""
-        return (self.projections + self.overhead + self.rest) / (self.dense_projections + self.rest)
+        return self.parameters / self.dense_parameters
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole compressed model."""
+        return self.projections + self.overhead + self.embeddings + self.rest
+
+    @property
+    def dense_parameters(self) -> int:
+        """Of the whole model as it was."""
+        return self.dense_projections + self.dense_embeddings + self.rest
 
 
 def overhead_parameters(arch: Architecture, rotation: str, skip_parameters: int | None = None) -> int:
@@ -47,6 +60,16 @@ def overhead_parameters(arch: Architecture, rotation: str, skip_parameters: int 
     return skips + head
 
 
+def embedding_parameters(arch: Architecture, embedding_rank: int = 0, head_rank: int = 0) -> int:
+    """Parameters of the token embedding and of a head of its own, dense or in factors U (vocabulary, r) and R (r, d).
+
+    A rank of 0 stands for dense; a tied head costs nothing, and has no rank.
+    """
+    ranks = (embedding_rank,) if arch.tied else (embedding_rank, head_rank)
+    d, vocabulary = arch.hidden_size, arch.vocab_size
+    return sum(rank * (vocabulary + d) if rank else vocabulary * d for rank in ranks)
+
+
 def bias_parameters(arch: Architecture, extra_biases: Collection[str]) -> int:
     """Parameters of the biases that these linears ("layers.{i}.{role}") have beyond those of the architecture."""
     roles = (name.split(".", 2)[2] for name in extra_biases)
@@ -59,9 +82,12 @@ def model_size(
     rotation: str,
     extra_biases: Collection[str] = (),
     skip_parameters: int | None = None,
+    embedding_rank: int = 0,
+    head_rank: int = 0,
 ) -> ModelSize:
-    """Count; linears that `structures` does not name are dense. skip_parameters: as `overhead_parameters`."""
-    d, rest = arch.hidden_size, arch.vocab_size * arch.hidden_size * (1 if arch.tied else 2)
+    """Count; linears that `structures` does not name are dense. skip_parameters: as `overhead_parameters`; ranks: as
+    `embedding_parameters`."""
+    d, rest = arch.hidden_size, 0
     if arch.positions == "learned":
         rest += (arch.max_positions + arch.position_offset) * d
     rest += (2 * arch.num_layers + 1) * d * (2 if arch.norm == "layernorm" else 1)
@@ -77,6 +103,8 @@ def model_size(
         arch.projection_parameters(),
         projections,
         overhead_parameters(arch, rotation, skip_parameters) + bias_parameters(arch, extra_biases),
+        embedding_parameters(arch),
+        embedding_parameters(arch, embedding_rank, head_rank),
         rest,
         len(structures),
         linears - len(structures),

@@ -123,8 +123,9 @@ class StructuredLinear(nn.Module):
         super().__init__()
         self.structure = structure
         self.factor_names = tuple(structure.shapes())
+        stored = structure.storage_dtypes(dtype or torch.get_default_dtype())
         for name, shape in structure.shapes().items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False))
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=stored[name]), requires_grad=False))
         self.bias = (
             nn.Parameter(torch.empty(structure.out_features, dtype=dtype), requires_grad=False) if bias else None
         )

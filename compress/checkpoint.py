@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress.architecture import Architecture
+from compress.blocks import StructuredLinear
 from compress.errors import ArtifactError
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
 from compress.skips import SkipForm, skip_from_config
@@ -51,9 +52,7 @@ class ShardWriter:
             raise ValueError(f"{name} was already written")
         if not torch.isfinite(tensor).all():
             raise ArtifactError(f"{name} came out with NaN or infinite values; it was not written. Please report this")
-        # The float32 mix of a Kronecker structure is tiny and stays float32 (op contract).
-        keep = name.endswith(".A") and tensor.dtype == torch.float32
-        tensor = tensor.detach().to("cpu", tensor.dtype if keep else self.dtype).contiguous().clone()
+        tensor = tensor.detach().to("cpu", self._stored_dtype(name, tensor)).contiguous().clone()
         if not torch.isfinite(tensor).all():
             raise ArtifactError(
                 f"{name} has values beyond the range of {str(self.dtype).removeprefix('torch.')}; it was not written. "
@@ -66,6 +65,13 @@ class ShardWriter:
         self._pending[name] = tensor
         self._pending_bytes += size
         self._total += size
+
+    def _stored_dtype(self, name: str, tensor: Tensor) -> torch.dtype:
+        # The float32 mix of a Kronecker structure is tiny and stays float32 (op contract).
+        if name.endswith(".A") and tensor.dtype == torch.float32:
+            return torch.float32
+        # The bits of a sparsity mask are bytes, even where the factors were cast together on their way here.
+        return torch.uint8 if name.endswith(".mask") else self.dtype
 
     def _flush(self) -> None:
         number = len(self._shards) + 1
@@ -221,7 +227,10 @@ class CheckpointReader:
         """The factors of one linear, checked against the shapes of its structure; a shared V is that of its leader."""
         leader = leader_of(self._structures, linear)
         found = {} if leader is None else {"V": self._factor(leader, "V")}
-        return found | {name: self._factor(linear, name) for name in self.structure(linear).shapes()}
+        structure = self.structure(linear)
+        own = {name: self._factor(linear, name) for name in structure.shapes()}
+        structure.check_factors(own)
+        return found | own
 
     def _factor(self, linear: str, name: str) -> Tensor:
         tensor, shape = self.get(f"model.{linear}.{name}"), self.structure(linear).shapes()[name]
@@ -247,13 +256,17 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> ProcrustesFo
     with torch.device("meta"):
         model = ProcrustesForCausalLM(reader.config)
     state = {name: reader.get(name) for name in reader.names()}
-    state = {n: t if n.endswith(".A") else t.to(dtype) for n, t in state.items()}
+    state = {n: t if n.endswith((".A", ".mask")) else t.to(dtype) for n, t in state.items()}
     if reader.config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        tied = {n: t for n, t in state.items() if n.startswith("model.embed_tokens.")}
+        state |= {n.replace("model.embed_tokens", "lm_head"): t for n, t in tied.items()}
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise ArtifactError(f"{folder} does not hold the model its config.json describes: {error}") from error
+    for linear in model.modules():
+        if isinstance(linear, StructuredLinear):
+            linear.structure.check_factors({name: getattr(linear, name) for name in linear.factor_names})
     if reader.config.tie_word_embeddings:
         model.tie_weights()
     model.requires_grad_(False)

@@ -20,7 +20,8 @@ def forecast(arch: Architecture, recipe: Recipe) -> dict[str, Any]:
     budget = budget_parameters(arch, recipe) if recipe.structure != "dense" else float(size.dense_projections)
     overhead = overhead_parameters(arch, recipe.rotation)
     head = arch.vocab_size * arch.hidden_size
-    read = budget + overhead + head
+    ends = recipe.embedding * size.dense_embeddings
+    read = budget + overhead + recipe.embedding * head
     c = recipe.calibration
     stream = c.samples * c.sequence_length * arch.hidden_size * 4
     block = 4 * sum(n * m for n, m in arch.linears().values())
@@ -36,10 +37,10 @@ def forecast(arch: Architecture, recipe: Recipe) -> dict[str, Any]:
         "dense_projection_parameters": size.dense_projections,
         "projection_budget": int(budget),
         "rotation_overhead": overhead,
-        "model_ratio": round((budget + overhead + size.rest) / (size.dense_projections + size.rest), 4),
+        "model_ratio": round((budget + overhead + ends + size.rest) / size.dense_parameters, 4),
         "decode_ceiling": round((size.dense_projections + head) / read, 4),
         "memory_bytes_about": 6 * block + 4 * stream + 4 * head,
         "state_bytes_about": (arch.num_layers + 1) * min(recipe.sensitivity_samples, c.samples) * stream // c.samples
         + 2 * stream,
-        "checkpoint_bytes_about": int(item * (budget + overhead + size.rest)),
+        "checkpoint_bytes_about": int(item * (budget + overhead + ends + size.rest)),
     }

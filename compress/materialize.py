@@ -10,8 +10,8 @@ from torch import Tensor
 from compress.architecture import WRITERS
 from compress.checkpoint import CheckpointReader, ShardWriter, read_rotations
 from compress.errors import UsageError
-from compress.families import tensor_names
-from compress.invariance import FoldedModel, unrotate
+from compress.families import TensorNames, tensor_names
+from compress.invariance import FoldedModel, Rotations, unrotate
 from compress.models import ModelSource
 from compress.statistics import SUB_BLOCKS
 
@@ -26,8 +26,9 @@ def write_plain(
     """Write the dense equivalents of all structured linears of `checkpoint` as the source's own architecture.
 
     The rotation is undone, so that skip and head maps vanish: W_in = W' Q^T, W_out = Q W'. Pre-norms keep scale 1 and
-    shift 0 (theirs are in the weights); embeddings, last norm and head are the source's own. Raises UsageError for
-    what the source's own class cannot express: biases that it has not, and writes that its LayerNorm would change.
+    shift 0 (theirs are in the weights); embeddings, last norm and head are the source's own, or the products of their
+    factors where they are compressed. Raises UsageError for what the source's own class cannot express: biases that it
+    has not, and writes that its LayerNorm would change.
     """
     reader, rotations = CheckpointReader(checkpoint), read_rotations(checkpoint)
     arch = reader.architecture
@@ -37,12 +38,13 @@ def write_plain(
             f"express; do without --materialize-dense"
         )
     names = tensor_names(arch)
-    stored = reader.get("model.embed_tokens.weight").dtype
+    stored = next(reader.get(name).dtype for name in reader.names() if name.startswith("model.embed_tokens."))
     with ShardWriter(folder, dtype) as shards:
         ends = [names.embed, names.positions, names.final_norm.weight, names.final_norm.bias, names.lm_head]
+        compressed = _plain_ends(source, reader, rotations, names)
         for name in ends:
             if name is not None:
-                shards.add(name, model.reader.get(name))
+                shards.add(name, compressed[name] if name in compressed else model.reader.get(name))
         for i, layer in enumerate(names.layers):
             for sub, norm in zip(SUB_BLOCKS, (layer.attn_norm, layer.mlp_norm), strict=True):
                 shards.add(norm.weight, torch.ones(arch.hidden_size))
@@ -71,6 +73,29 @@ def write_plain(
     config.dtype = dtype
     config.save_pretrained(folder)
     source.tokenizer().save_pretrained(folder)
+
+
+def _plain_ends(
+    source: ModelSource, reader: CheckpointReader, rotations: Rotations, names: TensorNames
+) -> dict[str, Tensor]:
+    """Source names -> what a compressed embedding and head are in the source's coordinates; nothing where dense.
+
+    A head of its own has the last norm's scale in its weight, so that the norm gets scale 1.
+    """
+    arch, plain = reader.architecture, {}
+    if reader.config.embedding_rank:
+        U, R = (reader.get(f"model.embed_tokens.{factor}").float() for factor in ("U", "R"))
+        plain[names.embed] = unrotate(U @ R, "in", rotations.at(0))
+    if reader.config.head_rank:
+        if reader.config.head_bias:
+            raise UsageError(
+                f"{source.name}: the compressed head needs a bias that its own class has not; use the checkpoint itself"
+            )
+        U, R = (reader.get(f"lm_head.{factor}").float() for factor in ("U", "R"))
+        assert names.lm_head is not None
+        plain[names.lm_head] = unrotate(U @ R, "in", rotations.at(2 * arch.num_layers))
+        plain[names.final_norm.weight] = torch.ones(arch.hidden_size)
+    return plain
 
 
 def _check_mean_free(weight: Tensor, linear: str, stored: torch.dtype) -> None:

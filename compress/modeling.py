@@ -42,6 +42,8 @@ class ProcrustesConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     center_embedding: bool = False
     head_map: bool = False
     head_bias: bool = False
+    embedding_rank: int = 0
+    head_rank: int = 0
     format_version: int = 1
     num_hidden_layers: int = 0
     hidden_size: int = 0
@@ -62,8 +64,8 @@ class ProcrustesConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     ) -> ProcrustesConfig:
         """The config of a model.
 
-        `choices` are rotation, skip, skip_config, center_embedding, head_map, head_bias, tie_word_embeddings and
-        extra_biases.
+        `choices` are rotation, skip, skip_config, center_embedding, head_map, head_bias, tie_word_embeddings,
+        extra_biases, and embedding_rank and head_rank (0 for dense; that of a tied head is the embedding's).
         """
         return cls(
             architecture=arch.to_dict(),
@@ -102,6 +104,23 @@ class ProcrustesConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             raise ArtifactError("config.json has `structures` that are not a JSON object: compress the model again")
         return {name: structure_from_config(c) for name, c in structures.items()}
 
+    def parsed_ranks(self) -> tuple[int, int]:
+        """Inner dimensions of embedding and head, 0 where dense; of a tied head that of the embedding.
+
+        Raises ArtifactError for anything but whole numbers up to the full rank, and for a tied head with its own.
+        """
+        arch = self.parsed_architecture()
+        for name, rank in (("embedding_rank", self.embedding_rank), ("head_rank", self.head_rank)):
+            full = min(arch.hidden_size, arch.vocab_size)
+            if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= full:
+                raise ArtifactError(f"config.json has {name} {rank!r}, not 0 to {full}: compress the model again")
+        if self.tie_word_embeddings and self.head_rank:
+            raise ArtifactError(
+                f"config.json has head_rank {self.head_rank} but its head is tied to the embedding: "
+                f"compress the model again"
+            )
+        return self.embedding_rank, self.embedding_rank if self.tie_word_embeddings else self.head_rank
+
     def parsed_extra_biases(self) -> frozenset[str]:
         """Linears ("layers.{i}.{role}") with a bias that the architecture has not: what bias correction added.
 
@@ -139,6 +158,29 @@ class HeadMap(nn.Module):
         return scaled if self.bias is None else scaled + self.bias
 
 
+class FactoredEmbedding(nn.Module):
+    """Rows of E = U R, U (vocabulary, rank) and R (rank, d): (...) ids -> (..., d)."""
+
+    def __init__(self, vocabulary: int, width: int, rank: int) -> None:
+        super().__init__()
+        self.U = nn.Parameter(torch.empty(vocabulary, rank), requires_grad=False)
+        self.R = nn.Parameter(torch.empty(rank, width), requires_grad=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.U) @ self.R
+
+
+class FactoredHead(FactoredEmbedding):
+    """h E^T (+ bias) with E = U R: (..., d) -> (..., vocabulary)."""
+
+    def __init__(self, vocabulary: int, width: int, rank: int, bias: bool) -> None:
+        super().__init__(vocabulary, width, rank)
+        self.bias = nn.Parameter(torch.empty(vocabulary), requires_grad=False) if bias else None
+
+    def forward(self, h: Tensor) -> Tensor:
+        return F.linear(F.linear(h, self.R), self.U, self.bias)
+
+
 class Decoder(nn.Module):
     """Embeddings, blocks and the last norm."""
 
@@ -146,7 +188,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.arch = arch = config.parsed_architecture()
         structures = config.parsed_structures()
-        self.embed_tokens = nn.Embedding(arch.vocab_size, arch.hidden_size)
+        self.embed_tokens: nn.Module = nn.Embedding(arch.vocab_size, arch.hidden_size)
+        rank, _ = config.parsed_ranks()
+        if rank:
+            self.embed_tokens = FactoredEmbedding(arch.vocab_size, arch.hidden_size, rank)
         if arch.positions == "learned":
             self.embed_positions = nn.Embedding(arch.max_positions + arch.position_offset, arch.hidden_size)
         if config.center_embedding:
@@ -199,7 +244,11 @@ class ProcrustesForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         super().__init__(config)
         arch = config.parsed_architecture()
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(arch.hidden_size, arch.vocab_size, bias=config.head_bias)
+        _, rank = config.parsed_ranks()
+        self.lm_head: nn.Module = nn.Linear(arch.hidden_size, arch.vocab_size, bias=config.head_bias)
+        if rank:
+            self.lm_head = FactoredHead(arch.vocab_size, arch.hidden_size, rank, config.head_bias)
+            self._tied_weights_keys = {f"lm_head.{name}": f"model.embed_tokens.{name}" for name in ("U", "R")}
         self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:

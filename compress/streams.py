@@ -93,7 +93,10 @@ class Runner:
 
 def embed(ends: Weights, arch: Architecture, tokens: Tensor) -> Tensor:
     """The residual stream at the first block, (samples, length, d) float32, from folded (and rotated) embeddings."""
-    x = ends["model.embed_tokens.weight"][tokens].float()
+    if "model.embed_tokens.U" in ends:  # compressed, see compress/embedding.py
+        x = ends["model.embed_tokens.U"][tokens].float() @ ends["model.embed_tokens.R"].float()
+    else:
+        x = ends["model.embed_tokens.weight"][tokens].float()
     if "model.embed_positions.weight" in ends:
         positions = torch.arange(tokens.shape[1]) + arch.position_offset
         x = x + ends["model.embed_positions.weight"][positions].float()

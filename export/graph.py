@@ -25,10 +25,10 @@ from torch import Tensor
 
 from compress.checkpoint import CheckpointReader
 from compress.errors import ArtifactError, UsageError
-from compress.structures import SelectStructure, Structure
+from compress.structures import CompotStructure, SelectStructure, Structure
 from export.attention import Shared, attend, shared_values, split_heads
 from export.external import ExternalData
-from export.lowering import Fused, fuse, lower
+from export.lowering import COEFFICIENTS, Fused, fuse, lower, packed
 from export.memory import peak_rss, reset_peak
 from export.narrow import narrow_width
 from export.ops import DOMAIN, OPSET
@@ -153,14 +153,19 @@ class _DecoderGraph:
         """(tokens, d)."""
         g, arch = self.g, self.arch
         with g.scope("embed"):
-            x = g.op("Gather", self._embedding(), "input_ids")  # (batch, sequence, d)
+            rank, flat = self.config.parsed_ranks()[0], g.ints(-1, arch.hidden_size)
+            table, *rest = self._table("model.embed_tokens", rank)
+            x = g.op("Gather", table, "input_ids")  # (batch, sequence, d or rank)
+            for factor in rest:
+                x = g.op("Gemm", g.op("Reshape", x, g.ints(-1, rank)), factor)  # (tokens, d)
             if arch.positions == "learned":
                 # The first rows of the table belong to no position: they are left out, not skipped over.
                 skipped, used = arch.position_offset, (arch.max_positions, arch.hidden_size)
                 table = self._stored("model.embed_positions.weight", (used[0] + skipped, used[1]))
                 rows = Weight(table.name, used, lambda: (part[skipped:] for part in table.parts()))
-                x = g.op("Add", x, g.op("Gather", g.weight(rows), "position_ids"))
-            x = g.op("Reshape", x, g.ints(-1, arch.hidden_size))
+                positions = g.op("Gather", g.weight(rows), "position_ids")  # (batch, sequence, d)
+                x = g.op("Add", x, g.op("Reshape", positions, flat) if rest else positions)
+            x = x if rest else g.op("Reshape", x, flat)  # (tokens, d)
             if self.config.center_embedding:
                 # x - (x . u) u, u the unit vector `center`
                 center = self._stored("model.center", (arch.hidden_size,))
@@ -213,11 +218,12 @@ class _DecoderGraph:
                 x = g.op("Slice", x, g.ints(-1), g.ints(2**62), g.ints(1))  # (batch, 1, d)
                 x = g.op("Reshape", x, g.ints(-1, d))  # (batch, d)
             x = self._head_map(x) if self.config.head_map else self._norm(x)
-            if self.config.tie_word_embeddings:
-                bias = [self._stored("lm_head.bias", (vocabulary,))] if self.config.head_bias else []
-                logits = g.op("Gemm", x, self._embedding(), *map(g.weight, bias), transB=1)  # (tokens, vocabulary)
-            else:
-                logits = self._matrix("lm_head", (vocabulary, d), self.config.head_bias, x)
+            table = "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+            last, *rest = self._table(table, self.config.parsed_ranks()[1])
+            bias = [g.weight(self._stored("lm_head.bias", (vocabulary,)))] if self.config.head_bias else []
+            for factor in rest:
+                x = g.op("Gemm", x, factor, transB=1)  # (tokens, rank)
+            logits = g.op("Gemm", x, last, *bias, transB=1)  # (tokens, vocabulary)
             if last_only:
                 shape = g.ints(-1, 1, vocabulary)
             else:
@@ -318,6 +324,8 @@ class _DecoderGraph:
     def _factor(self, layer: int, fused: Fused, factor: str) -> Weight:
         """One factor of a projection node: its role's, or those of all its roles one below the other."""
         block = fused.roles[0].partition(".")[0]
+        if factor == COEFFICIENTS:
+            return self._coefficients(layer, fused.roles[0], packed(fused.structure))
         shape = fused.structure.shapes().get(factor, (fused.structure.out_features,))  # absent: the bias
         stacked = len(fused.roles) > 1 and factor not in ("A", "V")  # an explicit mix, a shared V: the same for all
 
@@ -334,8 +342,22 @@ class _DecoderGraph:
         mixing = torch.float32 if factor == "A" else None
         return Weight(f"layers.{layer}.{block}.{name}.{factor}", shape, parts, mixing)
 
-    def _embedding(self) -> str:
-        return self.g.weight(self._stored("model.embed_tokens.weight", (self.arch.vocab_size, self.arch.hidden_size)))
+    def _coefficients(self, layer: int, role: str, structure: CompotStructure) -> Weight:
+        """The coefficients of a sparse dictionary, unpacked when they are written."""
+
+        def parts() -> Iterable[Tensor]:
+            shapes = structure.shapes()
+            values, mask = (self._read(f"model.layers.{layer}.{role}.{n}", shapes[n]) for n in ("values", "mask"))
+            structure.check_mask(mask)
+            yield structure.coefficients({"values": values, "mask": mask})
+
+        return Weight(f"layers.{layer}.{role}.{COEFFICIENTS}", (structure.out_features, structure.atoms), parts)
+
+    def _table(self, name: str, rank: int) -> list[str]:
+        """The matrix (vocabulary, d) of embedding or head: its weight, or U (vocabulary, rank) and R (rank, d)."""
+        vocabulary, d = self.arch.vocab_size, self.arch.hidden_size
+        shapes = {"U": (vocabulary, rank), "R": (rank, d)} if rank else {"weight": (vocabulary, d)}
+        return [self.g.weight(self._stored(f"{name}.{factor}", shape)) for factor, shape in shapes.items()]
 
     def _stored(self, name: str, shape: tuple[int, ...]) -> Weight:
         """A tensor of the checkpoint as it is; the initializer's name leaves out the leading "model."."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from compress.structures import Structure
 from export.external import ExternalData
 from export.graph import MODEL_NAME, check
-from export.lowering import lower
+from export.lowering import COEFFICIENTS, lower, packed
 from export.writer import GraphWriter, Weight
 
 
@@ -36,6 +36,8 @@ def export_linear(
         g.output("y", ("tokens", structure.out_features))
         calls = lower(structure, bias is not None)
         for call in calls:
+            if COEFFICIENTS in call.factors:
+                stored[COEFFICIENTS] = packed(structure).coefficients(factors)
             weights = [g.weight(_weight(name, stored[name])) for name in call.factors]
             x = g.call(call, x, weights, result="y" if call is calls[-1] else None)
         model = g.model("linear", {})

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compress.errors import ArtifactError
 from compress.structures import (
+    CompotStructure,
     DenseStructure,
     GroupShuffleStructure,
     KroneckerStructure,
@@ -18,6 +19,10 @@ from compress.structures import (
     Structure,
 )
 from export.ops import BIAS_SUFFIX, DOMAIN, GROUP_SHUFFLE_GRIDS, PLUGIN_VERSION, Attributes
+
+COEFFICIENTS = "S"
+"""The one factor that is not stored as it is multiplied: a graph holds S with its zeros, so that an engine sees their
+pattern along the reduction dimension (2:4), a checkpoint its values and mask. See `packed`."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ def lower(structure: Structure, bias: bool) -> tuple[Call, ...]:
         return (_gemm("weight", bias),)
     if isinstance(structure, LowRankStructure):
         return (_gemm("V", False), _gemm("U", bias))
+    if isinstance(structure, CompotStructure):
+        return (_gemm("D", False), _gemm(COEFFICIENTS, bias))
     if isinstance(structure, KroneckerStructure):
         return (_kronecker(structure, bias),)
     if isinstance(structure, GroupShuffleStructure):
@@ -48,6 +55,14 @@ def lower(structure: Structure, bias: bool) -> tuple[Call, ...]:
     if isinstance(structure, SelectStructure):
         return _select(structure, bias)
     raise ArtifactError(f"structure {structure.name!r} has no ONNX op; compress with kron, gs, lowrank or dense")
+
+
+def packed(structure: Structure) -> CompotStructure:
+    """Whose `coefficients` the factor COEFFICIENTS of a lowered structure is: its own, or those of its core."""
+    core = structure.reduced if isinstance(structure, SelectStructure) else structure
+    if not isinstance(core, CompotStructure):
+        raise ArtifactError(f"structure {core.name!r} has no sparse coefficients; this is a bug, please report it")
+    return core
 
 
 def _gemm(weight: str, bias: bool) -> Call:

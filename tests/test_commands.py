@@ -19,7 +19,7 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 COMMAND = re.compile(r"python -m ((?:compress|export|trt_plugins|validate)\.[a-z_.]+)((?:[^\n`\\]|\\\n)*)")
-MODULES = ["compress.run", "export.build", "validate.run", "validate.speed"]
+MODULES = ["compress.run", "export.build", "validate.quality", "validate.run", "validate.speed", "validate.tasks"]
 HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "matplotlib", "datasets", "pyarrow", "pydantic"}
 
 

@@ -36,6 +36,8 @@ class ModelCost:
     factors: dict[str, Structure]
     other: dict[str, int] = field(default_factory=dict)
     head_elements: int = 0
+    head_macs: int = 0
+    embedding_rank: int = 0
     head_map_macs: int = 0
     skip_macs: int = 0
     tables: int = 0
@@ -56,13 +58,15 @@ class ModelCost:
             elif isinstance(module, StructuredSkip):
                 skip_macs += module.form.macs(1)
         other = dict.fromkeys(("bias", "skip", "head_map", "scale"), 0)
-        tables = head = head_map_macs = 0
+        tables = head = head_macs = tied = head_map_macs = 0
         for name, parameter in model.named_parameters(remove_duplicate=False):
             size = parameter.numel()
             if name in inside:
                 continue
             if name.startswith("lm_head."):
                 head += size
+                head_macs += size if parameter.dim() == 2 else 0
+                tied += size if parameter.dim() == 2 and config.tie_word_embeddings else 0
             elif "embed_" in name:
                 tables += size
             elif "_skip." in name:
@@ -74,11 +78,17 @@ class ModelCost:
                 other["bias"] += size
             else:  # q/k norms of Qwen 3, the centre of a tied OPT
                 other["scale"] += size
-        tied = config.tie_word_embeddings
-        arch = config.parsed_architecture()
-        if tied:
-            tables -= arch.vocab_size * arch.hidden_size  # counted as the head, stored once
-        return cls(arch, factors, other, head, head_map_macs, skip_macs, tables)
+        return cls(
+            arch=config.parsed_architecture(),
+            factors=factors,
+            other=other,
+            head_elements=head,
+            head_macs=head_macs,
+            embedding_rank=config.embedding_rank,
+            head_map_macs=head_map_macs,
+            skip_macs=skip_macs,
+            tables=tables - tied,  # a tied table is counted as the head, stored once
+        )
 
     # -- parameters ----------------------------------------------------------------------------------------
 
@@ -95,13 +105,13 @@ class ModelCost:
 
     def decode_bytes(self, batch: int, past: int, dtype: torch.dtype) -> dict[str, int]:
         """Bytes moved by one decode step of `batch` sequences with `past` cached tokens each, by part."""
-        size = dtype.itemsize
-        rows = 2 if self.arch.positions == "learned" else 1
+        size, d, rank = dtype.itemsize, self.arch.hidden_size, self.embedding_rank
+        row = (rank or d) + (d if self.arch.positions == "learned" else 0)
         return {
             "projections": sum(s.bytes(dtype) for s in self.factors.values()),
             "head": self.head_elements * size,
             **{kind: count * size for kind, count in self.other.items()},
-            "embedding_rows": batch * rows * self.arch.hidden_size * size,
+            "embedding_rows": (batch * row + rank * d) * size,
             "kv_cache": batch * self._kv_elements() * (past + 1) * size,
         }
 
@@ -125,7 +135,8 @@ class ModelCost:
             "skip": 2 * rows * self.skip_macs,
             "attention": 4 * arch.num_layers * rows * (past + tokens) * width,
             "head_map": 2 * rows * self.head_map_macs,
-            "head": 2 * head_rows * arch.hidden_size * arch.vocab_size,
+            "embedding": 2 * rows * self.embedding_rank * arch.hidden_size,
+            "head": 2 * head_rows * self.head_macs,
         }
 
 

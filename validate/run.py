@@ -272,12 +272,19 @@ def _report(
 
     reader = baseline.reader
     structures = {n: s for n in reader.linears() if (s := reader.structure(n)).name != "dense"}
-    size = model_size(reader.architecture, structures, reader.config.rotation)
+    config = reader.config
+    size = model_size(
+        reader.architecture,
+        structures,
+        config.rotation,
+        embedding_rank=config.embedding_rank,
+        head_rank=config.head_rank,
+    )
     counts = asdict(size) | {
         "ratio": size.ratio,
         "model_ratio": size.model_ratio,
-        "dense_parameters": size.dense_projections + size.rest,
-        "parameters": size.projections + size.overhead + size.rest,
+        "dense_parameters": size.dense_parameters,
+        "parameters": size.parameters,
     }
     source = baseline.manifest["source"]
     return Report(

@@ -107,7 +107,10 @@ class CompotStructure(Structure):
     def check_factors(self, factors: Mapping[str, Tensor]) -> None:
         """Raise ArtifactError for wrong names or shapes, or a mask that is not one of this structure."""
         super().check_factors(factors)
-        mask = factors["mask"]
+        self.check_mask(factors["mask"])
+
+    def check_mask(self, mask: Tensor) -> None:
+        """The part of `check_factors` about the mask, uint8 (out_features, ceil(atoms / 8))."""
         support = unpack(mask, BITS * mask.shape[1])
         spare = bool(support[:, self.atoms :].any())
         if spare or bool((support.sum(1) != self.kept).any()) or not self._follows_pattern(support[:, : self.atoms]):

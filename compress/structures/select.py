@@ -137,6 +137,14 @@ class SelectStructure(Structure):
         # Out of place: differentiable in the factors.
         return whole.index_copy(1 if self.side == "in" else 0, stay, core)
 
+    def parameter_count(self) -> int:
+        """As the core."""
+        return self.reduced.parameter_count()
+
+    def check_factors(self, factors: Mapping[str, Tensor]) -> None:
+        """As the core."""
+        self.reduced.check_factors(factors)
+
     def macs(self, tokens: int) -> int:
         """Those of the core; a cut or a padding costs none."""
         return self.reduced.macs(tokens)

@@ -110,7 +110,9 @@ def test_ratio_counts_everything_and_is_kept(name: str, variant: str, build: Bui
         assert overhead >= 2 * arch.num_layers * arch.hidden_size**2
         assert projections / arch.projection_parameters() < RATIO - 0.1
     dense = tiny_source(tiny_model, name).reference_model(torch.float32)
-    assert facts["rest"] == sum(p.numel() for p in dense.parameters()) - arch.projection_parameters()
+    others = sum(p.numel() for p in dense.parameters()) - arch.projection_parameters()
+    assert facts["embeddings"] == facts["dense_embeddings"] == arch.vocab_size * arch.hidden_size * (2 - arch.tied)
+    assert facts["rest"] + facts["embeddings"] == others
     assert facts["structured_linears"] + facts["dense_linears"] == len(linears)
 
 
@@ -126,7 +128,7 @@ def test_model_size_is_that_of_the_checkpoint(build: Build) -> None:
         # Everything in the files: projections, overhead and the rest, of which the folds removed the norms' scales.
         written = sum(torch.Size(s).numel() for s in stored(artifact.path("checkpoint")).values())
         norms = (2 * reader.architecture.num_layers + 1) * reader.architecture.hidden_size
-        assert written == size.projections + size.overhead + size.rest - norms
+        assert written == size.parameters - norms
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -12,7 +12,8 @@ from torch import Tensor
 from compress.architecture import Architecture
 from compress.checkpoint import ShardWriter, load_model, write_config
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
-from compress.structures import Structure
+from compress.structures import CompotStructure, Structure
+from compress.structures.compot import pack
 
 VOCABULARY = 61
 
@@ -81,10 +82,15 @@ def write_checkpoint(
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in ProcrustesForCausalLM(config).state_dict().items()}
     if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
+        shapes = {n: s for n, s in shapes.items() if n not in ("lm_head.weight", "lm_head.U", "lm_head.R")}
     with ShardWriter(folder) as writer:
         for name, shape in shapes.items():
-            value = _random(name, shape, generator)
+            structure = (structures or {}).get(name.removeprefix("model.").rpartition(".")[0])
+            if name.endswith(".mask") and isinstance(structure, CompotStructure):
+                size = torch.rand(structure.out_features, structure.atoms, generator=generator)
+                value = pack(structure._support(size))
+            else:
+                value = _random(name, shape, generator)
             writer.add(name, value if override is None else override.get(name, value))
     write_config(folder, config, torch.float32)
     return load_model(folder)

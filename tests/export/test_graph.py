@@ -141,6 +141,11 @@ CASES = {
     "joint, one of three biased": Case(llama(), joint, {"extra_biases": ["layers.0.attn.v", "layers.1.mlp.gate"]}),
     "partly joint": Case(llama(), partly_joint),
     "opt joint": Case(opt(), partly_joint, {"center_embedding": True, "head_map": True}),
+    "embedding": Case(llama(), choices={"embedding_rank": 8, "head_map": True, "rotation": "shared"}),
+    "embedding, untied": Case(llama(tied=False), choices={"embedding_rank": 8, "head_rank": 12}),
+    "head alone": Case(llama(tied=False), low_rank, {"head_rank": 12}),
+    "opt embedding": Case(opt(), choices={"embedding_rank": 8, "center_embedding": True, "head_map": True}),
+    "opt embedding, untied": Case(opt(tied=False), choices={"embedding_rank": 8, "head_rank": 12, "head_bias": True}),
     "mixture": Case(llama(num_layers=4), mixture),
     "opt": Case(opt(), choices={"center_embedding": True, "head_map": True, "rotation": "shared"}),
     "opt unrotated": Case(opt(), choices={"center_embedding": True, "head_map": True}),
@@ -277,6 +282,14 @@ def test_equal_explicit_mixes_are_fused_and_unlike_ones_are_not(tmp_path: Path) 
     assert not np.allclose(expected, torch_logits(apart, ids, np.ones_like(ids)))
 
 
+def test_factored_embedding_is_a_gather_and_gemms(tmp_path: Path) -> None:
+    """One Gemm more at each end, both factors of a tied embedding stored once."""
+    _, dense = export(CASES["dense"], tmp_path / "dense")
+    _, info = export(Case(llama(), choices={"embedding_rank": 8}), tmp_path / "factored")
+    assert info.nodes == {**dense.nodes, "Gemm": dense.nodes["Gemm"] + 2}
+    assert dense.initializer_bytes - info.initializer_bytes == 4 * (VOCABULARY * 32 - 8 * (VOCABULARY + 32))
+
+
 def test_a_shared_v_is_one_gemm_before_one_gemm(tmp_path: Path) -> None:
     """Of q, k and v: V, then the stacked U and a Split, the same nodes as one low-rank matrix."""
     one_layer = llama(num_layers=1)
@@ -291,7 +304,9 @@ def test_a_shared_v_is_one_gemm_before_one_gemm(tmp_path: Path) -> None:
     assert not {name for name in stored if "attn.k." in name or "attn.v." in name}
 
 
-@pytest.mark.parametrize("name", ["dense", "mixture", "qk norm", "opt mixture", "block skips", "cs skips", "joint"])
+@pytest.mark.parametrize(
+    "name", ["dense", "mixture", "qk norm", "opt mixture", "block skips", "cs skips", "joint", "opt embedding"]
+)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_graphs_are_strongly_typed(name: str, dtype: str, tmp_path: Path) -> None:
     """Beside the rotary angles and the explicit mixes nothing is float32; norms are so only inside."""
@@ -318,7 +333,7 @@ def test_float16_is_near_float32(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(got[visible], expected[visible], rtol=0, atol=0.02 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", ["dense", "opt"])
+@pytest.mark.parametrize("name", ["dense", "opt", "embedding", "opt embedding, untied"])
 def test_last_logits_only(name: str, tmp_path: Path) -> None:
     model, info = export(CASES[name], tmp_path, logits="last")
     runner = OrtRunner(info.path)

@@ -1,0 +1,490 @@
+"""The quality table: what is run once and kept, what a failure does, what the table and the bars say."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress.artifact import Artifact
+from compress.errors import UsageError, run_cli
+from compress.modeling import ProcrustesForCausalLM
+from compress.recipe import Recipe
+from tests import tiny
+from tests.validate.test_perplexity import windows_of
+from validate import hidden, quality, quality_methods, quality_plots, quality_run, quality_table
+from validate.perplexity import HiddenLogits, TorchLogits, compare
+from validate.quality_methods import BARS, METHODS, Bar, Method, calibration_lines, lines
+from validate.reportfiles import add_report, read_report
+
+MakeModel = Callable[..., ProcrustesForCausalLM]
+CALIBRATION = {"data": "boolq", "samples": 128, "sequence_length": 1024}
+FAST = {"sensitivity": "none", "correction": 0.0, "unit": 4, "rotation": "none"}
+TINY_METHODS = (
+    METHODS[0],
+    Method("lowrank", "low rank", {"structure": "lowrank", **FAST}, (0.75, 0.9)),
+    Method("refused", "not a recipe", {"structure": "lowrank", "rotation": "block", "skip": "none"}),
+    Method("textless", "no such text", {"structure": "lowrank", **FAST, "calibration": {"data": "nowhere.txt"}}),
+)
+
+
+# --- Methods ---
+
+
+def test_every_method_is_a_recipe_or_says_why_not() -> None:
+    """Fields are those of the recipe: a misspelt one would otherwise fail hours into a run."""
+    fields = set(Recipe.model_fields)
+    for method in METHODS:
+        assert set(method.recipe) <= fields, method.name
+        assert all(0 < ratio <= 1 for ratio in method.ratios)
+    assert len({method.name for method in METHODS}) == len(METHODS)
+    keys = {line.key for line in lines(CALIBRATION, ablation=True)}
+    assert {bar.key for bar in BARS} | {bar.against for bar in BARS if bar.against} <= keys
+
+
+def test_lines() -> None:
+    keys = [line.key for line in lines(CALIBRATION)]
+    assert keys[:4] == ["dense", "auto-0.75", "auto-0.85", "auto-0.9375"]
+    assert not any(line.group == "ablation" for line in lines(CALIBRATION))
+    assert [line.key for line in lines(CALIBRATION, names=["kron", "auto-0.85"])] == ["dense", "auto-0.85", "kron-0.75"]
+    assert [line.key for line in lines(CALIBRATION, names=["kron"], ratios=[0.5, 0.6])] == [
+        "dense",
+        "kron-0.5",
+        "kron-0.6",
+    ]
+    [_, line] = lines(CALIBRATION, names=["svd-llm"])
+    assert line.recipe["calibration"] == CALIBRATION
+    assert (line.recipe["ratio"], line.recipe["allocation"]) == (0.75, "uniform")
+    with pytest.raises(UsageError, match="no method 'svd'"):
+        lines(CALIBRATION, names=["svd"])
+
+
+def test_an_ablation_that_changes_nothing_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    best = {"structure": "kron", "correction": 0.0}
+    methods = (
+        METHODS[0],
+        Method("no-correction", "", {**best, "correction": 0.0}, group="ablation"),
+        Method("no-ties", "", {**best, "ties": False}, group="ablation"),
+    )
+    monkeypatch.setattr(quality_methods, "BEST", best)
+    monkeypatch.setattr(quality_methods, "METHODS", methods)
+    assert [line.key for line in lines(CALIBRATION, ablation=True)] == ["dense", "no-ties-0.75"]
+    assert [line.key for line in lines(CALIBRATION, names=["no-correction"])] == ["dense", "no-correction-0.75"]
+
+
+def test_calibration_lines() -> None:
+    found = calibration_lines(CALIBRATION, "kron", ["boolq", "a/b.txt"], [4, 8])
+    assert [line.key for line in found] == [f"calibration-{s}-{n}" for s in ("boolq", "a-b-txt") for n in (4, 8)]
+    assert found[-1].recipe["calibration"] == {"data": "a/b.txt", "samples": 8, "sequence_length": 1024}
+    assert {line.group for line in found} == {"calibration"}
+
+
+# --- Kept hidden states ---
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "opt-block"])
+def test_kept_hidden_states_give_what_the_model_gives(make_model: MakeModel, kind: str, tmp_path: Path) -> None:
+    """150 positions cross the slices of the head; the windows overlap."""
+    model, other = make_model(kind), make_model(kind, seed=1)
+    windows = windows_of(460, 100, 90) if kind == "llama" else windows_of(200, 50)
+    hidden.fill_hidden(model, windows, tmp_path / "hidden.f32")
+    kept = hidden.read_hidden(windows, model.config.hidden_size, tmp_path / "hidden.f32")
+    source = HiddenLogits(windows, kept, model.lm_head.weight, model.lm_head.bias)
+    for batch in (1, 3):
+        a, b = (compare(s, TorchLogits(other), windows, batch) for s in (source, TorchLogits(model)))
+        assert a == replace(b, dense=a.dense) or a.kl == pytest.approx(b.kl, rel=1e-5)
+        assert a.dense.mean_nll == pytest.approx(b.dense.mean_nll, rel=1e-6)
+        assert a.top1_agreement == b.top1_agreement
+
+
+def test_hidden_states_of_other_windows_are_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    model, windows = make_model("llama"), windows_of(64, 16)
+    hidden.fill_hidden(model, windows, tmp_path / "hidden.f32")
+    source = HiddenLogits(windows, hidden.read_hidden(windows, 64, tmp_path / "hidden.f32"), model.lm_head.weight)
+    with pytest.raises(ValueError, match="not a window"):
+        compare(source, TorchLogits(model), windows_of(64, 16, seed=1))
+
+
+def test_filling_goes_on_where_it_was(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, windows, path = make_model("llama"), windows_of(64, 16), tmp_path / "hidden.f32"
+    seen: list[int] = []
+
+    def stop(message: str) -> None:
+        seen.append(len(seen))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(hidden, "log", stop)
+    with pytest.raises(KeyboardInterrupt):
+        hidden.fill_hidden(model, windows, path)
+    assert not path.exists()
+    hidden.fill_hidden(model, windows, path)
+    assert len(seen) == 4  # two windows before the interrupt, the other two after it
+    whole = tmp_path / "whole.f32"
+    hidden.fill_hidden(model, windows, whole)
+    assert path.read_bytes() == whole.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hidden.f32", "whole.f32"]
+
+
+def test_hash_of_windows_is_that_of_what_they_hold() -> None:
+    windows = windows_of(64, 16)
+    other = replace(windows, ids=torch.cat([windows.ids, torch.tensor([1])]))
+    assert hidden.window_sha256(windows) == hidden.window_sha256(other)
+    changed = windows.ids.clone()
+    changed[3] += 1
+    for different in (replace(windows, ids=changed), replace(windows, count=3), replace(windows, length=8, stride=8)):
+        assert hidden.window_sha256(windows) != hidden.window_sha256(different)
+
+
+def test_a_wide_head_leaves_the_tied_embedding_alone(built: Any) -> None:
+    from compress.checkpoint import load_model
+
+    model = load_model(built.out / "checkpoint", torch.bfloat16)
+    wide = TorchLogits(model, wide_head=True)
+    [logits] = wide.slices(tiny.token_ids(1, 20))
+    assert logits.dtype == torch.float32
+    assert model.model.embed_tokens.weight.dtype == torch.bfloat16
+    [narrow] = TorchLogits(model).slices(tiny.token_ids(1, 20))
+    assert narrow.dtype == torch.bfloat16
+    assert 0 < float((logits - narrow.float()).abs().max()) < 0.1
+
+
+# --- Reports ---
+
+
+def test_reports_are_kept_beside_each_other(built: Any, tmp_path: Path) -> None:
+    artifact = Artifact(built.copy(tmp_path / "out").out)
+    assert read_report(artifact, "a.json") is None
+    add_report(artifact, "a.json", {"a": 1})
+    add_report(artifact, "b.json", {"b": 2})
+    assert (read_report(artifact, "a.json"), read_report(artifact, "b.json")) == ({"a": 1}, {"b": 2})
+    artifact.verify()
+    with artifact.stage("checkpoint") as folder:  # another one: its reports say nothing of it
+        (folder / "config.json").write_text("{}")
+    assert read_report(artifact, "a.json") is None
+    add_report(artifact, "c.json", {"c": 3})
+    assert sorted(p.name for p in artifact.path("reports").iterdir()) == ["c.json"]
+
+
+# --- The command ---
+
+
+@dataclass(frozen=True)
+class Table:
+    out: Path
+    arguments: tuple[str, ...]
+    code: int
+
+    def run(self, *flags: str) -> int:
+        return run_cli(quality.main, [*self.arguments, *flags])
+
+    def result(self) -> dict[str, Any]:
+        value: dict[str, Any] = json.loads((self.out / "quality.json").read_text())
+        return value
+
+
+@pytest.fixture(scope="module")
+def methods() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality_methods, "METHODS", TINY_METHODS)
+        patch.setattr(quality_table, "BARS", (Bar("low", "lowrank-0.75", "x_dense", 1e9),))
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def table(methods: Any, tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Table:
+    """All tiny methods run once; two of them fail."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("quality")
+    text, out = root / "text.txt", root / "out"
+    text.write_text(tiny.TEXT, encoding="utf-8")
+    arguments = (
+        *("--model", str(tiny_model("tiny_llama_tied")), "--out", str(out), "--data", str(text)),
+        *("--calibration-data", str(text), "--calibration-samples", "4", "--sequence-length", "64", "--window", "64"),
+    )
+    return Table(out, arguments, run_cli(quality.main, arguments))
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("this was to be kept")
+
+    for name in names:
+        monkeypatch.setattr(quality_run, name, refuse)
+
+
+def test_a_method_that_fails_is_a_row(table: Table) -> None:
+    assert table.code == 1
+    rows = {row["key"]: row for row in table.result()["rows"]}
+    assert list(rows) == ["dense", "lowrank-0.75", "lowrank-0.9", "refused-0.75", "textless-0.75"]
+    assert "is not a valid recipe" in rows["refused-0.75"]["error"]
+    assert rows["textless-0.75"]["error"].startswith("compress.run exit 2: the text file 'nowhere.txt'")
+    assert all(rows[key]["error"] is None for key in ("dense", "lowrank-0.75", "lowrank-0.9"))
+    text = (table.out / "quality.md").read_text()
+    assert "| not a recipe | 0.75 | **failed**: " in text
+
+
+def test_figures_of_the_rows(table: Table) -> None:
+    rows = {row["key"]: row for row in table.result()["rows"]}
+    dense, small, large = rows["dense"], rows["lowrank-0.75"], rows["lowrank-0.9"]
+    assert (dense["x_dense"], dense["top1"], dense["kept"]) == (1, 1, 1)
+    assert dense["kl"] == pytest.approx(0, abs=1e-6)
+    assert small["x_dense"] == pytest.approx(small["perplexity"] / dense["perplexity"])
+    assert small["kept"] <= 0.75 < large["kept"] <= 0.9
+    assert small["kl"] > large["kl"] > 0
+    for name in ("projection_bytes", "model_bytes", "bytes_per_token", "macs_per_token"):
+        assert small[name] < large[name] < dense[name]
+    assert small["projection_bytes"] / dense["projection_bytes"] == pytest.approx(small["kept"], abs=1e-3)
+    config = json.loads((table.out / "dense" / "checkpoint" / "config.json").read_text())
+    assert dense["model_bytes"] - dense["projection_bytes"] >= 2 * config["vocab_size"] * config["hidden_size"]
+    assert small["cost"]["complete"]
+    assert small["cost"]["seconds"] > 0.1
+    assert small["cost"]["peak_bytes"] > 50e6  # torch alone takes more
+
+
+def test_the_second_run_computes_nothing(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = table.result()
+    forbid(monkeypatch, "_run", "compare", "fill_hidden", "load_model")
+    assert table.run("--methods", "lowrank") == 0
+    after = table.result()
+    assert after["rows"] == before["rows"][:3]
+
+
+def test_what_failed_is_tried_again(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[list[str]] = []
+    monkeypatch.setattr(quality_run, "_run", lambda command, printed: tried.append(command) or 1)
+    assert table.run("--methods", "textless,lowrank") == 1
+    assert len(tried) == 1
+    assert table.result()["rows"][-1]["error"] == "compress.run exit 1: it printed nothing"
+
+
+def test_another_protocol_is_measured_with_the_same_checkpoints(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid(monkeypatch, "_run")
+    first = table.result()["rows"][1]
+    assert table.run("--methods", "lowrank-0.75", "--max-windows", "2") == 0
+    second = table.result()["rows"][1]
+    assert second["perplexity"] != first["perplexity"]
+    assert second["cost"] == first["cost"]
+    assert len(list((table.out / "lowrank-0.75" / "reports").glob("quality-*.json"))) >= 2
+    forbid(monkeypatch, "compare")
+    assert table.run("--methods", "lowrank-0.75") == 0  # and the first figures are still there
+    assert table.result()["rows"][1] == first
+
+
+def test_bfloat16_says_how_far_it_is_from_float32(table: Table) -> None:
+    assert table.run("--methods", "lowrank-0.75", "--eval-dtype", "bfloat16", "--max-windows", "3") == 0
+    both = table.result()["rows"][0]["float32"]
+    assert both["dense"]["windows"] == 3
+    assert 0 < abs(both["relative_increase"]) < 0.02
+    text = (table.out / "quality.md").read_text()
+    assert f"on the first 3 windows the dense model's perplexity is {both['compressed']['perplexity']:.4f}" in text
+
+
+def test_check(table: Table, methods: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--methods", "lowrank-0.75", "--check")
+    assert table.run(*flags) == 0
+    methods.setattr(
+        quality_table, "BARS", (Bar("low", "lowrank-0.75", "x_dense", 0.01), Bar("other", "auto-0.75", "x_dense", 2))
+    )
+    assert table.run(*flags) == 3
+    printed = capsys.readouterr()
+    assert "FAILED low: " in printed.err
+    assert "FAILED other: not run" in printed.err
+    assert "| other |  | 2 | not run |" in printed.out
+    assert table.run("--methods", "lowrank-0.75") == 0  # nobody asked
+    methods.setattr(quality_table, "BARS", (Bar("low", "lowrank-0.75", "x_dense", 1e9),))
+
+
+def test_no_folder_of_this_machine_in_the_results(table: Table) -> None:
+    for name in ("quality.md", "quality.json"):
+        assert str(table.out.parent) not in (table.out / name).read_text()
+
+
+def test_json(table: Table, capsys: pytest.CaptureFixture[str]) -> None:
+    assert table.run("--methods", "lowrank-0.75", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == table.result()
+
+
+def test_extra_arguments_reach_every_compression(table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], printed: list[str]) -> int:
+        commands.append(command)
+        printed.append("error: not today")
+        return 4
+
+    monkeypatch.setattr(quality_run, "_run", run)
+    arguments = [*table.arguments, "--out", str(tmp_path / "other"), "--compress-arg=--batch=3"]
+    assert run_cli(quality.main, arguments) == 2  # dense itself fails
+    assert [command[-1] for command in commands] == ["--batch=3"]
+
+
+def test_extra_arguments_that_change_the_recipe_are_refused(table: Table, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--methods", "lowrank", "--ratios", "0.8", "--compress-arg=--seed=7")
+    assert table.run(*flags) == 1
+    assert "change the recipe" in table.result()["rows"][1]["error"]
+
+
+def test_tasks_are_scored_once(table: Table, methods: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from validate.taskdata import Example, Task
+
+    questions = [Example((("The mill", " stands"), ("The mill", " is loud")), 0, (6, 7))] * 3
+    monkeypatch.setattr(Task, "load", lambda self, limit=None: questions[:limit])
+    monkeypatch.setattr(quality, "BEST_KEY", "lowrank-0.75")
+    flags = ("--methods", "lowrank-0.75", "--tasks", "piqa", "--task-limit", "2")
+    assert table.run(*flags) == 0
+    first = table.result()["tasks"]
+    assert set(first) == {"dense", "lowrank-0.75"}
+    assert first["dense"]["piqa"]["questions"] == 2
+    assert "Dense and `lowrank-0.75`" in (table.out / "quality.md").read_text()
+    forbid(monkeypatch, "load_model")
+    assert table.run(*flags) == 0
+    assert table.result()["tasks"] == first
+
+
+def test_sensitivity_plot(table: Table, tmp_path: Path) -> None:
+    flags = ("--sensitivity-method", "lowrank", "--sensitivity-sizes", "2,4", "--methods", "dense")
+    text = table.arguments[table.arguments.index("--data") + 1]
+    path = tmp_path / "plot.png"
+    assert table.run(*flags, "--sensitivity-sources", text, "--sensitivity-plot", str(path)) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    series = quality_plots.calibration_series(table.result()["rows"])
+    assert [size for size, _, _ in series["text.txt"]] == [2, 4]
+    assert "## Calibration text and its size" in (table.out / "quality.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--model is missing"),
+        (["--model", "x", "--methods", "nope"], "no method 'nope'"),
+        (["--model", "x", "--ratios", "0.7,x"], "not a list of numbers"),
+        (["--model", "x", "--ratios", "1.5"], "at most 1"),
+        (["--model", "x", "--max-windows", "0"], "--max-windows"),
+        (["--model", "x", "--tasks", "nope"], "no task 'nope'"),
+    ],
+)
+def test_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(quality.main, arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(quality.main, ["--list"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("dense ")
+    assert run_cli(quality.main, ["--list", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["key"] == "dense"
+
+
+# --- Costs ---
+
+
+def bench(out: Path) -> quality_run.Bench:
+    return quality_run.Bench("m", None, out, {}, windows_of(64, 16))  # type: ignore[arg-type]
+
+
+def attempt(seconds: float | None, resumed: bool) -> dict[str, Any]:
+    return {"seconds": seconds, "peak_bytes": None if seconds is None else int(seconds), "resumed": resumed}
+
+
+@pytest.mark.parametrize(
+    ("attempts", "seconds", "complete"),
+    [
+        ([], None, False),
+        ([attempt(5, False)], 5, True),
+        ([attempt(9, False), attempt(5, False), attempt(2, True)], 7, True),
+        ([attempt(None, False), attempt(2, True)], 2, False),  # the first part was killed
+        ([attempt(2, True)], 2, False),
+    ],
+)
+def test_cost_is_that_of_all_attempts(
+    tmp_path: Path, attempts: list[Any], seconds: float | None, complete: bool
+) -> None:
+    (tmp_path / "costs").mkdir()
+    (tmp_path / "costs" / "x.json").write_text(json.dumps(attempts))
+    cost = bench(tmp_path).cost("x")
+    assert (cost["seconds"], cost["complete"]) == (seconds, complete)
+
+
+def test_measured_command(tmp_path: Path) -> None:
+    facts = tmp_path / "facts.json"
+    command = [
+        quality_run.sys.executable,
+        "-m",
+        "validate.measure",
+        str(facts),
+        "compress.run",
+        "--model",
+        "nowhere",
+        "--out",
+        "x",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    found = json.loads(facts.read_text())
+    assert found["exit_code"] == 2
+    assert 0 < found["seconds"] < 600
+    assert found["peak_bytes"] > 10e6
+
+
+# --- Table ---
+
+ROW = {
+    "key": "kron-0.75", "title": "kron", "asked": 0.75, "group": "methods", "error": None, "kept": 0.7499,
+    "projection_bytes": 159_000_000, "model_bytes": 216e6, "bytes_per_token": 215e6, "macs_per_token": 108e6,
+    "perplexity": 29.1234, "standard_error": 0.4, "x_dense": 1.3483, "x_dense_standard_error": 0.004, "kl": 0.31234,
+    "kl_standard_error": 0.002, "top1": 0.7213, "cost": {"seconds": 1234.5, "peak_bytes": 3 << 30, "complete": True},
+}  # fmt: skip
+
+
+def test_table_of_a_made_up_result() -> None:
+    killed = ROW | {"title": "again", "cost": {"seconds": 10.0, "peak_bytes": None, "complete": False}}
+    one = ROW | {
+        "title": "one window",
+        "standard_error": None,
+        "x_dense_standard_error": None,
+        "kl_standard_error": None,
+    }
+    failed = {"key": "x", "title": "broken", "asked": 0.5, "group": "methods", "error": "a | b"}
+    cells = [line.split(" | ") for line in quality_table.table([ROW, killed, one, failed]).splitlines()]
+    assert cells[2] == [
+        *("| kron", "0.75", "0.7499", "159.0", "216.0", "215.0", "108.0", "29.12 ± 0.40", "1.348 ± 0.004"),
+        *("0.3123 ± 0.0020", "72.1%", "1234", "3.00 |"),
+    ]
+    assert cells[3][-2:] == [">= 10", " |"]
+    assert cells[4][7:10] == ["29.12", "1.348", "0.3123"]
+    assert cells[5][2] == "**failed**: a / b"
+    assert len({len(line) for line in cells}) == 2  # the rule has no spaces
+
+
+def test_bars_of_a_made_up_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(key: str, x_dense: float, kept: float = 0.75) -> dict[str, Any]:
+        return ROW | {"key": key, "x_dense": x_dense, "kept": kept}
+
+    monkeypatch.setattr(quality_table, "BARS", quality_methods.BARS)
+    rows = [row("svd-llm-0.75", 5.0), row("kron-0.75", 2.9), row("gs-0.75", 3.1), row("auto-0.75", 1.4, kept=0.751)]
+    found = {gate.name: gate for gate in quality_table.gates(rows)}
+    assert found["kron-half-of-svd-llm"].limit == 2
+    assert {name: gate.passed for name, gate in found.items()} == {
+        "auto-0.75": True,
+        "auto-0.75-kept": False,  # more bytes than were asked for
+        "auto-0.85": False,
+        "auto-0.9375": False,
+        "kron-half-of-svd-llm": True,
+        "kron-half-of-svd-llm-kept": True,
+        "gs-half-of-svd-llm": False,
+        "gs-half-of-svd-llm-kept": True,
+        "compress-minutes": True,
+    }
+    assert math.isnan(found["auto-0.85"].value)
+    without = {gate.name: gate for gate in quality_table.gates(rows[1:])}
+    assert not without["kron-half-of-svd-llm"].passed  # nothing to compare with
+    assert json.dumps(quality_table.bars_json(list(without.values())), allow_nan=False)

@@ -1,0 +1,297 @@
+"""The quality table: every method compressed, measured against the dense model on the same text, side by side.
+
+Each method has a folder in OUT and is compressed and evaluated once; run the same command again and it goes on where
+it was. A method that fails is a line that says so. The table is printed and kept as OUT/quality.md and
+OUT/quality.json. Exit code 1 when a method failed, 3 when --check is given and a bar is not held.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import GateError, UsageError, run_cli
+from compress.progress import log
+
+if TYPE_CHECKING:
+    from validate.quality_methods import Line
+    from validate.quality_run import Bench
+
+EXAMPLES = """examples:
+  python -m validate.quality --list
+  python -m validate.quality --model smollm2-135m --out out/quality --data wikitext:wiki.test.raw --ablation --tasks
+  python -m validate.quality --model smollm2-135m --out out/quality --methods auto-0.75,kron,svd-llm --max-windows 16
+"""
+BEST_KEY = "auto-0.75"  # what the tasks are run on, and what the ablation is held against
+SIZES, SOURCES = "4,8,16,32,64,128,256", "boolq,lambada"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m validate.quality",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--model", metavar="M", help="folder, .gguf file, ORG/NAME on the hub, or an alias")
+    p.add_argument("--out", type=Path, metavar="OUT", help="a folder for all methods (default: out/quality)")
+    what = p.add_argument_group("which methods")
+    what.add_argument(
+        "--methods", metavar="NAME,...", help="names, or names with a ratio: kron,auto-0.85 (default: all)"
+    )
+    what.add_argument("--ratios", metavar="R,...", help="in place of the methods' own")
+    what.add_argument("--ablation", action="store_true", help="also the best recipe with one thing switched off")
+    what.add_argument("--list", action="store_true", help="print the methods and their recipes, and stop")
+    how = p.add_argument_group("compression")
+    how.add_argument("--calibration-data", default="boolq", metavar="DATA", help="text (default: boolq)")
+    how.add_argument("--calibration-samples", type=int, default=128, metavar="N", help="sequences (default: 128)")
+    how.add_argument("--sequence-length", type=int, default=1024, metavar="T", help="tokens of each (default: 1024)")
+    how.add_argument(
+        "--compress-arg",
+        action="append",
+        default=[],
+        metavar="ARG",
+        help="for every compress.run, e.g. --compress-arg=--batch=8; may be repeated; not what a recipe decides",
+    )
+    quality = p.add_argument_group("evaluation")
+    quality.add_argument(
+        "--data",
+        default="wikitext2",
+        metavar="NAME|FILE",
+        help="boolq-heldout, lambada, wikitext2, wikitext:FILE, FILE.txt, FILE.jsonl (default: wikitext2)",
+    )
+    quality.add_argument("--window", type=int, default=2048, metavar="T", help="tokens (default: 2048)")
+    quality.add_argument("--max-windows", type=int, metavar="N", help="the first N only (default: all)")
+    quality.add_argument("--batch", type=int, default=1, metavar="B", help="windows at a time (default: 1)")
+    quality.add_argument(
+        "--eval-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the decoder; head and softmax are float32 (default: float32)",
+    )
+    quality.add_argument("--tasks", nargs="?", const="", metavar="NAME,...", help="zero-shot tasks, all when not named")
+    quality.add_argument(
+        "--task-limit", type=int, metavar="N", help="the first N questions of each task (default: all)"
+    )
+    quality.add_argument("--check", action="store_true", help="exit with 3 unless every bar is held")
+    plot = p.add_argument_group("perplexity against calibration size")
+    plot.add_argument(
+        "--sensitivity-plot",
+        nargs="?",
+        const="",
+        metavar="FILE.png",
+        help="compress with more and less text of each source and plot it (default: OUT/quality-calibration.png)",
+    )
+    plot.add_argument("--sensitivity-method", default="auto", metavar="NAME", help="(default: auto)")
+    plot.add_argument("--sensitivity-sizes", default=SIZES, metavar="N,...", help=f"sequences (default: {SIZES})")
+    plot.add_argument("--sensitivity-sources", default=SOURCES, metavar="DATA,...", help=f"(default: {SOURCES})")
+    p.add_argument("--json", action="store_true", help="the result as one JSON object")
+    p.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run what is not there yet, print the table; 0, 1 when a method failed, 3 when a bar did."""
+    args = parser().parse_args(argv)
+    args.out = args.out or Path("out/quality")
+    lines = _lines(args)
+    if args.list:
+        return _print_list(args, lines)
+    if args.model is None:
+        raise UsageError("--model is missing: name what is to be compressed, for instance --model smollm2-135m")
+    _check_now(args)
+    bench = _bench(args)
+    result = run(bench, lines, args)
+    from validate.quality_table import document
+    from validate.report import write_json
+
+    text = document(result)
+    write_json(args.out / "quality.json", result)
+    (args.out / "quality.md").write_text(text, encoding="utf-8")
+    print(json.dumps(result, allow_nan=False) if args.json else text, end="")
+    failed = [row for row in result["rows"] if row["error"] is not None]
+    for row in failed:
+        log(f"FAILED {row['key']}: {row['error']}")
+    if failed:
+        return 1
+    missed = [bar for bar in result["bars"] if not bar["passed"]]
+    if args.check and missed:
+        for bar in missed:
+            value = "not run" if bar["value"] is None else f"{bar['value']:.4g} > {bar['limit'] or 0:.4g}"
+            log(f"FAILED {bar['name']}: {value}")
+        return GateError.exit_code
+    log(f"OK {args.out / 'quality.md'}")
+    return 0
+
+
+def run(bench: Bench, lines: Sequence[Line], args: argparse.Namespace) -> dict[str, Any]:
+    """All lines, one after the other, and what is asked for beside them: OUT/quality.json's object."""
+    from validate.quality_run import result_of
+    from validate.quality_table import bars_json, gates
+    from validate.report import machine
+
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        log(f"--- {number}/{len(lines)} {line.key}: {line.title}")
+        rows.append(result_of(bench, line))
+        if line.key == "dense" and rows[-1]["error"] is not None:
+            raise UsageError(f"the dense model itself cannot be evaluated: {rows[-1]['error']}")
+    scored = {row["key"] for row in rows if row["error"] is None}
+    tasks = {}
+    if args.tasks is not None:
+        from validate.taskdata import tasks_named
+
+        for line in lines:
+            if line.key in scored & {"dense", BEST_KEY}:
+                tasks[line.key] = bench.tasks(line, tasks_named(args.tasks or None), args.task_limit)
+    if args.sensitivity_plot is not None:
+        _plot(rows, args)
+    return {
+        "model": bench.source.source_id,
+        "protocol": {k: v for k, v in bench.protocol("dense").items() if k not in ("dense", "checkpoint")},
+        "calibration": {**_calibration(args), "data": _portable(args.calibration_data)},
+        "best": BEST_KEY,
+        "rows": [row | {"recipe": _portable_recipe(row["recipe"])} if "recipe" in row else row for row in rows],
+        "tasks": tasks,
+        "bars": bars_json(gates(rows)),
+        "machine": machine(),
+        "command": _command(args),
+    }
+
+
+def _lines(args: argparse.Namespace) -> list[Line]:
+    from validate.quality_methods import calibration_lines, lines
+
+    calibration = _calibration(args)
+    names = None if args.methods is None else args.methods.split(",")
+    chosen = lines(calibration, names=names, ratios=_numbers(args.ratios, "--ratios"), ablation=args.ablation)
+    if args.sensitivity_plot is not None:
+        sizes = [int(n) for n in _numbers(args.sensitivity_sizes, "--sensitivity-sizes") or ()]
+        chosen += calibration_lines(calibration, args.sensitivity_method, args.sensitivity_sources.split(","), sizes)
+    return chosen
+
+
+def _calibration(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "data": args.calibration_data,
+        "samples": args.calibration_samples,
+        "sequence_length": args.sequence_length,
+    }
+
+
+def _numbers(text: str | None, flag: str) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{flag} {text!r} is not a list of numbers such as 0.75,0.85") from None
+    if flag == "--ratios" and not all(0 < number <= 1 for number in numbers):
+        raise UsageError(f"{flag} {text!r}: a ratio is above 0 and at most 1")
+    return numbers
+
+
+def _check_now(args: argparse.Namespace) -> None:
+    """What would otherwise fail after hours of work. Raises UsageError and MissingDependencyError."""
+    for flag in ("max_windows", "batch", "task_limit", "calibration_samples"):
+        if (value := getattr(args, flag)) is not None and value < 1:
+            raise UsageError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
+    if args.sensitivity_plot is not None:
+        from validate.quality_plots import require_matplotlib
+
+        require_matplotlib()
+    if args.tasks is not None:
+        from validate.taskdata import tasks_named
+
+        for task in tasks_named(args.tasks or None):
+            task.load(1)
+
+
+def _bench(args: argparse.Namespace) -> Bench:
+    import torch
+
+    from compress.models import resolve
+    from compress.textdata import load_text
+    from validate.data import make_windows
+    from validate.quality_run import Bench
+
+    source = resolve(args.model)
+    arch = source.architecture()
+    if args.window > arch.max_positions:
+        raise UsageError(f"--window {args.window} is more than the model's {arch.max_positions} positions")
+    text = load_text(args.data)
+    windows = make_windows(
+        text, source.tokenizer(), length=args.window, max_windows=args.max_windows, vocab_size=arch.vocab_size
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    return Bench(
+        model=args.model,
+        source=source,
+        out=args.out,
+        text={"name": _portable(text.name), "sha256": text.sha256},
+        windows=windows,
+        dtype=getattr(torch, args.eval_dtype),
+        batch=args.batch,
+        extra=tuple(args.compress_arg),
+    )
+
+
+def _plot(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
+    from validate.quality_plots import plot_calibration
+
+    path = Path(args.sensitivity_plot) if args.sensitivity_plot else args.out / "quality-calibration.png"
+    dense = next(row["perplexity"] for row in rows if row["key"] == "dense")
+    title = f"{args.sensitivity_method}: perplexity against calibration size"
+    plot_calibration(rows, dense, args.sequence_length, path, title)
+    log(f"plot: {path}")
+
+
+def _print_list(args: argparse.Namespace, lines: Sequence[Line]) -> int:
+    """--list: every line with the recipe fields that are its own."""
+    if args.json:
+        print(json.dumps([vars(line) for line in lines]))
+        return 0
+    width = max(len(line.key) for line in lines) + 2
+    for line in lines:
+        own = {k: v for k, v in line.recipe.items() if k not in ("ratio", "calibration")}
+        print(f"{line.key:<{width}}{line.title}\n{'':<{width}}{json.dumps(own)}")
+    return 0
+
+
+def _portable(text: str) -> str:
+    """A text's name without its folder, which is one of this machine."""
+    prefix, colon, rest = text.rpartition(":")
+    return text if prefix.startswith("hf") else prefix + colon + Path(rest).name
+
+
+def _portable_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
+    return recipe | {"calibration": recipe["calibration"] | {"data": _portable(recipe["calibration"]["data"])}}
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command that makes this table again; texts without their folders, absolute paths by their last part."""
+    words = ["python", "-m", "validate.quality"]
+    for action in parser()._actions:
+        value = getattr(args, action.dest, None)
+        if not action.option_strings or action.dest in ("help", "json", "debug") or value in (None, action.default):
+            continue
+        flag = action.option_strings[-1]
+        if isinstance(value, list):  # joined: a value may begin with a dash
+            words += [f"{flag}={item}" for item in value]
+        elif value is True or value == "":
+            words.append(flag)
+        elif action.dest in ("data", "calibration_data"):
+            words += [flag, _portable(value)]
+        else:
+            words += [flag, Path(str(value)).name if Path(str(value)).is_absolute() else str(value)]
+    return shlex.join(words)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

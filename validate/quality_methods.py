@@ -1,0 +1,169 @@
+"""The methods of the quality table, as recipes: what `python -m validate.quality` runs. Edit here to tune a line.
+
+`recipe` has fields of compress/recipe.py. What all methods share (calibration text and its size, the ratio) is put
+in by the command, unless a recipe says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from compress.errors import UsageError
+
+Fields = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A line of the table, or one for each of `ratios`. `group`: methods, ablation or calibration."""
+
+    name: str
+    title: str
+    recipe: Fields = field(default_factory=dict)
+    ratios: tuple[float, ...] = (0.75,)
+    group: str = "methods"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method at one ratio; `key` is its folder and what --methods may call it."""
+
+    key: str
+    method: str
+    title: str
+    ratio: float
+    recipe: dict[str, Any]
+    group: str
+
+
+BEST: Fields = {"structure": "auto"}  # what --structure auto does, and the ablation takes apart
+WHITENED = {"sensitivity": "none", "correction": 0.0}  # one-sided: the Gram matrix alone, each matrix by itself
+PAPER = {"fit": "paper", "rotation": "block", "skip": "dense"}
+
+METHODS: tuple[Method, ...] = (
+    Method("dense", "dense", {"structure": "dense"}, (1.0,)),
+    Method("auto", "best recipe (auto)", BEST, (0.75, 0.85, 0.9375)),
+    Method("kron", "kron", {"structure": "kron"}),
+    Method("gs", "gs", {"structure": "gs"}),
+    Method(
+        "svd-llm", "low rank, whitened, uniform (SVD-LLM)", WHITENED | {"structure": "lowrank", "allocation": "uniform"}
+    ),
+    Method("lowrank-uniform", "low rank, two-sided, uniform", {"structure": "lowrank", "allocation": "uniform"}),
+    Method("lowrank", "low rank, two-sided, global", {"structure": "lowrank"}),
+    Method("lowrank-joint", "low rank, joint q,k,v and gate,up", {"structure": "lowrank", "joint": True}),
+    Method("jrk", "joint rank-k, data-free", {"structure": "jrk"}),
+    Method("compot", "COMPOT", {"structure": "compot"}),
+    Method("compot24", "COMPOT, 2:4", {"structure": "compot24"}),
+    Method("slice", "SliceGPT", {"structure": "slice"}),
+    Method("kron-paper", "kron, the paper's fit and rotations", {"structure": "kron", **PAPER}),
+    Method("gs-paper", "gs, the paper's fit and rotations", {"structure": "gs", **PAPER}),
+    Method("kron-cs", "kron, block rotations, CS skips", {"structure": "kron", "rotation": "block", "skip": "cs"}),
+    Method(
+        "kron-householder",
+        "kron, block rotations, Householder skips",
+        {"structure": "kron", "rotation": "block", "skip": "householder"},
+    ),
+    Method("inner-vo", "best recipe, inner: V-O truncation", {**BEST, "inner": ["vo"]}),
+    Method("inner-neurons", "best recipe, inner: neurons", {**BEST, "inner": ["neurons"]}),
+    Method("inner-bias", "best recipe, inner: bias correction", {**BEST, "inner": ["bias"]}),
+    Method("embedding", "best recipe, embedding at 0.75", {**BEST, "embedding": 0.75}),
+    # One thing of the best recipe switched off at a time. A line that changes nothing is left out.
+    Method("no-metric", "one-sided metric", {**BEST, "sensitivity": "none"}, group="ablation"),
+    Method("no-allocation", "uniform allocation", {**BEST, "allocation": "uniform"}, group="ablation"),
+    Method("no-rotation", "no rotation", {**BEST, "rotation": "none", "skip": "none"}, group="ablation"),
+    Method("no-correction", "no sequential recalibration", {**BEST, "correction": 0.0}, group="ablation"),
+    Method("no-ties", "no ties", {**BEST, "ties": False}, group="ablation"),
+    Method("no-inner", "no inner freedoms", {**BEST, "inner": []}, group="ablation"),
+    Method("no-joint", "no shared factors", {**BEST, "joint": False}, group="ablation"),
+)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A limit on one figure of the line `key`.
+
+    x_dense: perplexity / dense perplexity; increase: that minus 1; seconds: of the compression. In place of a fixed
+    limit, `against` names the line of which half the increase is the limit; both must then keep at most what was
+    asked for.
+    """
+
+    name: str
+    key: str
+    figure: Literal["x_dense", "increase", "seconds"]
+    limit: float | None = None
+    against: str | None = None
+
+
+BARS: tuple[Bar, ...] = (
+    Bar("auto-0.75", "auto-0.75", "x_dense", 1.5),
+    Bar("auto-0.85", "auto-0.85", "x_dense", 1.2),
+    Bar("auto-0.9375", "auto-0.9375", "x_dense", 1.03),
+    Bar("kron-half-of-svd-llm", "kron-0.75", "increase", against="svd-llm-0.75"),
+    Bar("gs-half-of-svd-llm", "gs-0.75", "increase", against="svd-llm-0.75"),
+    Bar("compress-minutes", "auto-0.75", "seconds", 25 * 60.0),
+)
+
+
+def lines(
+    calibration: Fields,
+    *,
+    names: Sequence[str] | None = None,
+    ratios: Sequence[float] | None = None,
+    ablation: bool = False,
+) -> list[Line]:
+    """The lines to run, dense first. `calibration`: the recipe field of all of them, below their own.
+
+    `names` are those of methods, or keys of lines (kron, auto-0.85); None: every method of the table, and the
+    ablation where it is asked for. `ratios` replace the methods' own. Raises UsageError for an unknown name.
+    """
+    every = [line for method in METHODS for line in _at(method, calibration, ratios)]
+    known = {name for line in every for name in (line.method, line.key)}
+    if unknown := [name for name in names or () if name not in known]:
+        raise UsageError(f"there is no method {unknown[0]!r}; --methods takes {', '.join(m.name for m in METHODS)}")
+
+    def chosen(line: Line) -> bool:
+        if line.method == "dense" or (names is not None and not {line.method, line.key}.isdisjoint(names)):
+            return True
+        if line.group == "ablation":
+            return ablation and not _changes_nothing(line, calibration)
+        return names is None
+
+    return [line for line in every if chosen(line)]
+
+
+def calibration_lines(calibration: Fields, name: str, sources: Iterable[str], sizes: Sequence[int]) -> list[Line]:
+    """The method `name` at its first ratio, once for each text and number of calibration sequences."""
+    method = next((m for m in METHODS if m.name == name), None)
+    if method is None:
+        raise UsageError(
+            f"there is no method {name!r}; --sensitivity-method takes {', '.join(m.name for m in METHODS)}"
+        )
+    line = _at(method, calibration, None)[0]
+    found = []
+    for source in sources:
+        safe = "".join(c if c.isalnum() else "-" for c in source)
+        for size in sizes:
+            recipe = line.recipe | {"calibration": {**line.recipe["calibration"], "data": source, "samples": size}}
+            title = f"{method.title}, {size} sequences of {source}"
+            found.append(Line(f"calibration-{safe}-{size}", method.name, title, line.ratio, recipe, "calibration"))
+    return found
+
+
+def _at(method: Method, calibration: Fields, ratios: Sequence[float] | None) -> list[Line]:
+    fixed = method.name == "dense"  # which knows no ratio
+    found = []
+    for ratio in method.ratios if fixed or ratios is None else ratios:
+        shared = {"calibration": {**calibration, **method.recipe.get("calibration", {})}, "ratio": ratio}
+        key = method.name if fixed else f"{method.name}-{ratio:g}"
+        found.append(Line(key, method.name, method.title, ratio, {**method.recipe, **shared}, method.group))
+    return found
+
+
+def _changes_nothing(line: Line, calibration: Fields) -> bool:
+    """Whether an ablation switches off what the best recipe does not have."""
+    from compress.recipe import parse_recipe
+
+    best = {**BEST, "calibration": calibration, "ratio": line.ratio}
+    return parse_recipe(line.recipe, line.key).digest() == parse_recipe(best, "the best recipe").digest()
