@@ -1,4 +1,4 @@
-"""A measured cost table: seconds of one structured linear by structure, shape and parameters, for `--budget-latency`."""
+"""A measured cost table for `--budget-latency`: seconds of a linear by structure, shape and parameters."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ class LatencyTable:
             table = json.loads(path.read_text())
             return cls.of(table["entries"], int(table["tokens"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"--latency-table {path} cannot be used ({error!r}); measure one with validate.latency") from error
+            raise UsageError(
+                f"--latency-table {path} cannot be used ({error!r}); measure one with validate.latency"
+            ) from error
 
     def seconds(self, structure: Structure) -> float:
         """Predicted seconds of one call. Raises UsageError for a structure of which nothing was measured."""

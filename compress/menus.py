@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -74,8 +75,7 @@ def tails(squares: Tensor) -> Tensor:
 def linear_menu(linear: Linear, kinds: Sequence[str], unit: int, cost: Cost) -> list[Choice]:
     """The linear dense, and every aligned size of the structures `kinds`; only the lower convex hull is returned."""
     n, m = linear.weight.shape
-    dense = DenseStructure(in_features=m, out_features=n)
-    menu = [Choice({linear.role: (dense, 0.0)}, cost(dense), 0.0)]
+    menu = [dense_choice(linear.role, m, n, cost)]
     for kind in kinds:
         curves = _CURVES.get(kind)
         if curves is None:
@@ -84,8 +84,14 @@ def linear_menu(linear: Linear, kinds: Sequence[str], unit: int, cost: Cost) -> 
     return convex_hull(menu)
 
 
+def dense_choice(role: str, in_features: int, out_features: int, cost: Cost) -> Choice:
+    """A linear as it is."""
+    dense = DenseStructure(in_features, out_features)
+    return Choice({role: (dense, 0.0)}, cost(dense), 0.0)
+
+
 def leading_menu(linear: Linear, curve: Tensor, unit: int, cost: Cost) -> list[Choice]:
-    """Its sums of Kronecker products with the mix absorbed in the rotation; curve (d + 1,): loss by kept coordinates."""
+    """Its sums of Kronecker products with the mix absorbed in the rotation; curve (d + 1,): loss by kept."""
     n, m = linear.weight.shape
     sizes = KroneckerStructure.menu(m, n, linear.side, unit=unit)
     return [Choice({linear.role: (s, loss := float(curve[s.kept]))}, cost(s), loss) for s in sizes]
@@ -106,7 +112,6 @@ def _group_shuffle_curve(linear: Linear, unit: int) -> Iterable[tuple[Structure,
     for s in GroupShuffleStructure.menu(m, n, linear.side, unit=unit):
         grid = (s.left_blocks, s.right_blocks)
         if grid not in curves:
-            rows, columns = s.part
             grams = _diagonal_blocks(linear.gram, s.left_blocks)[None]  # (1, left, columns, columns)
             metrics = _diagonal_blocks(linear.metric, s.right_blocks)[:, None]  # (right, 1, rows, rows)
             parts = cut(linear.weight, s.right_blocks, s.left_blocks)  # (right, left, rows, columns)
@@ -130,9 +135,7 @@ def merged(menus: Sequence[Sequence[Choice]]) -> list[Choice]:
     """The lower hull of all sums of one choice from each of several hulls: their steps in order of slope."""
     at = [0] * len(menus)
     steps = sorted(
-        ((b.loss - a.loss) / (b.cost - a.cost), which)
-        for which, menu in enumerate(menus)
-        for a, b in zip(menu, menu[1:], strict=False)
+        ((b.loss - a.loss) / (b.cost - a.cost), which) for which, menu in enumerate(menus) for a, b in pairwise(menu)
     )
     found = [_together(menus, at)]
     for _, which in steps:
@@ -149,8 +152,8 @@ def _together(menus: Sequence[Sequence[Choice]], at: Sequence[int]) -> Choice:
     return Choice(label, sum(c.cost for c in chosen), sum(c.loss for c in chosen))
 
 
-MenuOf = Callable[[Linear, int], list[Choice]]
-"""The menu of a linear of which so many inner features are left (of each group; 0: all)."""
+MenuOf = Callable[[str, SelectStructure | None], list[Choice]]
+"""The menu of a linear by role, or of what is left of it after a selection."""
 
 
 def selected_menu(
@@ -162,13 +165,13 @@ def selected_menu(
     heads for v, query heads for o, 1 for an MLP). curve[kept]: predicted loss of dropping the others with the best
     compensation. Beside it each linear may take a structure of its own between what is left.
     """
-    menu = merged([menu_of(linear, 0) for linear in linears.values()])
+    menu = merged([menu_of(role, None) for role in linears])
     for kept in sizes:
         parts = []
         for role, linear in linears.items():
             n, m = linear.weight.shape
             select = SelectStructure(m, n, kept, groups[role], "out" if linear.side == "in" else "in")
-            parts.append([_around(select, choice) for choice in menu_of(reduced(linear, select), kept)])
+            parts.append([_around(select, choice) for choice in menu_of(role, select)])
         base, first = float(curve[kept]), next(iter(linears))
         menu += [Choice(_charged(c.label, first, base), c.cost, c.loss + base) for c in merged(parts)]
     return convex_hull(menu)

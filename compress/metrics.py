@@ -15,7 +15,7 @@ from compress.statistics import StreamMoments
 def loss_metric(
     recipe: Recipe, moment: StreamMoments, role: str, weight: Tensor, measured: Mapping[str, float] | None = None
 ) -> Tensor:
-    """The matrix H (out, out) with which tr(H E G E^T) is the predicted loss, in nats per token, of an error E of `role`.
+    """H (out, out) with which tr(H E G E^T) is the predicted loss, in nats per token, of an error E of `role`.
 
     fisher:   H = E[g g^T] / 2, damped: half the second-order expansion of the KL divergence (methods 6.9).
     none:     H = I / tr(W G W^T): the squared relative error of the output; every linear's counts the same.

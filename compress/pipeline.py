@@ -30,7 +30,7 @@ from compress.checkpoint import (
 from compress.errors import MissingDependencyError, UsageError
 from compress.files import sha256_of
 from compress.fitting import FitRecord, LayerFitter, summarise
-from compress.groups import Inner
+from compress.inner import InnerRewrites, extra_biases
 from compress.invariance import FoldedModel, Rotations, rotate_block
 from compress.jrk import frobenius_error, jrk_fit_block
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
@@ -38,6 +38,7 @@ from compress.models import ModelSource
 from compress.planning import Moments, Plan, check_recipe, make_plan, needs_moments, structures_without_text
 from compress.progress import log
 from compress.recipe import Recipe, parse_recipe, read_yaml
+from compress.skips import skip_from_config
 from compress.statistics import collect
 from compress.streams import Runner, save_whole
 from compress.structures import DenseStructure, Structure, structure_from_config
@@ -69,18 +70,21 @@ def folded(source: ModelSource, dtype: torch.dtype = torch.float32) -> FoldedMod
     return FoldedModel(source.reader(), arch, families.tensor_names(arch), dtype)
 
 
-def config_for(arch: Any, structures: Mapping[str, Structure], rotations: Rotations) -> ProcrustesConfig:
-    """config.json of a checkpoint with these structures and rotations."""
+def config_for(
+    arch: Any, structures: Mapping[str, Structure], rotations: Rotations, **choices: Any
+) -> ProcrustesConfig:
+    """config.json of a checkpoint with these structures and rotations; choices: extra_biases, embedding ranks."""
     layer_norm = arch.norm == "layernorm"
     return ProcrustesConfig.from_architecture(
         arch,
         structures,
         rotation=rotations.kind,
-        skip="dense" if rotations.kind == "block" else "none",
+        **rotations.skip_choices(),
         center_embedding=arch.tied and layer_norm,
         head_map=arch.tied,
         head_bias=layer_norm and not arch.tied,
         tie_word_embeddings=arch.tied,
+        **choices,
     )
 
 
@@ -145,7 +149,9 @@ def compress_model(
         plan, files, records = _plan_and_fit(model, recipe, tokens, state, runner_device, batch, folder)
         summarise(records)
         dtype = getattr(torch, recipe.checkpoint_dtype)
-        size = model_size(arch, plan.structures, plan.rotations.kind)
+        skips = sum(form.parameter_count() for form in plan.rotations.forms())
+        biases = extra_biases(arch, tuple(arch.linears())) if "bias" in recipe.inner else []
+        size = model_size(arch, plan.structures, plan.rotations.kind, biases, skips)
         resolved = _resolved(recipe, plan, arch.linears(), arch.num_layers)
         section = {"source": source.to_dict(), "recipe_sha256": resolved.digest(), "versions": _versions()}
         facts = {"request": request, "ratio": size.ratio, "model_ratio": size.model_ratio, **asdict(size)}
@@ -156,7 +162,7 @@ def compress_model(
                 for file in files:
                     for name, tensor in load_file(file).items():
                         shards.add(name, tensor)
-            write_config(folder, config_for(arch, plan.structures, plan.rotations), dtype)
+            write_config(folder, config_for(arch, plan.structures, plan.rotations, extra_biases=biases or None), dtype)
             write_rotations(folder, plan.rotations)
             tokenizer.save_pretrained(folder)
             (folder / "fit.json").write_text(json.dumps([asdict(r) for r in records], indent=1) + "\n")
@@ -280,15 +286,13 @@ def _without_text(model: FoldedModel, recipe: Recipe, state: Path) -> tuple[Plan
 
 
 def _save_plan(state: Path, plan: Plan) -> Plan:
-    tensors = {f"q.{i}": q for i, q in enumerate(plan.rotations.matrices)}
-    for layer, inner in plan.inner.items():
-        tensors |= {f"{k}.{layer}": t for k, t in (("order", inner.order), ("basis", inner.basis)) if t is not None}
-    save_whole(tensors, state / "plan.safetensors")
+    save_whole({f"q.{i}": q for i, q in enumerate(plan.rotations.matrices)}, state / "plan.safetensors")
+    plan.rewrites.save(state / "rewrites.safetensors")
     record = {
         "kind": plan.rotations.kind,
+        "skips": [form.to_config() for form in plan.rotations.skips],
         "structures": {name: s.to_config() for name, s in plan.structures.items()},
         "predicted": plan.predicted,
-        "inner": list(plan.inner),
     }
     partial = state / "plan.partial"
     partial.write_text(json.dumps(record))
@@ -300,10 +304,10 @@ def _saved_plan(state: Path) -> Plan | None:
     if not (state / "plan.json").exists():
         return None
     record, tensors = json.loads((state / "plan.json").read_text()), load_file(state / "plan.safetensors")
-    matrices = tuple(tensors[f"q.{i}"] for i in range(sum(name.startswith("q.") for name in tensors)))
+    matrices = tuple(tensors[f"q.{i}"] for i in range(len(tensors)))
+    rotations = Rotations(record["kind"], matrices, tuple(skip_from_config(c) for c in record["skips"]))
     structures = {name: structure_from_config(c) for name, c in record["structures"].items()}
-    inner = {i: Inner(tensors.get(f"order.{i}"), tensors.get(f"basis.{i}")) for i in record["inner"]}
-    return Plan(Rotations(record["kind"], matrices), structures, record["predicted"], inner)
+    return Plan(rotations, structures, record["predicted"], InnerRewrites.load(state / "rewrites.safetensors"))
 
 
 def write_dense(source: ModelSource, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -333,5 +337,5 @@ def rewritten_model(source: ModelSource, checkpoint: Path) -> ProcrustesForCausa
     import tempfile
 
     with tempfile.TemporaryDirectory() as name:
-        write_rewritten(source, read_rotations(checkpoint), Path(name))
+        write_rewritten(source, read_rotations(checkpoint).exact(), Path(name))
         return load_model(Path(name))

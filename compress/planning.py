@@ -12,14 +12,15 @@ from compress.accounting import overhead_parameters
 from compress.allocation import allocate, allocate_uniformly
 from compress.architecture import WRITERS, Architecture
 from compress.errors import ArtifactError, UsageError
-from compress.groups import Inner, LayerMenus
+from compress.groups import LayerMenus
+from compress.inner import InnerRewrites
 from compress.invariance import FoldedModel, Rotations
 from compress.jrk import jrk_structures
 from compress.latency import LatencyTable
 from compress.menus import Cost
+from compress.procrustes import StreamTerm
 from compress.progress import log, track
 from compress.recipe import Recipe
-from compress.procrustes import StreamTerm
 from compress.rotating import StreamRotations, position_of, rotate_members
 from compress.statistics import StreamMoments
 from compress.structures import KroneckerStructure, Structure, registry, structure_from_config
@@ -35,12 +36,12 @@ Moments = Mapping[tuple[int, str], StreamMoments]
 @dataclass(frozen=True)
 class Plan:
     """Rotations, the structure of every linear that is not dense, the predicted loss (nats per token) of each linear
-    that was allocated a size, and the exact rewrites of the inner side that `select` structures ask for, by layer."""
+    that was allocated a size, and the exact rewrites of the inner side that `select` structures ask for."""
 
     rotations: Rotations
     structures: dict[str, Structure]
     predicted: dict[str, float]
-    inner: dict[int, Inner] = field(default_factory=dict)
+    rewrites: InnerRewrites = field(default_factory=InnerRewrites)
 
 
 def default_unit(arch: Architecture) -> int:
@@ -112,14 +113,16 @@ def needs_moments(recipe: Recipe) -> bool:
     return is_allocated(recipe) or recipe.rotation != "none" or recipe.sensitivity != "none" or bool(recipe.inner)
 
 
-def make_plan(model: FoldedModel, recipe: Recipe, moments: Moments, measured: Mapping[str, float] | None = None) -> Plan:
+def make_plan(
+    model: FoldedModel, recipe: Recipe, moments: Moments, measured: Mapping[str, float] | None = None
+) -> Plan:
     """Rotations and structures for `recipe`. measured: the weights of `--sensitivity measured`, by role."""
-    arch = model.arch
-    unit = unit_of(arch, recipe)
+    arch, unit = model.arch, unit_of(model.arch, recipe)
+    menus = LayerMenus(model, recipe, moments, measured, kinds_of(recipe), unit, cost_of(recipe))
     if recipe.structure == "dense":
         plan = Plan(Rotations.none(), {}, {})
     elif is_allocated(recipe):
-        plan = _plan_allocated(model, recipe, moments, measured, unit)
+        plan = _plan_allocated(menus, recipe, unit)
     else:
         structures = _uniform(arch, recipe, unit)
         for role, (n, m) in arch.linears().items():
@@ -128,22 +131,20 @@ def make_plan(model: FoldedModel, recipe: Recipe, moments: Moments, measured: Ma
         plan = Plan(rotate_members(model, recipe, moments, structures), structures, {})
     chosen = {**plan.structures, **explicit_layers(arch, recipe)}
     structures = {n: s for n, s in chosen.items() if s.name != "dense"}
-    return Plan(plan.rotations, structures, plan.predicted, plan.inner)
+    return Plan(plan.rotations, structures, plan.predicted, menus.rewrites_of(structures))
 
 
-def _plan_allocated(
-    model: FoldedModel, recipe: Recipe, moments: Moments, measured: Mapping[str, float] | None, unit: int
-) -> Plan:
+def _plan_allocated(menus: LayerMenus, recipe: Recipe, unit: int) -> Plan:
     """One budget over the menus of all groups; with Kronecker sums, in turn with the rotation that they share."""
-    arch, budget = model.arch, budget_of(model.arch, recipe)
+    arch = menus.model.arch
+    budget, layers = budget_of(arch, recipe), range(arch.num_layers)
     rotations = StreamRotations(arch, recipe.rotation) if uses_leading_mix(recipe) else None
-    menus = LayerMenus(model, recipe, moments, measured, kinds_of(recipe), unit, cost_of(recipe))
     if rotations is not None:
         _check_unit(arch, unit)
         rotations.start([_terms(menus, rotations, index) for index in range(rotations.count)])
     rounds = ROUNDS if rotations is not None and recipe.rotation_iterations else 0
     for turn in range(rounds + 1):
-        groups = [group for layer in track(range(arch.num_layers), description="plan") for group in menus.of(layer, rotations)]
+        groups = [group for layer in track(layers, description="plan") for group in menus.of(layer, rotations)]
         choose = allocate if recipe.allocation == "global" else allocate_uniformly
         chosen = choose([menu for _, menu in groups], budget)
         structures, predicted = dict[str, Structure](), dict[str, float]()
@@ -158,7 +159,7 @@ def _plan_allocated(
                 recipe.rotation_iterations,
             )
     found = rotations.result() if rotations is not None else Rotations.none()
-    return Plan(found, structures, predicted, menus.inner_of(structures))
+    return Plan(found, structures, predicted)
 
 
 def check_recipe(arch: Architecture, recipe: Recipe) -> None:

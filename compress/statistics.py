@@ -20,6 +20,7 @@ from torch import Tensor
 
 from compress.architecture import WRITERS, Architecture
 from compress.blocks import rms_normalise
+from compress.inner import InnerRewrites
 from compress.invariance import FoldedModel, Rotations, Weights
 from compress.progress import track
 from compress.streams import GramSum, Runner, embed, mapped, save_whole
@@ -32,14 +33,22 @@ FINAL = "final.safetensors"
 class StreamMoments:
     """Second moments of one sub-block, float64, in the unrotated stream.
 
-    read (d, d): of the normalised stream that its readers see. inner (inner, inner): of the writer's input. gradients: for each linear of the
-    sub-block, readers first, of the gradient at its output, (out, out): those of the log-likelihood of labels sampled
-    from the model (an unbiased estimate of the Fisher information); None when sensitivity is not "fisher".
+    read (d, d): of the normalised stream that its readers see. inner (inner, inner): of the writer's input. gradients:
+    for each linear of the sub-block, readers first, of the gradient at its output, (out, out): those of the
+    log-likelihood of labels sampled from the model (an unbiased estimate of the Fisher information); None when
+    sensitivity is not "fisher".
     """
 
     read: Tensor
     inner: Tensor
     gradients: dict[str, Tensor] | None
+
+    def rewritten(self, rewrites: InnerRewrites, arch: Architecture, layer: int, sub_block: str) -> StreamMoments:
+        """As if collected on the model after these rewrites of its inner features."""
+        inner, found = rewrites.input_moment(self.inner, arch, layer, WRITERS[sub_block]), self.gradients
+        if found is not None:
+            found = {role: rewrites.gradient_moment(h, arch, layer, role) for role, h in found.items()}
+        return StreamMoments(self.read, inner, found)
 
     def gram(self, role: str) -> Tensor:
         """Of the input of `role`: `inner` for a writer, `read` for the others."""
@@ -119,7 +128,9 @@ def _forward(model: FoldedModel, tokens: Tensor, runner: Runner, folder: Path) -
         following = mapped(_stream_file(folder, layer + 1), shape)
         if not _forward_file(folder, layer).exists():
             sums = _run_forward(model, layer, stream, following, runner)
-            save_whole({place: total.mean().float().cpu() for place, total in sums.items()}, _forward_file(folder, layer))
+            save_whole(
+                {place: total.mean().float().cpu() for place, total in sums.items()}, _forward_file(folder, layer)
+            )
         stream = following
     final = GramSum(arch.hidden_size, arch.hidden_size, runner.device)
     for _, (x,) in runner.batches(stream):
