@@ -19,12 +19,13 @@ low-rank approximation with a metric per row has no known closed form.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from compress.allocation import Choice, allocate
 from compress.architecture import Architecture
 from compress.errors import UsageError
 from compress.invariance import Weights
@@ -77,11 +78,11 @@ def compress_embedding(
         u = ends["model.center"].double()
         writes = writes - u[:, None] * u
     if arch.tied:
-        tables = {EMBEDDING: _Table(ends[f"{EMBEDDING}.weight"], weights, [writes, reads])}
+        tables = {EMBEDDING: WeightedTable(ends[f"{EMBEDDING}.weight"], weights, [writes, reads])}
     else:
         tables = {
-            EMBEDDING: _Table(ends[f"{EMBEDDING}.weight"], weights, [writes]),
-            HEAD: _Table(ends[f"{HEAD}.weight"], weights, [reads]),
+            EMBEDDING: WeightedTable(ends[f"{EMBEDDING}.weight"], weights, [writes]),
+            HEAD: WeightedTable(ends[f"{HEAD}.weight"], weights, [reads]),
         }
     dense = arch.vocab_size * d
     budget = fraction * dense * len(tables)
@@ -91,16 +92,14 @@ def compress_embedding(
             f"--embedding {fraction:g} keeps {int(budget):,} parameters of embedding and head, less than factors of "
             f"rank {unit} take ({len(tables) * unit * size:,}): raise --embedding or lower --unit"
         )
-    menus = [
-        [Choice(k, k * size, float(table.errors[k])) for k in saving] + [Choice(0, dense, 0.0)]
-        for table in tables.values()
-    ]
+    menus = [[_Option(k * size, float(table.errors[k]), k) for k in saving] for table in tables.values()]
+    best = _best([[*menu, _Option(dense, 0.0, 0)] for menu in menus], budget)
     made, ranks = dict(ends), dict.fromkeys((EMBEDDING, HEAD), 0)
-    for (name, table), choice in zip(tables.items(), allocate(menus, budget), strict=True):
-        if choice.label:
-            ranks[name] = choice.label
+    for (name, table), option in zip(tables.items(), best, strict=True):
+        if option.rank:
+            ranks[name] = option.rank
             like = made.pop(f"{name}.weight")
-            U, R = table.factors(choice.label)
+            U, R = table.factors(option.rank)
             made[f"{name}.U"], made[f"{name}.R"] = U.to(like.dtype).contiguous(), R.to(like.dtype).contiguous()
     return made, EmbeddingRanks(ranks[EMBEDDING], ranks[HEAD])
 
@@ -123,7 +122,31 @@ def head_gram(ends: Weights, gram: Tensor, mean: Tensor | None = None) -> Tensor
     return mapped
 
 
-class _Table:
+class _Option(NamedTuple):
+    """A rank (0 for dense), what it costs in parameters, and the error that it leaves."""
+
+    cost: int
+    error: float
+    rank: int
+
+
+def _best(menus: list[list[_Option]], budget: float) -> list[_Option]:
+    """One option per menu of one or two, within the budget, with the least sum of errors: exact, by trying all.
+
+    Each menu is in order of cost, and the dearer the option the smaller its error. At least the cheapest ones fit.
+    """
+    fitting = []
+    for first in menus[0]:
+        chosen = [first]
+        for menu in menus[1:]:
+            count = bisect_right(menu, budget - first.cost, key=lambda option: option.cost)
+            chosen.append(menu[max(count, 1) - 1])
+        if sum(option.cost for option in chosen) <= budget:
+            fitting.append(chosen)
+    return min(fitting, key=lambda chosen: sum(option.error for option in chosen))
+
+
+class WeightedTable:
     """A matrix E (vocabulary, d), its row weights (vocabulary,) and the metrics (d, d) of its uses.
 
     `errors` are the least sums of the uses' relative errors at the ranks 0 ... d, in float64.

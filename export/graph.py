@@ -154,8 +154,8 @@ class _DecoderGraph:
         g, arch = self.g, self.arch
         with g.scope("embed"):
             rank, flat = self.config.parsed_ranks()[0], g.ints(-1, arch.hidden_size)
-            table, *rest = self._table("model.embed_tokens", rank)
-            x = g.op("Gather", table, "input_ids")  # (batch, sequence, d or rank)
+            first, *rest = self._table("model.embed_tokens", rank)
+            x = g.op("Gather", first, "input_ids")  # (batch, sequence, d or rank)
             for factor in rest:
                 x = g.op("Gemm", g.op("Reshape", x, g.ints(-1, rank)), factor)  # (tokens, d)
             if arch.positions == "learned":

@@ -145,10 +145,11 @@ def tasks_text(results: dict[str, Any]) -> str:
     for key, scored in results.items():
         if key == "dense" and len(results) > 1:
             continue
-        models = {"dense": results["dense"]}
+        models, title = {"dense": results["dense"]}, "Dense"
         if key != "dense":
+            title = f"Dense and `{key}`"
             models |= {"compressed": scored, "difference": difference(results["dense"], scored)}
-        parts.append(f"Dense and `{key}`, in percent, main figure of each task in bold:\n\n{table(models)}")
+        parts.append(f"{title}, in percent, main figure of each task in bold:\n\n{table(models)}")
     return "\n\n".join(parts)
 
 

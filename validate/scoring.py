@@ -12,17 +12,18 @@ runs at the positions that predict a token of a choice, and nowhere else. Derive
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
-    from compress.modeling import ProcrustesForCausalLM
+    from compress.modeling import Decoder, ProcrustesForCausalLM
 
 TOKENS_AT_ONCE = 4096
 ROWS_AT_ONCE = 512
@@ -78,10 +79,11 @@ def score(
     is longer than the model's context.
     """
     longest = model.config.parsed_architecture().max_positions
+    head = copy.deepcopy(model.lm_head).float()  # bfloat16 rounds a logit of 20 to the nearest 1/8
     pieces = sorted(_pieces(items, longest), key=lambda piece: (-_length(piece.item), piece.index, piece.first))
     waiting: dict[int, dict[int, list[Score]]] = {}
     for group in _groups(pieces, tokens_at_once):
-        for piece, scores in zip(group, _run(model, [piece.item for piece in group]), strict=True):
+        for piece, scores in zip(group, _run(model.model, head, [piece.item for piece in group]), strict=True):
             found = waiting.setdefault(piece.index, {})
             found[piece.first] = scores
             if sum(map(len, found.values())) == len(items[piece.index].continuations):
@@ -132,7 +134,7 @@ def _groups(pieces: Sequence[_Piece], tokens_at_once: int) -> Iterator[list[_Pie
 
 
 @torch.inference_mode()
-def _run(model: ProcrustesForCausalLM, items: Sequence[Item]) -> list[list[Score]]:
+def _run(decoder: Decoder, head: nn.Module, items: Sequence[Item]) -> list[list[Score]]:
     width = max(_length(item) for item in items)
     ids, positions = (torch.zeros(len(items), width, dtype=torch.long) for _ in range(2))
     branch = torch.full((len(items), width), _PADDING)
@@ -152,9 +154,9 @@ def _run(model: ProcrustesForCausalLM, items: Sequence[Item]) -> list[list[Score
             rows += [start + len(item.context) - 1, *range(start + at, start + end)]
             targets += continuation
             at = end
-    mask = _visible(branch, positions, model.model.arch.sliding_window)
-    hidden = model.model(ids, mask, positions, None).flatten(0, 1)  # (batch * width, d)
-    likelihoods, greedy = _predict(model, hidden[torch.tensor(rows)], torch.tensor(targets))
+    mask = _visible(branch, positions, decoder.arch.sliding_window)
+    hidden = decoder(ids, mask, positions, None).flatten(0, 1)  # (batch * width, d)
+    likelihoods, greedy = _predict(head, hidden[torch.tensor(rows)], torch.tensor(targets))
     scores: list[list[Score]] = []
     at = 0
     for item in items:
@@ -176,11 +178,11 @@ def _visible(branch: Tensor, positions: Tensor, window: int | None) -> Tensor:
     return visible[:, None]
 
 
-def _predict(model: ProcrustesForCausalLM, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _predict(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """hidden (tokens, d), targets (tokens,) -> log-probability float64 and "is the first choice", each (tokens,)."""
     likelihoods, greedy = [], []
     for part, target in zip(torch.split(hidden, ROWS_AT_ONCE), torch.split(targets, ROWS_AT_ONCE), strict=True):
-        logits = model.lm_head(part).float()  # (rows, vocabulary)
+        logits = head(part.float())  # (rows, vocabulary)
         likelihoods.append(logits.log_softmax(-1).gather(-1, target[:, None])[:, 0].double())
         greedy.append(logits.argmax(-1) == target)
     return torch.cat(likelihoods), torch.cat(greedy)

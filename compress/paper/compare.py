@@ -7,25 +7,20 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from compress.errors import UsageError, run_cli
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-    from compress.invariance import FoldedModel
     from compress.models import ModelSource
-    from compress.statistics import Moments
 
 EXAMPLES = """\
 examples:
   python -m compress.paper.compare --model smollm2-135m
   python -m compress.paper.compare --model smollm2-135m --structure gs --kept 0.5 --position 12 --json
-  python -m compress.paper.compare --model facebook/opt-1.3b --device cuda --moments out/opt-moments
+  python -m compress.paper.compare --model facebook/opt-1.3b --calibration-samples 64 --device cuda
 """
 
 
@@ -58,12 +53,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--calibration-samples", type=int, default=24, metavar="N", help="sequences (default: 24)")
     p.add_argument("--sequence-length", type=int, default=1024, metavar="T", help="tokens each (default: 1024)")
     p.add_argument("--seed", type=int, default=0, help="of the text order (default: 0)")
-    p.add_argument(
-        "--moments",
-        type=Path,
-        metavar="FOLDER",
-        help="keep the moments here, and read them when they are there (default: collected anew, not kept)",
-    )
     p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     p.add_argument("--batch", type=int, default=4, help="calibration sequences at a time (default: 4)")
     p.add_argument("--json", action="store_true", help="the result as one JSON object")
@@ -76,30 +65,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     from compress.models import resolve
     from compress.paper.comparison import compare_position
+    from compress.paper.grams import position_grams
     from compress.paper.shapes import paper_structures
     from compress.paper.solver import position_members
     from compress.pipeline import folded, torch_device
+    from compress.streams import Runner
 
     device = torch_device(args.device)
     source = resolve(args.model, revision=args.revision)
     arch = source.architecture()
     structures = paper_structures(arch, args.structure, args.kept)
-    last = 2 * arch.num_layers
     position = arch.num_layers // 2 * 2 + 1 if args.position is None else args.position
-    if not 0 <= position <= last:
-        raise UsageError(f"--position {position} is not one of the {last + 1} of this model: give 0 to {last}")
+    if not 0 <= position <= 2 * arch.num_layers:
+        raise UsageError(f"--position {position} is not one of this model's: give 0 to {2 * arch.num_layers}")
     for flag in ("als_iterations", "gd_iterations", "rotation_iterations", "batch"):
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise UsageError(f"--{flag.replace('_', '-')} {value} does nothing: give 1 or more")
     tokens = _tokens(args, source)
-    model = folded(source)
-    with TemporaryDirectory() as scratch:
-        moments = _moments(args, source, model, tokens, args.moments or Path(scratch), device)
-        counts = tokens.flatten().bincount(minlength=arch.vocab_size)
-        _, members, exact = next(
-            position_members(model, structures, moments, counts, device, start=position, stop=position + 1)
-        )
+    model, counts = folded(source), tokens.flatten().bincount(minlength=arch.vocab_size)
+    grams = position_grams(model, tokens, position, Runner(arch, tokens.shape[1], device, args.batch))
+    _, members, exact = next(
+        position_members(model, structures, grams, counts, device, start=position, stop=position + 1)
+    )
     rows = compare_position(
         position,
         members,
@@ -136,32 +124,6 @@ def _tokens(args: argparse.Namespace, source: ModelSource) -> Tensor:
         seed=args.seed,
         vocab_size=arch.vocab_size,
     )
-
-
-def _moments(
-    args: argparse.Namespace,
-    source: ModelSource,
-    model: FoldedModel,
-    tokens: Tensor,
-    folder: Path,
-    device: torch.device,
-) -> Moments:
-    """Collected into `folder`, or read from there; refused when they are those of another model or text."""
-    import hashlib
-
-    from compress.statistics import collect
-    from compress.streams import Runner
-
-    request = json.dumps(
-        {"source": source.to_dict(), "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()}, sort_keys=True
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    note = folder / "request.json"
-    if note.exists() and note.read_text() != request:
-        raise UsageError(f"the moments in {folder} are of another model or another text; give another --moments folder")
-    note.write_text(request)
-    runner = Runner(model.arch, tokens.shape[1], device, args.batch)
-    return collect(model, tokens, sensitivity="none", seed=args.seed, runner=runner, folder=folder)
 
 
 if __name__ == "__main__":

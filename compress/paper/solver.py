@@ -13,7 +13,7 @@ says so of v). Position 0, which the embedding writes, is left where stage 1 put
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Protocol
 
@@ -165,12 +165,14 @@ def paper_positions(
     start: int = 0,
     stop: int | None = None,
 ) -> Iterator[PaperPosition]:
-    """The positions start ... stop - 1 of 2L + 1 in depth order. See `paper_plan`."""
+    """The positions start ... stop - 1 of 2L + 1 in depth order, on the CPU. See `paper_plan`."""
     structures = paper_structures(model.arch, kind, kept)
     for position, members, exact in position_members(
         model, structures, moments, token_counts, device, start=start, stop=stop
     ):
-        yield solve_position(position, members, exact, als_iterations, gd_iterations)
+        found = solve_position(position, members, exact, als_iterations, gd_iterations)
+        factors = {name: {k: v.cpu() for k, v in parts.items()} for name, parts in found.factors.items()}
+        yield replace(found, q=found.q.cpu(), factors=factors)
 
 
 def position_members(
@@ -275,6 +277,8 @@ def solve_position(
         projection_seconds,
     )
     stored = {name: {k: v.float() for k, v in parts.items()} for name, parts in factors.items()}
+    if not all(bool(torch.isfinite(v).all()) for parts in stored.values() for v in (q, *parts.values())):
+        raise ArithmeticError(f"the paper's fit at position {position} is not finite")
     return PaperPosition(position, q, stored, errors, record)
 
 

@@ -92,6 +92,13 @@ class CompotStructure(Structure):
             "mask": pack(support),
         }
 
+    def estimate(self, weight: Tensor, gram: Tensor | None = None, metric: Tensor | None = None) -> float:
+        """tr(H E G E^T) after a short fit, for an allocator that compares sizes: above that of `fit`, in a fifth of the
+        time. Raises as `fit`."""
+        problem = Problem.of(weight, gram, metric, self.in_features, self.out_features)
+        S, _, D = compot_fit.fit(problem, self.atoms, self._support, self._order(), rounds=3, refits=1)
+        return problem.error(S @ D)
+
     def apply(self, factors: Mapping[str, Tensor], x: Tensor) -> Tensor:
         return linear(linear(x, factors["D"]), self.coefficients(factors))
 

@@ -78,7 +78,7 @@ def test_what_cannot_be_cut_stays_dense_and_is_paid_for() -> None:
     assert kept(structures, arch) <= 0.8
     with pytest.raises(UsageError, match="--unit"):
         jrk_structures(arch, 0.8, 40)
-    with pytest.raises(UsageError, match="--ratio 0.01"):
+    with pytest.raises(UsageError, match=r"--ratio 0\.01"):
         jrk_structures(arch, 0.01, UNIT)
 
 

@@ -225,3 +225,15 @@ def test_members_of_a_position(tiny_model: TinyModel) -> None:
 def test_orthogonal_removes_rounding() -> None:
     q = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0))).Q
     assert orthogonality_error([orthogonal(q + 1e-4 * torch.ones_like(q))]) < 1e-14
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["kron", "gs"])
+def test_a_gpu_finds_as_much(kind: Kind) -> None:
+    members, cuda = some_members(kind), torch.device("cuda")
+    there = [PaperMember(m.name, m.weight.to(cuda), m.gram.to(cuda), m.side, m.structure) for m in members]
+    here = solve_position(3, members, torch.zeros(WIDTH, WIDTH), 10, 100).record
+    found = solve_position(3, there, torch.zeros(WIDTH, WIDTH, device=cuda), 10, 100)
+    assert found.q.device.type == "cuda"
+    assert found.record.error_before == pytest.approx(here.error_before, rel=1e-2)
+    assert found.record.error_after == pytest.approx(here.error_after, rel=5e-2)

@@ -267,6 +267,18 @@ def test_beats_low_rank_on_a_sparse_dictionary(name: str, weighted: bool) -> Non
     assert error < 0.8 * low
 
 
+@pytest.mark.parametrize("name", ["compot", "compot24"])
+def test_estimates_bound_the_fit_and_fall_with_size(name: str) -> None:
+    W = random_weight(CompotStructure(96, 128, 96, 48))
+    gram, metric = second_moment(96, 1), second_moment(128, 2)
+    before = weighted_error(W, torch.zeros_like(W), gram, metric)
+    for spec in registry()[name].menu(96, 128, "in", unit=16):
+        assert isinstance(spec, CompotStructure)
+        estimate = spec.estimate(W, gram, metric)
+        assert fit_error(spec, W, gram, metric) <= estimate < before
+        before = estimate
+
+
 def test_free_pattern_beats_2_to_4() -> None:
     free, fixed = CompotStructure(64, 96, 32, 16), Compot24Structure(64, 96, 32, 16)
     W = random_weight(free)

@@ -1,0 +1,53 @@
+"""The Gram matrices that one position needs, without those of the rest of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.architecture import WRITERS
+from compress.errors import UsageError
+from compress.invariance import FoldedModel, Rotations
+from compress.progress import track
+from compress.statistics import SUB_BLOCKS
+from compress.streams import GramSum, Runner, embed
+
+
+@dataclass(frozen=True)
+class Grams:
+    """Second moments of what the readers of a sub-block read (d, d), and of its writer's input; float64."""
+
+    read: Tensor
+    inner: Tensor
+
+
+@torch.no_grad()
+def position_grams(model: FoldedModel, tokens: Tensor, position: int, runner: Runner) -> dict[tuple[int, str], Grams]:
+    """Of the blocks that meet at `position`, on tokens (samples, length): `solver.position_members` asks for no more.
+
+    Runs the dense model as far as that; the stream of all tokens is in memory. Raises UsageError for a position that
+    the model does not have.
+    """
+    arch, last = model.arch, 2 * model.arch.num_layers
+    if not 0 <= position <= last:
+        raise UsageError(f"position {position} is not one of the {last + 1} of this model: give 0 to {last}")
+    stream, found = embed(model.ends(Rotations.none()), arch, tokens), dict[tuple[int, str], Grams]()
+    for layer in track(range(min(arch.num_layers, position // 2 + 1)), description="calibrate"):
+        sums: dict[str, GramSum] = {}
+        if 2 * layer + 2 >= position:
+            for sub, writer in WRITERS.items():
+                d, inner = arch.linears()[writer]
+                sums |= {f"{sub}.in": GramSum(d, d, runner.device), writer: GramSum(inner, inner, runner.device)}
+
+        def tap(place: str, value: Tensor, sums: dict[str, GramSum] = sums) -> None:
+            if place in sums:
+                sums[place].add(value)
+
+        block = runner.block(layer, model.block(layer), {}, skips=False)
+        for part, (x,) in runner.batches(stream):
+            stream[part] = block(x, runner.rotary, runner.mask, tap=tap).cpu()
+        for sub in SUB_BLOCKS if sums else ():
+            found[layer, sub] = Grams(sums[f"{sub}.in"].mean(), sums[WRITERS[sub]].mean())
+    return found
