@@ -80,7 +80,9 @@ class LayerFitter:
         tokens: Tensor,
         runner: Runner,
         state: Path,
+        ends: Weights,
     ) -> None:
+        self.ends = ends
         self.model: FoldedModel = RewrittenModel(model, plan.rewrites)
         self.plan, self.recipe, self.moments = plan, recipe, moments
         self.runner, self.state, self.shape = runner, state, (*tokens.shape, model.arch.hidden_size)
@@ -112,9 +114,8 @@ class LayerFitter:
     def _streams(self, layer: int) -> tuple[Tensor, Tensor]:
         """The two streams at the entry of `layer`."""
         if layer == 0:
-            ends = self.model.ends(self.plan.rotations)
-            x = embed(ends, self.model.arch, self.tokens)
-            return x, x.clone()
+            dense = self.model.ends(self.plan.rotations)
+            return tuple(embed(ends, self.model.arch, self.tokens) for ends in (dense, self.ends))  # type: ignore[return-value]
         return tuple(mapped(self._stream_file(n, layer), self.shape) for n in ("dense", "compressed"))  # type: ignore[return-value]
 
     @torch.no_grad()

@@ -11,7 +11,17 @@ from compress.allocation import Choice, convex_hull
 from compress.architecture import WRITERS
 from compress.inner import InnerRewrites
 from compress.invariance import FoldedModel
-from compress.menus import Cost, Linear, dense_choice, leading_menu, linear_menu, reduced, selected_menu
+from compress.menus import (
+    Cost,
+    Linear,
+    dense_choice,
+    joint_menu,
+    leading_menu,
+    linear_menu,
+    merged,
+    reduced,
+    selected_menu,
+)
 from compress.metrics import loss_metric
 from compress.procrustes import StreamTerm, damped
 from compress.recipe import Recipe
@@ -109,6 +119,13 @@ class LayerMenus:
                 sizes = range(unit * max(1, size // (4 * unit)), size, unit)
                 counts = {role: count for role, count in zip(roles, groups, strict=True) if role in here}
                 found.append(((layer, option), selected_menu(here, counts, curves[option], sizes, menu_of)))
+        if self.recipe.joint:
+            for sub in SUB_BLOCKS:
+                together = [role for role in arch.readers(sub) if role in alone]
+                if len(together) > 1:
+                    shared = joint_menu([alone.pop(role) for role in together], self.unit, self.cost)
+                    menu = convex_hull(merged([menu_of(role, None) for role in together]) + shared)
+                    found.append(((layer, f"{sub} readers"), menu))
         return found + [((layer, role), menu_of(role, None)) for role in alone]
 
     def leading_terms(

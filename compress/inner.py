@@ -1,28 +1,177 @@
-"""temporary"""
+"""The inner freedoms (`--inner vo,neurons,bias`): exact rewrites of a block, selections, and bias correction.
+
+Between gate, up and down the neurons may stand in any order; between v and o the values of a key-value head may stand
+in any basis, because attention mixes tokens and not coordinates. Both change nothing, and bring what matters to the
+front, where `structures.SelectStructure` cuts (compress/selection.py finds order and basis; methods 6.5). Neither
+touches the residual stream, so both commute with its rotations. Weights are (out, in), by name as `FoldedModel.block`.
+"""
+
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-def neuron_order(weight: Tensor, gram: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
-    n = len(gram)
-    P = torch.linalg.inv(gram).float(); V = (torch.linalg.cholesky(metric).T @ weight.double()).float()
-    alive = torch.ones(n, dtype=torch.bool); loss = [0.0]; order = []
-    for _ in range(n * 5 // 8):
-        sc = V.square().sum(0) / P.diagonal(); sc[~alive] = float("inf"); j = int(sc.argmin())
-        loss.append(loss[-1] + float(sc[j])); order.append(j)
-        p = P[:, j].clone(); pj = p[j]
-        V -= torch.outer(V[:, j], p / pj); P -= torch.outer(p, p / pj); alive[j] = False; P[j, j] = 1.0
-    rest = alive.nonzero()[:, 0]
-    curve = torch.full((n + 1,), float("inf"), dtype=torch.float64)
-    curve[n - len(order):] = torch.tensor(loss[::-1], dtype=torch.float64)
-    return torch.cat((rest, torch.tensor(order[::-1]))), curve
+from compress.architecture import WRITERS, Architecture
+from compress.errors import UsageError
+from compress.invariance import FoldedModel, Weights
+from compress.selection import block_diagonal
+from compress.streams import save_whole
+from compress.structures import SelectStructure, Structure
 
-def value_output_basis(*a): raise NotImplementedError
 
-def permute_neurons(weights, arch, order):
-    out = dict(weights)
-    for k, w in weights.items():
-        if k.startswith(("mlp.gate", "mlp.up")): out[k] = w[order]
-        if k == "mlp.down.weight": out[k] = w[:, order]
-    return out
-def change_value_basis(weights, arch, basis): raise NotImplementedError
+def permute_neurons(weights: Weights, arch: Architecture, order: Tensor) -> Weights:
+    """The block with neuron order[i] (int64, a permutation) at place i: rows and biases of gate and up, columns of
+    down. Exact. Raises UsageError when `order` is no permutation of the neurons."""
+    if not torch.equal(order.sort().values.cpu(), torch.arange(arch.intermediate_size)):
+        raise UsageError(f"the order of neurons must be a permutation of all {arch.intermediate_size}")
+    made = dict(weights)
+    for role in arch.readers("mlp"):
+        for name in (f"{role}.weight", f"{role}.bias"):
+            if name in weights:
+                made[name] = weights[name][order]
+    made["mlp.down.weight"] = weights["mlp.down.weight"][:, order]
+    return made
+
+
+def change_value_basis(weights: Weights, arch: Architecture, basis: Tensor) -> Weights:
+    """The block with the values of key-value head g in the coordinates basis[g] z.
+
+    basis R (kv_heads, head_dim, head_dim), invertible: rows of v become R W_v, the columns of o of every head in the
+    group W_o R^{-1}. Where o has a bias, that of v moves there, because the weights of a softmax sum to 1:
+    b_o += W_o [b_v of every head's group], b_v = 0, so that a value coordinate that is dropped takes no constant along.
+    Exact: computed in float64, returned in the dtype of `weights`. Raises UsageError when a shape does not match.
+    """
+    kv, size, per_group = arch.num_kv_heads, arch.head_dim, arch.num_heads // arch.num_kv_heads
+    if basis.shape != (kv, size, size):
+        raise UsageError(f"the basis of the values is {tuple(basis.shape)}, this model needs {(kv, size, size)}")
+    made, r = dict(weights), basis.double()
+    v, o = weights["attn.v.weight"], weights["attn.o.weight"]
+    made["attn.v.weight"] = (r @ v.double().reshape(kv, size, -1)).reshape(v.shape).to(v.dtype)
+    columns = o.double().reshape(len(o), kv, per_group, size)  # (d, kv_heads, heads of the group, head_dim)
+    turned = torch.einsum("okhi,kij->okhj", columns, torch.linalg.inv(r))
+    made["attn.o.weight"] = turned.reshape(o.shape).to(o.dtype)
+    if "attn.v.bias" in weights:
+        bias = weights["attn.v.bias"].double().reshape(kv, size)
+        if "attn.o.bias" in weights:
+            moved = torch.einsum("okhi,ki->o", columns, bias)
+            made["attn.o.bias"] = (weights["attn.o.bias"].double() + moved).to(o.dtype)
+            bias = torch.zeros_like(bias)
+        made["attn.v.bias"] = torch.einsum("kij,kj->ki", r, bias).reshape(-1).to(v.dtype)
+    return made
+
+
+@dataclass(frozen=True)
+class InnerRewrites:
+    """By layer: the order of its neurons (inner,), and the basis of its values (kv_heads, head_dim, head_dim)."""
+
+    orders: Mapping[int, Tensor] = field(default_factory=dict)
+    bases: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def block(self, weights: Weights, arch: Architecture, layer: int) -> Weights:
+        """The weights of block `layer`, rewritten; the same function."""
+        if layer in self.bases:
+            weights = change_value_basis(weights, arch, self.bases[layer])
+        return permute_neurons(weights, arch, self.orders[layer]) if layer in self.orders else weights
+
+    def input_moment(self, moment: Tensor, arch: Architecture, layer: int, role: str) -> Tensor:
+        """The second moment (in, in) of what `role` reads, as if it had been collected on the rewritten model.
+
+        Readers of the stream see no difference. One thing is not in it: where the bias of v has moved to o, the moment
+        of what o reads still holds that bias (without the mean it cannot be taken out).
+        """
+        if role == "mlp.down" and layer in self.orders:
+            order = self.orders[layer]
+            return moment[order][:, order]
+        if role == "attn.o" and layer in self.bases:
+            per_group = arch.num_heads // arch.num_kv_heads
+            heads = block_diagonal(self.bases[layer].double().repeat_interleave(per_group, dim=0))
+            return heads @ moment.double() @ heads.T
+        return moment
+
+    def gradient_moment(self, moment: Tensor, arch: Architecture, layer: int, role: str) -> Tensor:
+        """The second moment (out, out) of the gradient at the output of `role`, likewise: g -> R^{-T} g at v."""
+        if role in arch.readers("mlp") and layer in self.orders:
+            order = self.orders[layer]
+            return moment[order][:, order]
+        if role == "attn.v" and layer in self.bases:
+            back: Tensor = torch.linalg.inv(block_diagonal(self.bases[layer].double()))
+            return back.T @ moment.double() @ back
+        return moment
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file, whole or not at all."""
+        tensors = {f"order.{i}": order for i, order in self.orders.items()}
+        save_whole({**tensors, **{f"basis.{i}": basis for i, basis in self.bases.items()}}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> InnerRewrites:
+        """Inverse of `save`."""
+        tensors, found = load_file(path), {"order": dict[int, Tensor](), "basis": dict[int, Tensor]()}
+        for name, tensor in tensors.items():
+            kind, _, layer = name.partition(".")
+            found[kind][int(layer)] = tensor
+        return cls(found["order"], found["basis"])
+
+
+class RewrittenModel(FoldedModel):
+    """A folded model with the rewrites applied to each block that is read: the same function, other coordinates."""
+
+    def __init__(self, model: FoldedModel, rewrites: InnerRewrites) -> None:
+        super().__init__(model.reader, model.arch, model.names, model.dtype)
+        self.rewrites = rewrites
+
+    def block(self, layer: int) -> Weights:
+        """See `FoldedModel.block`."""
+        return self.rewrites.block(super().block(layer), self.arch, layer)
+
+
+def selection(arch: Architecture, role: str, kept: int, core: Structure | None = None) -> SelectStructure:
+    """The structure of `role` when `kept` neurons (gate, up, down), or coordinates of every value head (v, o), stay.
+
+    `core` is a structure between what is kept (see `SelectStructure.reduced` for its sizes). Raises UsageError for the
+    roles q and k, whose features meet in scores and not in a linear.
+    """
+    groups = {"attn.v": arch.num_kv_heads, "attn.o": arch.num_heads}.get(role, 1)
+    if role in ("attn.q", "attn.k"):
+        raise UsageError(f"{role} has no inner features to select: neurons and value coordinates are others'")
+    n, m = arch.linears()[role]
+    return SelectStructure(m, n, kept, groups, "in" if role in WRITERS.values() else "out", core)
+
+
+def selected_roles(arch: Architecture, sub_block: str) -> tuple[str, ...]:
+    """The linears that one choice of kept neurons ("mlp") or value coordinates ("attn") makes smaller together."""
+    return (*arch.readers("mlp"), "mlp.down") if sub_block == "mlp" else ("attn.v", "attn.o")
+
+
+def bias_correction(weight: Tensor, approximation: Tensor, mean: Tensor, shift: Tensor | None = None) -> Tensor:
+    """What to add to the bias, (out,), when `approximation` What replaces `weight` W, both (out, in); float64.
+
+        delta = (W - What) mu                     mu (in,) = mean of the inputs that What sees
+
+    With it the error of the outputs has mean zero, and the squared error is tr(H E G E^T) + const with the centred G
+    (`centred`): the best affine map (methods 6.7). `shift` (out,) is added: the mean of whatever else the target of the
+    fit has beyond W x, e.g. correction * E[y_f - W a_c + s_f - s_c] for a writer of a sequential fit.
+    """
+    delta = (weight.double() - approximation.double()) @ mean.double()
+    return delta if shift is None else delta + shift.double()
+
+
+def centred(moment: Tensor, left: Tensor, right: Tensor | None = None, share: float = 1e-2) -> Tensor:
+    """E[x y^T] - (1 - share) E[x] E[y]^T in float64: the moment in which to fit where `bias_correction` follows.
+
+    moment (n, m), left = E[x] (n,), right = E[y] (m,), or x's own mean where not given. A `share` of the mean's weight
+    stays: the fit should keep the direction of a large mean, since that of new text differs a little.
+    """
+    other = left if right is None else right
+    return moment.double() - (1 - share) * torch.outer(left.double(), other.double())
+
+
+def extra_biases(arch: Architecture, roles: tuple[str, ...]) -> list[str]:
+    """The linears of these roles that have no bias, in all layers: what bias correction adds one to
+    (`ProcrustesConfig.extra_biases`)."""
+    return [f"layers.{i}.{role}" for i in range(arch.num_layers) for role in roles if not arch.has_bias(role)]

@@ -27,6 +27,7 @@ from compress.structures import (
 )
 from compress.structures.base import Side
 from compress.structures.gs_fit import cut
+from compress.structures.joint import joint_error_by_rank, joint_ranks, joint_structures
 from compress.structures.select import refit, with_core
 
 Cost = Callable[[Structure], float]
@@ -150,6 +151,19 @@ def _together(menus: Sequence[Sequence[Choice]], at: Sequence[int]) -> Choice:
     for choice in chosen:
         label |= choice.label
     return Choice(label, sum(c.cost for c in chosen), sum(c.loss for c in chosen))
+
+
+def joint_menu(linears: Sequence[Linear], unit: int, cost: Cost) -> list[Choice]:
+    """Linears that read one input with a low-rank factor V in common, at every aligned rank that saves parameters."""
+    sizes = {x.role: (x.weight.shape[0], x.weight.shape[1]) for x in linears}
+    losses = joint_error_by_rank([x.weight for x in linears], linears[0].gram, [x.metric for x in linears])
+    found = []
+    for rank in joint_ranks(sizes, unit):
+        structures = joint_structures(sizes, rank)
+        first, loss = linears[0].role, float(losses[rank])
+        label = {role: (structure, loss if role == first else 0.0) for role, structure in structures.items()}
+        found.append(Choice(label, sum(cost(s) for s in structures.values()), loss))
+    return found
 
 
 MenuOf = Callable[[str, SelectStructure | None], list[Choice]]

@@ -7,28 +7,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from compress.accounting import overhead_parameters
 from compress.allocation import allocate, allocate_uniformly
 from compress.architecture import WRITERS, Architecture
 from compress.errors import ArtifactError, UsageError
+from compress.gauge import with_skips
 from compress.groups import LayerMenus
 from compress.inner import InnerRewrites
 from compress.invariance import FoldedModel, Rotations
 from compress.jrk import jrk_structures
 from compress.latency import LatencyTable
 from compress.menus import Cost
+from compress.paper.accounting import largest_kept
+from compress.pooled import normalised_spectrum, pooled_allocation
 from compress.procrustes import StreamTerm
 from compress.progress import log, track
 from compress.recipe import Recipe
 from compress.rotating import StreamRotations, position_of, rotate_members
 from compress.statistics import StreamMoments
-from compress.structures import KroneckerStructure, Structure, registry, structure_from_config
+from compress.structures import CompotStructure, KroneckerStructure, Structure, registry, structure_from_config
 from compress.structures.base import Side
 from compress.structures.joint import leader_of
+from compress.widths import UNIT, kept_for_ratio, leading_structures
 
 ROUNDS = 2
 """Of rotation and allocation, after the closed-form start. The second took the predicted loss from 0.494 to 0.483."""
+
+TOLD = ("predicted_loss", "bytes", "macs")
+"""What a written recipe says of each choice beside the choice itself."""
 
 Moments = Mapping[tuple[int, str], StreamMoments]
 
@@ -110,7 +118,7 @@ def is_allocated(recipe: Recipe) -> bool:
 
 def needs_moments(recipe: Recipe) -> bool:
     """Whether planning or fitting uses moments of the dense model, collected before anything is compressed."""
-    return is_allocated(recipe) or recipe.rotation != "none" or recipe.sensitivity != "none" or bool(recipe.inner)
+    return is_allocated(recipe) or recipe.rotation != "none" or recipe.sensitivity != "none"
 
 
 def make_plan(
@@ -121,8 +129,12 @@ def make_plan(
     menus = LayerMenus(model, recipe, moments, measured, kinds_of(recipe), unit, cost_of(recipe))
     if recipe.structure == "dense":
         plan = Plan(Rotations.none(), {}, {})
-    elif is_allocated(recipe):
+    elif is_allocated(recipe) and recipe.skip not in ("cs", "householder"):
         plan = _plan_allocated(menus, recipe, unit)
+    elif recipe.skip in ("cs", "householder"):
+        plan = _plan_one_width(menus, recipe, unit)
+    elif issubclass(registry()[recipe.structure], CompotStructure) and recipe.allocation == "global":
+        plan = Plan(Rotations.none(), _pooled(model, recipe, unit), {})
     else:
         structures = _uniform(arch, recipe, unit)
         for role, (n, m) in arch.linears().items():
@@ -154,10 +166,9 @@ def _plan_allocated(menus: LayerMenus, recipe: Recipe, unit: int) -> Plan:
         log(f"plan, round {turn + 1} of {rounds + 1}: predicted loss {sum(predicted.values()):.4g} nats per token")
         if turn < rounds:
             assert rotations is not None
-            rotations.improve(
-                [list(menus.leading_terms(structures, rotations, index)) for index in range(rotations.count)],
-                recipe.rotation_iterations,
-            )
+            for index in range(rotations.count):
+                terms = list(menus.leading_terms(structures, rotations, index))
+                rotations.improve(index, terms, recipe.rotation_iterations)
     found = rotations.result() if rotations is not None else Rotations.none()
     return Plan(found, structures, predicted)
 
@@ -178,6 +189,12 @@ def check_recipe(arch: Architecture, recipe: Recipe) -> None:
         )
     if not recipe.needs_text():
         structures_without_text(arch, recipe)
+    elif recipe.structure == "slice" or recipe.skip in ("cs", "householder"):
+        reflections = recipe.reflections if recipe.skip == "householder" else None
+        unit = UNIT if recipe.structure == "slice" and not recipe.unit else unit_of(arch, recipe)
+        kept_for_ratio(arch, recipe.ratio, recipe.skip, unit=unit, reflections=reflections)
+    elif recipe.fit == "paper":
+        largest_kept(arch, "kron" if recipe.structure == "kron" else "gs", recipe.ratio)
     elif uses_leading_mix(recipe):
         unit = unit_of(arch, recipe)
         _check_unit(arch, unit)
@@ -221,7 +238,7 @@ def explicit_layers(arch: Architecture, recipe: Recipe) -> dict[str, Structure]:
         if name not in names:
             raise UsageError(f"recipe layers: {name!r} is no linear of this model; names are like layers.0.attn.q")
         try:
-            structure = structure_from_config(config)
+            structure = structure_from_config({k: v for k, v in config.items() if k not in TOLD})
         except ArtifactError as error:
             raise UsageError(f"recipe layers: {name}: {error}") from error
         seen = (structure.out_features, structure.in_features)
@@ -260,6 +277,36 @@ def _uniform(arch: Architecture, recipe: Recipe, unit: int) -> dict[str, Structu
             f"lower --unit or raise --ratio"
         )
     return {f"layers.{i}.{role}": structure for i in range(arch.num_layers) for role, structure in chosen.items()}
+
+
+def _plan_one_width(menus: LayerMenus, recipe: Recipe, unit: int) -> Plan:
+    """One rotation at each position, one kept width for the whole stream, and skips in a cheap exact form."""
+    arch = menus.model.arch
+    reflections = recipe.reflections if recipe.skip == "householder" else None
+    kept = kept_for_ratio(arch, recipe.ratio, recipe.skip, unit=unit, reflections=reflections)
+    rotations = StreamRotations(arch, "block")
+    rotations.start([_terms(menus, rotations, index) for index in range(rotations.count)])
+    for index in track(range(rotations.count), description="rotate"):
+        terms = [(term, kept) for term in _terms(menus, rotations, index)]
+        rotations.improve(index, terms, recipe.rotation_iterations)
+    found = with_skips(rotations.result(), recipe.skip, kept=kept, reflections=reflections)
+    return Plan(found, leading_structures(arch, kept, kept), {})
+
+
+def _pooled(model: FoldedModel, recipe: Recipe, unit: int) -> dict[str, Structure]:
+    """COMPOT's one-shot allocation: the kept ratio of each linear from the pooled spectra of the weights."""
+    arch, kind = model.arch, registry()[recipe.structure]
+    names = {f"layers.{i}.{role}": shape for i in range(arch.num_layers) for role, shape in arch.linears().items()}
+    spectra = dict[str, Tensor]()
+    for layer in track(range(arch.num_layers), description="plan"):
+        weights = model.block(layer)
+        spectra |= {f"layers.{layer}.{role}": normalised_spectrum(weights[f"{role}.weight"]) for role in arch.linears()}
+    ratios = pooled_allocation(spectra, names, recipe.ratio)
+    chosen = dict[str, Structure]()
+    for name, (n, m) in names.items():
+        if ratios[name] < 1:
+            chosen[name] = kind.for_ratio(m, n, arch.side(name.split(".", 2)[2]), ratios[name], unit)
+    return chosen
 
 
 def _terms(menus: LayerMenus, rotations: StreamRotations, index: int) -> Iterator[StreamTerm]:

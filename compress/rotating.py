@@ -58,18 +58,15 @@ class StreamRotations:
         """The closed-form start of each rotation from its terms."""
         self.matrices = [nested_start([self.term(t) for t in here]) for here in terms]
 
-    def improve(self, terms: Sequence[Sequence[tuple[StreamTerm, int]]], iterations: int) -> None:
-        """Descend on the summed losses of (term, kept coordinates) from where the rotations are."""
-        self.matrices = [
-            nested_rotation(
-                [self.term(t) for t, _ in here],
-                [kept for _, kept in here],
-                q,
-                iterations=iterations,
-                dtype=torch.float32 if self.width >= 256 else torch.float64,
-            )
-            for q, here in zip(self.matrices, terms, strict=True)
-        ]
+    def improve(self, index: int, terms: Sequence[tuple[StreamTerm, int]], iterations: int) -> None:
+        """Descend on the summed losses of (term, kept coordinates) at one rotation from where it is."""
+        self.matrices[index] = nested_rotation(
+            [self.term(term) for term, _ in terms],
+            [kept for _, kept in terms],
+            self.matrices[index],
+            iterations=iterations,
+            dtype=torch.float32 if self.width >= 256 else torch.float64,
+        )
 
     def curve(self, position: int, term: StreamTerm) -> Tensor:
         """Loss of keeping 0 ... d coordinates (d + 1,)."""

@@ -55,7 +55,7 @@ class StreamMoments:
         return self.inner if role in WRITERS.values() else self.read
 
 
-class Moments(Mapping[tuple[int, str], StreamMoments]):
+class StatisticsFolder(Mapping[tuple[int, str], StreamMoments]):
     """The moments of all sub-blocks, keyed by (layer, "attn" | "mlp"), read from their files at each access."""
 
     def __init__(self, folder: Path, arch: Architecture, sensitivity: str) -> None:
@@ -87,7 +87,7 @@ class Moments(Mapping[tuple[int, str], StreamMoments]):
 
 def collect(
     model: FoldedModel, tokens: Tensor, *, sensitivity: str, seed: int, runner: Runner, folder: Path
-) -> Moments:
+) -> StatisticsFolder:
     """Moments of every sub-block of the dense model on `tokens`, int64 (samples, length).
 
     Written to `folder`, one stream per block beside them while this runs; a later call with the same folder goes on
@@ -102,7 +102,7 @@ def collect(
         complete.touch()
         for name in ("gradient", *(f"dense-{layer}" for layer in (*layers, len(layers)))):
             (folder / f"{name}.f32").unlink(missing_ok=True)
-    return Moments(folder, model.arch, sensitivity)
+    return StatisticsFolder(folder, model.arch, sensitivity)
 
 
 def _forward_file(folder: Path, layer: int) -> Path:
