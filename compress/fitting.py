@@ -62,7 +62,7 @@ class FitMoments:
     @classmethod
     def of(cls, gram: GramSum, gap: GramSum) -> FitMoments:
         """From the sums over all batches."""
-        return cls(gram.mean(), gram.left_mean(), gap.mean(), gap.left_mean())
+        return cls(gram.mean(), gram.first(), gap.mean(), gap.first())
 
 
 class LayerFitter:

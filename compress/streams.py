@@ -111,7 +111,7 @@ class GramSum:
 
     def __init__(self, rows: int, columns: int, device: torch.device) -> None:
         self.total = torch.zeros(rows, columns, dtype=torch.float64, device=device)
-        self.first = torch.zeros(rows, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(rows, dtype=torch.float64, device=device)
         self.tokens = 0
 
     def add(self, x: Tensor, y: Tensor | None = None) -> None:
@@ -119,13 +119,13 @@ class GramSum:
         left = x.reshape(-1, x.shape[-1])
         right = left if y is None else y.reshape(-1, y.shape[-1])
         self.total += (left.T @ right).double()
-        self.first += left.sum(0).double()
+        self.sums += left.sum(0, dtype=torch.float64)
         self.tokens += len(left)
 
     def mean(self) -> Tensor:
         """The second moment per token, float64."""
         return self.total / max(self.tokens, 1)
 
-    def left_mean(self) -> Tensor:
+    def first(self) -> Tensor:
         """The mean of x (rows,), float64."""
-        return self.first / max(self.tokens, 1)
+        return self.sums / max(self.tokens, 1)
