@@ -160,7 +160,7 @@ def _plan_allocated(menus: LayerMenus, recipe: Recipe, unit: int) -> Plan:
         choose = allocate if recipe.allocation == "global" else allocate_uniformly
         chosen = choose([menu for _, menu in groups], budget)
         structures, predicted = dict[str, Structure](), dict[str, float]()
-        for (layer, _), choice in zip(groups, chosen, strict=True):
+        for ((layer, _), _), choice in zip(groups, chosen, strict=True):
             for role, (structure, loss) in choice.label.items():
                 structures[f"layers.{layer}.{role}"], predicted[f"layers.{layer}.{role}"] = structure, loss
         log(f"plan, round {turn + 1} of {rounds + 1}: predicted loss {sum(predicted.values()):.4g} nats per token")
