@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from typing import Any
 
 from compress.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One entry of a menu: an opaque label, its cost in parameters and its predicted loss."""
+    """One entry of a menu: an opaque label, its cost (in parameters, bytes or seconds) and its predicted loss."""
 
-    label: int
+    label: Any
     cost: float
     loss: float
 
@@ -45,7 +46,8 @@ def allocate(menus: Sequence[Sequence[Choice]], budget: float) -> list[Choice]:
     left = budget - sum(hull[0].cost for hull in hulls)
     if left < 0:
         raise UsageError(
-            f"the budget of {budget:,.0f} parameters is below the smallest possible {budget - left:,.0f}: raise --ratio"
+            f"the budget of {budget:,.6g} is below the smallest possible {budget - left:,.6g}: raise --ratio or the "
+            f"budget"
         )
     # The best next step of each menu; a menu whose next step does not fit is done, for the steps after it cannot be
     # taken without it. (Not one sorted list: rounding may swap the steps of a nearly straight hull.)
@@ -67,3 +69,30 @@ def _step(hull: Sequence[Choice], index: int, position: int) -> tuple[float, int
     """(loss per parameter, negative; menu; position) of the step from `position` to the next choice."""
     a, b = hull[position], hull[position + 1]
     return (b.loss - a.loss) / (b.cost - a.cost), index, position
+
+
+def allocate_uniformly(menus: Sequence[Sequence[Choice]], budget: float) -> list[Choice]:
+    """One choice per menu: of those that keep at most a share of the menu's largest cost, the one of least loss; the
+    share is the same for all, and the largest whose total meets the budget. Raises UsageError as `allocate`.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        share = (low + high) / 2
+        chosen = [_within(menu, share) for menu in menus]
+        if sum(c.cost for c in chosen) <= budget:
+            low = share
+        else:
+            high = share
+    chosen = [_within(menu, low) for menu in menus]
+    total = sum(c.cost for c in chosen)
+    if total > budget:
+        raise UsageError(
+            f"the budget of {budget:,.6g} is below the smallest possible {total:,.6g}: raise --ratio or the budget"
+        )
+    return chosen
+
+
+def _within(menu: Sequence[Choice], share: float) -> Choice:
+    """The least loss at no more than `share` of the largest cost; the cheapest where all cost more."""
+    limit = share * max(c.cost for c in menu)
+    return min((c for c in menu if c.cost <= limit), key=lambda c: c.loss, default=min(menu, key=lambda c: c.cost))

@@ -7,7 +7,7 @@ normalisation, which positions, where biases are. It has no weights and does no 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from compress.errors import ArtifactError
 
@@ -78,7 +78,7 @@ class Architecture:
         shifted = self.norm == "layernorm" and role not in WRITERS.values()
         return shifted or (self.attention_bias if role.startswith("attn.") else self.mlp_bias)
 
-    def side(self, role: str) -> str:
+    def side(self, role: str) -> Literal["in", "out"]:
         """Which side of `role` lies in the residual stream: "in" for readers, "out" for writers."""
         return "out" if role in WRITERS.values() else "in"
 

@@ -8,6 +8,7 @@ target of each fit is shifted so as to undo the share b of the error made so far
                                                                   G = E[a_c a_c^T]
 
 (derived here after SAES-SVD's sequential correction; methods 6.4). Every structure then fits W* in the metric of G.
+With bias correction the moments are centred, and a bias makes up for what the means of both terms differ by.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ from torch import Tensor
 from compress.architecture import WRITERS
 from compress.blocks import Block, StructuredLinear, rms_normalise
 from compress.checkpoint import structured_state
+from compress.inner import RewrittenModel, bias_correction, centred, extra_biases
 from compress.invariance import FoldedModel, Weights, rotate_block
 from compress.planning import Moments, Plan
 from compress.procrustes import damped
 from compress.progress import log, track
 from compress.recipe import Recipe
+from compress.rotating import position_of
 from compress.statistics import SUB_BLOCKS
 from compress.streams import GramSum, Runner, embed, mapped, save_whole
-from compress.structures import DenseStructure, Structure
+from compress.structures import DenseStructure, LowRankStructure, SelectStructure, Structure
+from compress.structures.joint import joint_fit, leader_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,23 @@ class FitRecord:
     dense_parameters: int
     relative_error: float
     predicted_loss: float | None
+
+
+@dataclass(frozen=True)
+class FitMoments:
+    """What a fit sees, float64: G = E[x x^T] (in, in), E[x] (in,) of the inputs x of the compressed model; and of the
+    error r made so far, E[r x^T] (rows, in) and E[r] (rows,): r = h_f - h_c for readers, y_f - W a_c + s_f - s_c for
+    writers."""
+
+    gram: Tensor
+    mean: Tensor
+    gap: Tensor
+    gap_mean: Tensor
+
+    @classmethod
+    def of(cls, gram: GramSum, gap: GramSum) -> FitMoments:
+        """From the sums over all batches."""
+        return cls(gram.mean(), gram.first(), gap.mean(), gap.first())
 
 
 class LayerFitter:
@@ -59,10 +80,15 @@ class LayerFitter:
         tokens: Tensor,
         runner: Runner,
         state: Path,
+        ends: Weights,
     ) -> None:
-        self.model, self.plan, self.recipe, self.moments = model, plan, recipe, moments
+        self.ends = ends
+        self.model: FoldedModel = RewrittenModel(model, plan.rewrites)
+        self.plan, self.recipe, self.moments = plan, recipe, moments
         self.runner, self.state, self.shape = runner, state, (*tokens.shape, model.arch.hidden_size)
         self.tokens = tokens
+        # A bias for every linear: one that stays dense has its share of the error made so far to make up for.
+        self.biases = frozenset(extra_biases(model.arch, tuple(model.arch.linears())) if "bias" in recipe.inner else ())
 
     def run(self) -> tuple[list[Path], list[FitRecord]]:
         """Fits all blocks; returns one safetensors file per block, in order, and all records."""
@@ -88,31 +114,27 @@ class LayerFitter:
     def _streams(self, layer: int) -> tuple[Tensor, Tensor]:
         """The two streams at the entry of `layer`."""
         if layer == 0:
-            ends = self.model.ends(self.plan.rotations)
-            x = embed(ends, self.model.arch, self.tokens)
-            return x, x.clone()
+            dense = self.model.ends(self.plan.rotations)
+            return tuple(embed(ends, self.model.arch, self.tokens) for ends in (dense, self.ends))  # type: ignore[return-value]
         return tuple(mapped(self._stream_file(n, layer), self.shape) for n in ("dense", "compressed"))  # type: ignore[return-value]
 
     @torch.no_grad()
     def _fit(self, layer: int) -> tuple[dict[str, Tensor], list[FitRecord]]:
         arch, runner = self.model.arch, self.runner
         weights = rotate_block(self.model.block(layer), arch, layer, self.plan.rotations)
-        skips = self.plan.rotations.kind == "block"
+        skips = self.plan.rotations.of_block(layer)
         dense = runner.block(layer, weights, {}, skips)
         kept = {n: w for n, w in weights.items() if "norm" in n or "skip" in n}
-        block = runner.block(layer, kept, self.plan.structures, skips)
+        block = runner.block(layer, kept, self.plan.structures, skips, self.biases)
         x_f, x_c = (x.clone() for x in self._streams(layer))
-        state, records = {f"model.layers.{layer}.{n}": w for n, w in kept.items()}, []
+        state, records = {f"model.layers.{layer}.{n}": w for n, w in kept.items()}, list[FitRecord]()
         for sub in SUB_BLOCKS:
-            for role in (*arch.readers(sub), WRITERS[sub]):
-                if role == WRITERS[sub]:
-                    inner = torch.empty(*self.shape[:2], arch.linears()[role][1])
-                    gram, shift = self._writer_moments(sub, dense, block, x_f, x_c, inner)
-                elif role == arch.readers(sub)[0]:
-                    gram, shift = self._reader_moments(x_f, x_c)
-                record, entries = self._fit_linear(layer, role, weights, gram, shift, block)
-                state.update(entries)
-                records.append(record)
+            seen = self._reader_moments(x_f, x_c)
+            for roles in self._groups(layer, sub):
+                self._fit_group(layer, roles, weights, seen, block, state, records)
+            inner = torch.empty(*self.shape[:2], arch.linears()[WRITERS[sub]][1])
+            seen = self._writer_moments(sub, dense, block, x_f, x_c, inner)
+            self._fit_group(layer, (WRITERS[sub],), weights, seen, block, state, records)
             skip, writer = self._parts(sub, block)
             for part, (c, a_c) in runner.batches(x_c, inner):
                 x_c[part] = (skip(c) + writer(a_c)).cpu()
@@ -120,15 +142,24 @@ class LayerFitter:
             mapped(self._stream_file(name, layer + 1), self.shape).copy_(stream)
         return state, records
 
-    def _reader_moments(self, x_f: Tensor, x_c: Tensor) -> tuple[Tensor, Tensor]:
-        """G and D = E[(h_f - h_c) h_c^T], both (d, d)."""
+    def _groups(self, layer: int, sub: str) -> list[tuple[str, ...]]:
+        """The readers of a sub-block, each with those that share its V."""
+        groups: dict[str, tuple[str, ...]] = {}
+        for role in self.model.arch.readers(sub):
+            leader = leader_of(self.plan.structures, f"layers.{layer}.{role}")
+            name = role if leader is None else leader.split(".", 2)[2]
+            groups[name] = (*groups.get(name, ()), role)
+        return list(groups.values())
+
+    def _reader_moments(self, x_f: Tensor, x_c: Tensor) -> FitMoments:
+        """r = h_f - h_c."""
         d, eps = self.shape[-1], self.model.arch.norm_eps
         gram, gap = GramSum(d, d, self.runner.device), GramSum(d, d, self.runner.device)
         for _, (f, c) in self.runner.batches(x_f, x_c):
             h_f, h_c = rms_normalise(f, eps), rms_normalise(c, eps)
             gram.add(h_c)
             gap.add(h_f - h_c, h_c)
-        return gram.mean(), gap.mean()
+        return FitMoments.of(gram, gap)
 
     def _inner(self, sub: str, block: Block, x: Tensor) -> Tensor:
         h = rms_normalise(x, self.model.arch.norm_eps)
@@ -143,8 +174,8 @@ class LayerFitter:
 
     def _writer_moments(
         self, sub: str, dense: Block, block: Block, x_f: Tensor, x_c: Tensor, inner: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """G (inner, inner) and R = E[(y_f - W a_c + s_f - s_c) a_c^T] (d, inner).
+    ) -> FitMoments:
+        """r = y_f - W a_c + s_f - s_c.
 
         On the way a_c is kept in `inner` and x_f is taken past the sub-block, in place: neither is computed twice.
         """
@@ -158,47 +189,101 @@ class LayerFitter:
             if self.recipe.correction:
                 gap.add(after - writer(a_c) - skip(c), a_c)
             inner[part], x_f[part] = a_c.cpu(), after.cpu()
-        return gram.mean(), gap.mean()
+        return FitMoments.of(gram, gap)
 
-    def _fit_linear(
-        self, layer: int, role: str, weights: Weights, gram: Tensor, gap: Tensor, block: Block
-    ) -> tuple[FitRecord, dict[str, Tensor]]:
-        """Fit one linear, put its factors into `block`, return its record and state-dict entries."""
-        name, recipe, arch = f"layers.{layer}.{role}", self.recipe, self.model.arch
-        n, m = arch.linears()[role]
-        structure: Structure = self.plan.structures.get(name) or DenseStructure(in_features=m, out_features=n)
-        weight = weights[f"{role}.weight"].to(self.runner.device).double()
+    def _fit_group(
+        self,
+        layer: int,
+        roles: tuple[str, ...],
+        weights: Weights,
+        seen: FitMoments,
+        block: Block,
+        state: dict[str, Tensor],
+        records: list[FitRecord],
+    ) -> None:
+        """Fit one linear, or the readers that share one V; put factors into `block`, entries into `state`, records."""
+        names = {role: f"layers.{layer}.{role}" for role in roles}
+        structures = {role: self._structure(name) for role, name in names.items()}
+        dense = {role: weights[f"{role}.weight"].to(self.runner.device).double() for role in roles}
+        gram, targets, shifts = self._targets(dense, seen)
+        metrics = {role: self._metric(layer, role) for role in roles}
+        factors: dict[str, dict[str, Tensor]] = {}
+        if len(roles) == 1:
+            factors = {role: self._factors(structures[role], targets[role], gram, metrics[role]) for role in roles}
+        else:
+            leader = structures[roles[0]]
+            assert isinstance(leader, LowRankStructure)  # `leader_of` has seen to it
+            v, us = joint_fit(list(targets.values()), leader.rank, gram, list(metrics.values()))
+            factors = {role: {"V": v, "U": u} for role, u in zip(roles, us, strict=True)}
+        for role, name in names.items():
+            whole = {key: value.float() if value.is_floating_point() else value for key, value in factors[role].items()}
+            structure, approximation = structures[role], structures[role].dense(whole).double()
+            if not torch.isfinite(approximation).all():
+                raise ArithmeticError(f"the fit of {name} is not finite")
+            bias = weights.get(f"{role}.bias")
+            if "bias" in self.recipe.inner:
+                delta = bias_correction(dense[role], approximation, seen.mean, shifts[role]).float()
+                bias = delta.cpu() if bias is None else bias + delta.cpu()
+            if bias is not None and isinstance(structure, SelectStructure):
+                bias = structure.kept_bias(bias)
+            own = {key: whole[key] for key in structure.shapes()}
+            tensors = own if bias is None else {**own, "bias": bias.to(self.runner.device)}
+            block.get_submodule(role).load_state_dict(tensors, assign=True)
+            state.update(structured_state(name, {k: v.cpu() for k, v in own.items()}, bias))
+            n, m = approximation.shape
+            error = _relative_error(dense[role], approximation, gram)
+            records.append(
+                FitRecord(
+                    name, structure.name, structure.parameter_count(), n * m, error, self.plan.predicted.get(name)
+                )
+            )
+
+    def _structure(self, name: str) -> Structure:
+        n, m = self.model.arch.linears()[name.split(".", 2)[2]]
+        return self.plan.structures.get(name) or DenseStructure(in_features=m, out_features=n)
+
+    def _targets(
+        self, dense: dict[str, Tensor], seen: FitMoments
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor | None]]:
+        """The damped Gram matrix, W* of each linear, and the mean (out,) of what its bias should add to W x."""
+        recipe, b = self.recipe, self.recipe.correction if self.plan.structures else 0.0
+        gram, gap = seen.gram, seen.gap
+        if "bias" in recipe.inner:
+            gram, gap = centred(gram, seen.mean), centred(gap, seen.gap_mean, seen.mean)
         gram = damped(gram, recipe.gram_damping)
-        target = weight
-        if recipe.correction and self.plan.structures:
-            cross = gap if role in WRITERS.values() else weight @ gap  # (out, in)
-            target = weight + recipe.correction * torch.linalg.solve(gram, cross.T).T
-        factors = structure.fit(target, gram, self._metric(layer, role, structure))
-        factors = {key: value.float() for key, value in factors.items()}
-        approximation = structure.dense(factors).double()
-        if not torch.isfinite(approximation).all():
-            raise ArithmeticError(f"the fit of {name} is not finite")
-        module = block.get_submodule(role)
-        bias = weights.get(f"{role}.bias")
-        tensors = dict(factors) if bias is None else {**factors, "bias": bias.to(self.runner.device)}
-        module.load_state_dict(tensors, assign=True)
-        lost, whole = weight - approximation, ((weight @ gram) * weight).sum()
-        error = float((((lost @ gram) * lost).sum() / whole.clamp(min=1e-300)).clamp(min=0).sqrt())
-        record = FitRecord(
-            name, structure.name, structure.parameter_count(), n * m, error, self.plan.predicted.get(name)
-        )
-        return record, structured_state(name, {k: v.cpu() for k, v in factors.items()}, bias)
+        step = torch.linalg.solve(gram, gap.T).T if b else None  # (rows, in)
+        targets, shifts = dict[str, Tensor](), dict[str, Tensor | None]()
+        for role, weight in dense.items():
+            writes = role in WRITERS.values()
+            targets[role] = weight if step is None else weight + b * (step if writes else weight @ step)
+            shifts[role] = b * (seen.gap_mean if writes else weight @ seen.gap_mean) if b else None
+        return gram, targets, shifts
 
-    def _metric(self, layer: int, role: str, structure: Structure) -> Tensor | None:
-        """The loss metric of a writer's output in the rotated stream, for structures that keep leading coordinates."""
-        moment = self.moments.get((layer, role.split(".")[0]))
-        leading = getattr(structure, "mix", None) == "leading" and role in WRITERS.values()
-        if not leading or moment is None or moment.write_gradient is None:
+    @staticmethod
+    def _factors(structure: Structure, target: Tensor, gram: Tensor, metric: Tensor | None) -> dict[str, Tensor]:
+        """The fit. Dropped outputs are made up for by who reads the others: what is kept is fitted by itself."""
+        if isinstance(structure, SelectStructure) and structure.side == "out":
+            stay = structure.features().to(target.device)
+            return structure.reduced.fit(target[stay], gram, None if metric is None else metric[stay][:, stay])
+        return structure.fit(target, gram, metric)
+
+    def _metric(self, layer: int, role: str) -> Tensor | None:
+        """The loss metric of a linear's output after the rewrites and in the rotated stream; None without gradients."""
+        sub_block = role.split(".")[0]
+        moment = self.moments.get((layer, sub_block))
+        if moment is None or moment.gradients is None:
             return None
-        metric = damped(moment.write_gradient, self.recipe.metric_damping).to(self.runner.device)
-        position = 2 * layer + SUB_BLOCKS.index(role.split(".")[0]) + 1
-        q = self.plan.rotations.at(position)
+        gradients = moment.rewritten(self.plan.rewrites, self.model.arch, layer, sub_block).gradients
+        assert gradients is not None
+        metric = damped(gradients[role], self.recipe.metric_damping).to(self.runner.device)
+        q = self.plan.rotations.at(position_of(layer, role)) if role in WRITERS.values() else None
         return metric if q is None else q.T.to(metric) @ metric @ q.to(metric)
+
+
+def _relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
+    """||X (W - What)|| / ||X W||."""
+    lost, whole = weight - approximation, ((weight @ gram) * weight).sum()
+    return float((((lost @ gram) * lost).sum() / whole.clamp(min=1e-300)).clamp(min=0).sqrt())
 
 
 def summarise(records: list[FitRecord]) -> None:

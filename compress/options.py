@@ -22,7 +22,12 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="let a hub repository run its own Python code")
     what = parser.add_argument_group("what to compress into")
     what.add_argument(
-        "--structure", choices=["kron", "gs", "lowrank", "dense"], help="structured matrix (default: kron)"
+        "--structure",
+        choices=["auto", "kron", "gs", "lowrank", "jrk", "compot", "compot24", "slice", "dense"],
+        help="structured matrix; auto lets every matrix choose (default: kron)",
+    )
+    what.add_argument(
+        "--menu", type=_names, metavar="A,B", help="what --structure auto chooses from beside dense: lowrank, kron, gs"
     )
     what.add_argument(
         "--ratio",
@@ -35,15 +40,58 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["none", "shared", "block"],
         help="rotation of the residual stream: one for the whole model (folds away), or one per block",
     )
-    what.add_argument("--skip", choices=["none", "dense"], help="skip matrices of --rotation block")
+    what.add_argument(
+        "--skip",
+        choices=["none", "dense", "cs", "householder", "slice"],
+        help="form of the skip matrices of --rotation block (default: dense)",
+    )
+    what.add_argument(
+        "--inner",
+        type=_names,
+        metavar="A,B",
+        help="freedoms inside a block: neurons (drop, refit the rest), vo (drop value coordinates), bias (correct the "
+        "mean); 'none' for none (default: neurons for auto)",
+    )
+    what.add_argument(
+        "--joint", action=argparse.BooleanOptionalAction, help="let q,k,v and gate,up share a low-rank factor"
+    )
+    what.add_argument(
+        "--embedding", type=float, metavar="R", help="fraction of embedding and head to keep (default: 1, untouched)"
+    )
+    what.add_argument(
+        "--budget-bytes", type=int, metavar="N", help="bytes of all projections and skips, in place of --ratio"
+    )
+    what.add_argument(
+        "--budget-latency",
+        type=float,
+        metavar="S",
+        help="seconds of all projections together by --latency-table, in place of --ratio",
+    )
+    what.add_argument(
+        "--latency-table", metavar="FILE", help="measured cost of each structure, by python -m validate.latency"
+    )
     what.add_argument(
         "--unit", type=int, help="sizes are multiples of this many features (default: by width, 16 to 64)"
     )
     how = parser.add_argument_group("how to find it")
     how.add_argument(
         "--sensitivity",
-        choices=["fisher", "none"],
-        help="weigh errors by what the loss minds (one backward pass), or each layer alike (default: fisher)",
+        choices=["fisher", "measured", "none"],
+        help="weigh errors by what the loss minds (one backward pass), by trying each class of matrices (no backward "
+        "pass), or each matrix alike (default: fisher)",
+    )
+    how.add_argument(
+        "--fit", choices=["loss-aware", "paper"], help="our fits, or those of ProcrustesGPT (default: loss-aware)"
+    )
+    how.add_argument(
+        "--allocation",
+        choices=["global", "uniform"],
+        help="sizes by predicted loss under one budget, or one ratio for all (default: global)",
+    )
+    how.add_argument(
+        "--ties",
+        action=argparse.BooleanOptionalAction,
+        help="kron: keep leading coordinates of one rotated stream, or give every matrix a mix of its own",
     )
     how.add_argument(
         "--calibration-data",
@@ -70,6 +118,12 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("how to run")
     run.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     run.add_argument("--batch", type=int, default=4, help="calibration sequences at a time (default: 4)")
+    run.add_argument(
+        "--statistics",
+        type=Path,
+        metavar="DIR",
+        help="keep the calibration's second moments here and take them from here, for several recipes in turn",
+    )
     run.add_argument("--checkpoint-dtype", choices=["float32", "float16", "bfloat16"], help="default: float32")
     run.add_argument(
         "--materialize-dense",
@@ -88,8 +142,23 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
 
 
+def _names(text: str) -> list[str]:
+    """A comma-separated list; 'none' is the empty one."""
+    return [] if text == "none" else text.split(",")
+
+
 _FLAGS = {
     "structure": "structure",
+    "menu": "menu",
+    "inner": "inner",
+    "joint": "joint",
+    "embedding": "embedding",
+    "budget_bytes": "budget_bytes",
+    "budget_latency": "budget_latency",
+    "latency_table": "latency_table",
+    "fit": "fit",
+    "allocation": "allocation",
+    "ties": "ties",
     "ratio": "ratio",
     "rotation": "rotation",
     "skip": "skip",

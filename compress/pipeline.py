@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -12,34 +13,23 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from compress import families
-from compress.accounting import model_size
+from compress.architecture import Architecture
 from compress.artifact import Artifact
 from compress.calibration import token_sequences
-from compress.checkpoint import (
-    ShardWriter,
-    load_model,
-    read_rotations,
-    structured_state,
-    write_config,
-    write_rotations,
-)
+from compress.checkpoint import ShardWriter, load_model, read_rotations, write_config, write_rotations
 from compress.errors import MissingDependencyError, UsageError
 from compress.files import sha256_of
-from compress.fitting import FitRecord, LayerFitter, summarise
+from compress.fitting import summarise
 from compress.invariance import FoldedModel, Rotations, rotate_block
-from compress.jrk import frobenius_error, jrk_fit_block
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
 from compress.models import ModelSource
-from compress.planning import Moments, Plan, check_recipe, make_plan, structures_without_text, uses_leading_mix
+from compress.planning import check_recipe
 from compress.progress import log
 from compress.recipe import Recipe, parse_recipe, read_yaml
-from compress.statistics import collect
-from compress.streams import Runner, save_whole
-from compress.structures import DenseStructure, Structure, structure_from_config
-from compress.structures.joint import leader_of
+from compress.strategies import Fitted, fit_model
+from compress.structures import DenseStructure, Structure
 from compress.textdata import load_text
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy")
@@ -67,18 +57,21 @@ def folded(source: ModelSource, dtype: torch.dtype = torch.float32) -> FoldedMod
     return FoldedModel(source.reader(), arch, families.tensor_names(arch), dtype)
 
 
-def config_for(arch: Any, structures: Mapping[str, Structure], rotations: Rotations) -> ProcrustesConfig:
-    """config.json of a checkpoint with these structures and rotations."""
+def config_for(
+    arch: Any, structures: Mapping[str, Structure], rotations: Rotations, **choices: Any
+) -> ProcrustesConfig:
+    """config.json of a checkpoint with these structures and rotations; choices: extra_biases, embedding ranks."""
     layer_norm = arch.norm == "layernorm"
     return ProcrustesConfig.from_architecture(
         arch,
         structures,
         rotation=rotations.kind,
-        skip="dense" if rotations.kind == "block" else "none",
+        **rotations.skip_choices(),
         center_embedding=arch.tied and layer_norm,
         head_map=arch.tied,
         head_bias=layer_norm and not arch.tied,
         tie_word_embeddings=arch.tied,
+        **choices,
     )
 
 
@@ -91,6 +84,16 @@ def request_digest(source: ModelSource, recipe: Recipe) -> dict[str, Any]:
     return request
 
 
+def statistics_digest(source: ModelSource, recipe: Recipe) -> str:
+    """Equal for requests whose second moments are equal."""
+    request = {
+        **{k: v for k, v in request_digest(source, recipe).items() if k != "recipe"},
+        "calibration": recipe.calibration.model_dump(),
+        "sensitivity": [recipe.sensitivity == "fisher", recipe.sensitivity_samples],
+    }
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def compress_model(
     source: ModelSource,
     recipe: Recipe,
@@ -99,10 +102,12 @@ def compress_model(
     device: str = "cpu",
     batch: int = 4,
     materialize_dense: bool = False,
+    statistics: Path | None = None,
 ) -> Artifact:
     """Compress `source` into OUT/checkpoint, and OUT/dense when asked for. Returns the artefact.
 
-    A run that was interrupted is resumed from OUT/state when source and recipe are the same.
+    A run that was interrupted is resumed from OUT/state when source and recipe are the same. `statistics`: a folder in
+    which the calibration's second moments are kept, for other runs with the same model and text (not two at a time).
     """
     if batch < 1:
         raise UsageError(f"--batch {batch} runs nothing: give 1 or more calibration sequences at a time")
@@ -127,24 +132,25 @@ def compress_model(
                 vocab_size=arch.vocab_size,
             )
             _warn_when_short(tokens.numel(), max(m for _, m in arch.linears().values()))
-        plan, files, records = _plan_and_fit(model, recipe, tokens, state, runner_device, batch)
-        summarise(records)
+        folder = None if statistics is None else statistics / statistics_digest(source, recipe)
+        fitted = fit_model(model, recipe, tokens, state, runner_device, batch, folder)
+        summarise(fitted.records)
         dtype = getattr(torch, recipe.checkpoint_dtype)
-        size = model_size(arch, plan.structures, plan.rotations.kind)
-        resolved = _resolved(recipe, plan, arch.linears(), arch.num_layers)
+        size = fitted.size(arch)
+        resolved = _resolved(recipe, fitted, arch)
         section = {"source": source.to_dict(), "recipe_sha256": resolved.digest(), "versions": _versions()}
         facts = {"request": request, "ratio": size.ratio, "model_ratio": size.model_ratio, **asdict(size)}
         with artifact.stage("checkpoint", facts=facts, section=section) as folder:
             with ShardWriter(folder, dtype) as shards:
-                for name, tensor in model.ends(plan.rotations).items():
+                for name, tensor in fitted.ends.items():
                     shards.add(name, tensor)
-                for file in files:
+                for file in fitted.files:
                     for name, tensor in load_file(file).items():
                         shards.add(name, tensor)
-            write_config(folder, config_for(arch, plan.structures, plan.rotations), dtype)
-            write_rotations(folder, plan.rotations)
+            write_config(folder, config_for(arch, fitted.structures, fitted.rotations, **fitted.choices()), dtype)
+            write_rotations(folder, fitted.rotations)
             tokenizer.save_pretrained(folder)
-            (folder / "fit.json").write_text(json.dumps([asdict(r) for r in records], indent=1) + "\n")
+            (folder / "fit.json").write_text(json.dumps([asdict(r) for r in fitted.records], indent=1) + "\n")
         artifact.write_text("recipe.yaml", resolved.to_yaml())
         if materialize_dense:
             from compress.materialize import write_plain
@@ -183,16 +189,18 @@ def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def _resolved(recipe: Recipe, plan: Plan, linears: Mapping[str, Any], layers: int) -> Recipe:
-    """The recipe with every linear's choice written out, dense ones included: fed back, it decides everything."""
+def _resolved(recipe: Recipe, fitted: Fitted, arch: Architecture) -> Recipe:
+    """The recipe with every linear's choice written out, dense ones included: fed back, it decides everything.
+
+    Beside each choice stand its parameters, multiply-accumulates per token and predicted loss, for the reader.
+    """
     explicit = {}
-    for layer in range(layers):
-        for role, (n, m) in linears.items():
-            name = f"layers.{layer}.{role}"
-            structure = plan.structures.get(name)
-            explicit[name] = (
-                structure.to_config() if structure else {"structure": "dense", "in_features": m, "out_features": n}
-            )
+    for record in fitted.records:
+        n, m = arch.linears()[record.name.split(".", 2)[2]]
+        structure = fitted.structures.get(record.name) or DenseStructure(in_features=m, out_features=n)
+        bytes_ = structure.bytes(getattr(torch, recipe.checkpoint_dtype))
+        told = {"predicted_loss": record.predicted_loss, "bytes": bytes_, "macs": structure.macs(1)}
+        explicit[record.name] = {**structure.to_config(), **told}
     return recipe.model_copy(update={"layers": explicit})
 
 
@@ -208,78 +216,6 @@ def _state_folder(artifact: Artifact, request: dict[str, Any]) -> Path:
     state.mkdir()
     key.write_text(text)
     return state
-
-
-def _plan_and_fit(
-    model: FoldedModel, recipe: Recipe, tokens: Tensor | None, state: Path, device: torch.device, batch: int
-) -> tuple[Plan, list[Path], list[FitRecord]]:
-    if tokens is None:
-        return _without_text(model, recipe, state)
-    runner = Runner(model.arch, tokens.shape[1], device, batch)
-    moments: Moments = {}
-    if recipe.rotation != "none":
-        count = min(recipe.sensitivity_samples, len(tokens))
-        moments = collect(
-            model,
-            tokens[:count],
-            sensitivity=recipe.sensitivity,
-            inner=not uses_leading_mix(recipe),
-            seed=recipe.calibration.seed,
-            runner=runner,
-            state=state,
-        )
-    plan = _saved_plan(state) or _save_plan(state, make_plan(model, recipe, moments))
-    fitter = LayerFitter(model, plan, recipe, moments, tokens, runner, state)
-    files, records = fitter.run()
-    return plan, files, records
-
-
-def _without_text(model: FoldedModel, recipe: Recipe, state: Path) -> tuple[Plan, list[Path], list[FitRecord]]:
-    """A dense copy, or joint rank-k: every block by itself, from its weights alone. relative_error is |W - What| / |W|
-    in the Frobenius norm."""
-    arch, files, records = model.arch, [], []
-    structures = structures_without_text(arch, recipe)
-    for layer in range(arch.num_layers):
-        weights = model.block(layer)
-        prefix = f"layers.{layer}."
-        here = {name.removeprefix(prefix): s for name, s in structures.items() if name.startswith(prefix)}
-        fitted = jrk_fit_block(weights, here)
-        tensors = {f"model.{prefix}{n}": w for n, w in weights.items() if n.removesuffix(".weight") not in here}
-        for role, (n, m) in arch.linears().items():
-            name, weight = prefix + role, weights[f"{role}.weight"]
-            structure: Structure = here.get(role) or DenseStructure(in_features=m, out_features=n)
-            error = 0.0
-            if role in here:
-                tensors |= structured_state(name, fitted[role], None)
-                leader = leader_of(structures, name)
-                shared = {} if leader is None else {"V": fitted[leader.removeprefix(prefix)]["V"]}
-                error = frobenius_error(weight, structure, shared | fitted[role])
-            records.append(FitRecord(name, structure.name, structure.parameter_count(), n * m, error, None))
-        files.append(state / f"block-{layer}.safetensors")
-        save_whole(tensors, files[-1])
-    return Plan(Rotations.none(), structures, {}), files, records
-
-
-def _save_plan(state: Path, plan: Plan) -> Plan:
-    save_whole({f"q.{i}": q for i, q in enumerate(plan.rotations.matrices)}, state / "plan.safetensors")
-    record = {
-        "kind": plan.rotations.kind,
-        "structures": {name: s.to_config() for name, s in plan.structures.items()},
-        "predicted": plan.predicted,
-    }
-    partial = state / "plan.partial"
-    partial.write_text(json.dumps(record))
-    partial.rename(state / "plan.json")
-    return plan
-
-
-def _saved_plan(state: Path) -> Plan | None:
-    if not (state / "plan.json").exists():
-        return None
-    record, tensors = json.loads((state / "plan.json").read_text()), load_file(state / "plan.safetensors")
-    matrices = tuple(tensors[f"q.{i}"] for i in range(len(tensors)))
-    structures = {name: structure_from_config(c) for name, c in record["structures"].items()}
-    return Plan(Rotations(record["kind"], matrices), structures, record["predicted"])
 
 
 def write_dense(source: ModelSource, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -309,5 +245,5 @@ def rewritten_model(source: ModelSource, checkpoint: Path) -> ProcrustesForCausa
     import tempfile
 
     with tempfile.TemporaryDirectory() as name:
-        write_rewritten(source, read_rotations(checkpoint), Path(name))
+        write_rewritten(source, read_rotations(checkpoint).exact(), Path(name))
         return load_model(Path(name))

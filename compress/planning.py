@@ -3,47 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from compress.accounting import overhead_parameters
-from compress.allocation import Choice, allocate
+from compress.allocation import allocate, allocate_uniformly
 from compress.architecture import WRITERS, Architecture
 from compress.errors import ArtifactError, UsageError
+from compress.gauge import with_skips
+from compress.groups import LayerMenus
+from compress.inner import InnerRewrites
 from compress.invariance import FoldedModel, Rotations
 from compress.jrk import jrk_structures
-from compress.procrustes import (
-    Member,
-    StreamTerm,
-    damped,
-    frobenius_rotation,
-    majorised_rotation,
-    nested_rotation,
-    nested_start,
-)
-from compress.progress import log
+from compress.latency import LatencyTable
+from compress.menus import Cost
+from compress.paper.accounting import largest_kept
+from compress.pooled import normalised_spectrum, pooled_allocation
+from compress.procrustes import StreamTerm
+from compress.progress import log, track
 from compress.recipe import Recipe
-from compress.statistics import SUB_BLOCKS, StreamMoments
-from compress.structures import KroneckerStructure, Structure, registry, structure_from_config
+from compress.rotating import StreamRotations, position_of, rotate_members
+from compress.statistics import StreamMoments
+from compress.structures import CompotStructure, KroneckerStructure, Structure, registry, structure_from_config
 from compress.structures.base import Side
 from compress.structures.joint import leader_of
+from compress.widths import UNIT, kept_for_ratio, leading_structures
 
 ROUNDS = 2
 """Of rotation and allocation, after the closed-form start. The second took the predicted loss from 0.494 to 0.483."""
+
+TOLD = ("predicted_loss", "bytes", "macs")
+"""What a written recipe says of each choice beside the choice itself."""
 
 Moments = Mapping[tuple[int, str], StreamMoments]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Rotations, the structure of every linear that is not dense, and the predicted loss (nats per token) of each
-    linear that was allocated a size."""
+    """Rotations, the structure of every linear that is not dense, the predicted loss (nats per token) of each linear
+    that was allocated a size, and the exact rewrites of the inner side that `select` structures ask for."""
 
     rotations: Rotations
     structures: dict[str, Structure]
     predicted: dict[str, float]
+    rewrites: InnerRewrites = field(default_factory=InnerRewrites)
 
 
 def default_unit(arch: Architecture) -> int:
@@ -57,41 +63,114 @@ def unit_of(arch: Architecture, recipe: Recipe) -> int:
 
 
 def budget_parameters(arch: Architecture, recipe: Recipe) -> float:
-    """What the projections may cost so that they and the rotation's overhead keep `ratio` of the dense projections.
+    """What the projections may cost, in parameters, so that they and what a rotation adds keep to `ratio` or
+    `budget_bytes`.
 
     Raises UsageError when the overhead alone exceeds the budget.
     """
     overhead = overhead_parameters(arch, recipe.rotation)
-    budget = recipe.ratio * arch.projection_parameters() - overhead
+    allowed = recipe.ratio * arch.projection_parameters()
+    asked = f"--ratio {recipe.ratio}"
+    if recipe.budget_bytes is not None:
+        allowed = recipe.budget_bytes / getattr(torch, recipe.checkpoint_dtype).itemsize
+        asked = f"--budget-bytes {recipe.budget_bytes}"
+    budget = allowed - overhead
     if budget <= 0:
         raise UsageError(
-            f"--ratio {recipe.ratio} keeps {recipe.ratio * arch.projection_parameters():,.0f} projection parameters, "
-            f"but rotation {recipe.rotation!r} alone adds {overhead:,}: raise --ratio or choose --rotation shared"
+            f"{asked} keeps {allowed:,.0f} projection parameters, but rotation {recipe.rotation!r} alone adds "
+            f"{overhead:,}: raise it or choose --rotation shared"
         )
     return budget
 
 
+def budget_of(arch: Architecture, recipe: Recipe) -> float:
+    """The budget in the unit of `cost_of`: parameters, or seconds with `--budget-latency`."""
+    return budget_parameters(arch, recipe) if recipe.budget_latency is None else recipe.budget_latency
+
+
+def cost_of(recipe: Recipe) -> Cost:
+    """What a structure costs: its parameters, or its measured seconds with `--budget-latency`."""
+    if recipe.budget_latency is None:
+        return lambda structure: float(structure.parameter_count())
+    if recipe.latency_table is None:
+        raise UsageError("--budget-latency needs --latency-table, which `python -m validate.latency` measures")
+    return LatencyTable.read(Path(recipe.latency_table)).seconds
+
+
 def uses_leading_mix(recipe: Recipe) -> bool:
     """Whether the mix of each Kronecker sum is absorbed in the rotation, so that only kept widths are to choose."""
-    return recipe.structure == "kron" and recipe.rotation != "none"
+    return "kron" in kinds_of(recipe) and recipe.rotation != "none" and recipe.ties
 
 
-def make_plan(model: FoldedModel, recipe: Recipe, moments: Moments) -> Plan:
-    """Rotations and structures for `recipe`."""
-    arch = model.arch
-    unit = unit_of(arch, recipe)
+def kinds_of(recipe: Recipe) -> tuple[str, ...]:
+    """The structures that each linear may choose from."""
+    if recipe.structure == "auto":
+        return recipe.menu or (("lowrank",) if recipe.rotation == "none" else ("lowrank", "kron"))
+    return (recipe.structure,)
+
+
+def is_allocated(recipe: Recipe) -> bool:
+    """Whether sizes are chosen from predicted losses; else every linear of a role has the same."""
+    if recipe.structure in ("auto", "lowrank", "gs"):
+        return True
+    return uses_leading_mix(recipe)
+
+
+def needs_moments(recipe: Recipe) -> bool:
+    """Whether planning or fitting uses moments of the dense model, collected before anything is compressed."""
+    return is_allocated(recipe) or recipe.rotation != "none" or recipe.sensitivity != "none"
+
+
+def make_plan(
+    model: FoldedModel, recipe: Recipe, moments: Moments, measured: Mapping[str, float] | None = None
+) -> Plan:
+    """Rotations and structures for `recipe`. measured: the weights of `--sensitivity measured`, by role."""
+    arch, unit = model.arch, unit_of(model.arch, recipe)
+    menus = LayerMenus(model, recipe, moments, measured, kinds_of(recipe), unit, cost_of(recipe))
     if recipe.structure == "dense":
         plan = Plan(Rotations.none(), {}, {})
-    elif uses_leading_mix(recipe):
-        plan = _plan_nested(model, recipe, moments, unit)
+    elif is_allocated(recipe) and recipe.skip not in ("cs", "householder"):
+        plan = _plan_allocated(menus, recipe, unit)
+    elif recipe.skip in ("cs", "householder"):
+        plan = _plan_one_width(menus, recipe, unit)
+    elif issubclass(registry()[recipe.structure], CompotStructure) and recipe.allocation == "global":
+        plan = Plan(Rotations.none(), _pooled(model, recipe, unit), {})
     else:
         structures = _uniform(arch, recipe, unit)
         for role, (n, m) in arch.linears().items():
             if f"layers.0.{role}" not in structures:
                 log(f"{role} ({n} x {m}) stays dense: no {recipe.structure} in steps of {unit} is small enough")
-        plan = Plan(_rotate_members(model, recipe, moments, structures), structures, {})
+        plan = Plan(rotate_members(model, recipe, moments, structures), structures, {})
     chosen = {**plan.structures, **explicit_layers(arch, recipe)}
-    return Plan(plan.rotations, {n: s for n, s in chosen.items() if s.name != "dense"}, plan.predicted)
+    structures = {n: s for n, s in chosen.items() if s.name != "dense"}
+    return Plan(plan.rotations, structures, plan.predicted, menus.rewrites_of(structures))
+
+
+def _plan_allocated(menus: LayerMenus, recipe: Recipe, unit: int) -> Plan:
+    """One budget over the menus of all groups; with Kronecker sums, in turn with the rotation that they share."""
+    arch = menus.model.arch
+    budget, layers = budget_of(arch, recipe), range(arch.num_layers)
+    rotations = StreamRotations(arch, recipe.rotation) if uses_leading_mix(recipe) else None
+    if rotations is not None:
+        _check_unit(arch, unit)
+        rotations.start([_terms(menus, rotations, index) for index in range(rotations.count)])
+    rounds = ROUNDS if rotations is not None and recipe.rotation_iterations else 0
+    for turn in range(rounds + 1):
+        groups = [group for layer in track(layers, description="plan") for group in menus.of(layer, rotations)]
+        choose = allocate if recipe.allocation == "global" else allocate_uniformly
+        chosen = choose([menu for _, menu in groups], budget)
+        structures, predicted = dict[str, Structure](), dict[str, float]()
+        for ((layer, _), _), choice in zip(groups, chosen, strict=True):
+            for role, (structure, loss) in choice.label.items():
+                structures[f"layers.{layer}.{role}"], predicted[f"layers.{layer}.{role}"] = structure, loss
+        log(f"plan, round {turn + 1} of {rounds + 1}: predicted loss {sum(predicted.values()):.4g} nats per token")
+        if turn < rounds:
+            assert rotations is not None
+            for index in range(rotations.count):
+                terms = list(menus.leading_terms(structures, rotations, index))
+                rotations.improve(index, terms, recipe.rotation_iterations)
+    found = rotations.result() if rotations is not None else Rotations.none()
+    return Plan(found, structures, predicted)
 
 
 def check_recipe(arch: Architecture, recipe: Recipe) -> None:
@@ -110,17 +189,30 @@ def check_recipe(arch: Architecture, recipe: Recipe) -> None:
         )
     if not recipe.needs_text():
         structures_without_text(arch, recipe)
+    elif recipe.structure == "slice" or recipe.skip in ("cs", "householder"):
+        reflections = recipe.reflections if recipe.skip == "householder" else None
+        unit = UNIT if recipe.structure == "slice" and not recipe.unit else unit_of(arch, recipe)
+        kept_for_ratio(arch, recipe.ratio, recipe.skip, unit=unit, reflections=reflections)
+    elif recipe.fit == "paper":
+        largest_kept(arch, "kron" if recipe.structure == "kron" else "gs", recipe.ratio)
     elif uses_leading_mix(recipe):
         unit = unit_of(arch, recipe)
         _check_unit(arch, unit)
+        if recipe.structure != "kron":
+            return
         smallest = arch.projection_parameters() * unit // arch.hidden_size
         if budget_parameters(arch, recipe) < smallest:
             raise UsageError(
                 f"--ratio {recipe.ratio} is too low: {unit} of {arch.hidden_size} coordinates, the least that --unit "
                 f"allows, are {smallest:,} parameters: raise --ratio"
             )
-    elif recipe.structure != "dense":
+    elif recipe.structure != "dense" and not is_allocated(recipe):
         _uniform(arch, recipe, unit_of(arch, recipe))
+
+
+def _check_unit(arch: Architecture, unit: int) -> None:
+    if arch.hidden_size % unit:
+        raise UsageError(f"--unit {unit} does not divide the hidden size {arch.hidden_size}")
 
 
 def structures_without_text(arch: Architecture, recipe: Recipe) -> dict[str, Structure]:
@@ -146,7 +238,7 @@ def explicit_layers(arch: Architecture, recipe: Recipe) -> dict[str, Structure]:
         if name not in names:
             raise UsageError(f"recipe layers: {name!r} is no linear of this model; names are like layers.0.attn.q")
         try:
-            structure = structure_from_config(config)
+            structure = structure_from_config({k: v for k, v in config.items() if k not in TOLD})
         except ArtifactError as error:
             raise UsageError(f"recipe layers: {name}: {error}") from error
         seen = (structure.out_features, structure.in_features)
@@ -187,186 +279,39 @@ def _uniform(arch: Architecture, recipe: Recipe, unit: int) -> dict[str, Structu
     return {f"layers.{i}.{role}": structure for i in range(arch.num_layers) for role, structure in chosen.items()}
 
 
-# ---- nested subspaces: the one-sided Kronecker sum with its mix absorbed in the rotation
+def _plan_one_width(menus: LayerMenus, recipe: Recipe, unit: int) -> Plan:
+    """One rotation at each position, one kept width for the whole stream, and skips in a cheap exact form."""
+    arch = menus.model.arch
+    reflections = recipe.reflections if recipe.skip == "householder" else None
+    kept = kept_for_ratio(arch, recipe.ratio, recipe.skip, unit=unit, reflections=reflections)
+    rotations = StreamRotations(arch, "block")
+    rotations.start([_terms(menus, rotations, index) for index in range(rotations.count)])
+    for index in track(range(rotations.count), description="rotate"):
+        terms = [(term, kept) for term in _terms(menus, rotations, index)]
+        rotations.improve(index, terms, recipe.rotation_iterations)
+    found = with_skips(rotations.result(), recipe.skip, kept=kept, reflections=reflections)
+    return Plan(found, leading_structures(arch, kept, kept), {})
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """One linear that keeps leading coordinates of the stream: its size is what is to choose."""
-
-    name: str
-    role: str
-    position: int  # of the stream, whose rotation it meets
-    term: StreamTerm
-
-
-def _choices(model: FoldedModel, recipe: Recipe, moments: Moments) -> Iterator[_Choice]:
-    arch = model.arch
-    for (layer, sub_block), moment in moments.items():
-        position, writer = 2 * layer + SUB_BLOCKS.index(sub_block), WRITERS[sub_block]
-        read, write = damped(moment.read, recipe.gram_damping), moment.write.double()
-        if moment.read_gradients is not None and moment.write_gradient is not None:
-            metrics = {role: gradient.double() / 2 for role, gradient in moment.read_gradients.items()}
-            write_metric = damped(moment.write_gradient, recipe.metric_damping) / 2
-        else:  # every linear's relative error counts the same
-            weights, metrics = model.block(layer), {}
-            for role in arch.readers(sub_block):
-                w = weights[f"{role}.weight"].double()
-                metrics[role] = w.T @ w / _positive(float(((w @ read) * w).sum()))
-            write_metric = torch.eye(len(read), dtype=torch.float64) / _positive(float(write.trace()))
-        term = _mean_free_term if arch.norm == "layernorm" else StreamTerm
-        for role, metric in metrics.items():
-            name = f"layers.{layer}.{role}"
-            yield _Choice(name, role, position, term(name, read, metric, arch.linears()[role][0]))
-        name = f"layers.{layer}.{writer}"
-        yield _Choice(name, writer, position + 1, term(name, write_metric, write, arch.linears()[writer][1]))
+def _pooled(model: FoldedModel, recipe: Recipe, unit: int) -> dict[str, Structure]:
+    """COMPOT's one-shot allocation: the kept ratio of each linear from the pooled spectra of the weights."""
+    arch, kind = model.arch, registry()[recipe.structure]
+    names = {f"layers.{i}.{role}": shape for i in range(arch.num_layers) for role, shape in arch.linears().items()}
+    spectra = dict[str, Tensor]()
+    for layer in track(range(arch.num_layers), description="plan"):
+        weights = model.block(layer)
+        spectra |= {f"layers.{layer}.{role}": normalised_spectrum(weights[f"{role}.weight"]) for role in arch.linears()}
+    ratios = pooled_allocation(spectra, names, recipe.ratio)
+    chosen = dict[str, Structure]()
+    for name, (n, m) in names.items():
+        if ratios[name] < 1:
+            chosen[name] = kind.for_ratio(m, n, arch.side(name.split(".", 2)[2]), ratios[name], unit)
+    return chosen
 
 
-def _mean_free_term(name: str, p: Tensor, m: Tensor, cost: int) -> StreamTerm:
-    """The term in the d - 1 directions that LayerNorm lets through."""
-    basis = _mean_free_basis(len(p))
-    return StreamTerm(name, basis.T @ p @ basis, basis.T @ m @ basis, cost)
-
-
-def _mean_free_basis(width: int) -> Tensor:
-    """(width, width - 1): an orthonormal basis of what is left of the stream without its mean, 1 / sqrt(width)."""
-    whole: Tensor = torch.linalg.qr(torch.ones(width, 1, dtype=torch.float64), mode="complete").Q
-    return whole[:, 1:]
-
-
-def _with_mean(q: Tensor) -> Tensor:
-    """The rotation (d, d) of a mean-free one (d - 1, d - 1): the mean becomes the last rotated coordinate.
-
-    Every writer that keeps less than all coordinates leaves it at zero, so that the compressed model, too, has nothing
-    for LayerNorm to subtract.
-    """
-    width = len(q) + 1
-    mean = torch.full((width, 1), width**-0.5, dtype=torch.float64)
-    return torch.cat((_mean_free_basis(width) @ q, mean), dim=1)
-
-
-def _positive(energy: float) -> float:
-    """A linear that only ever sees zeros loses nothing whatever it becomes."""
-    return energy if energy > 0 else 1.0
-
-
-def _check_unit(arch: Architecture, unit: int) -> None:
-    if arch.hidden_size % unit:
-        raise UsageError(f"--unit {unit} does not divide the hidden size {arch.hidden_size}")
-
-
-def _plan_nested(model: FoldedModel, recipe: Recipe, moments: Moments, unit: int) -> Plan:
-    """Alternate allocation of kept widths at fixed rotations, and rotations at fixed widths."""
-    arch, d = model.arch, model.arch.hidden_size
-    _check_unit(arch, unit)
-    count = 1 if recipe.rotation == "shared" else 2 * arch.num_layers + 1
-    at: list[list[_Choice]] = [[] for _ in range(count)]
-    for choice in _choices(model, recipe, moments):
-        at[0 if count == 1 else choice.position].append(choice)
-    flat = [choice for here in at for choice in here]
-    rotations = [nested_start([c.term for c in here]) for here in at]
-    kept, predicted = _allocate(arch, recipe, at, rotations, unit)
-    for turn in range(ROUNDS if recipe.rotation_iterations else 0):
-        rotations = [
-            nested_rotation(
-                [c.term for c in here],
-                [kept[c.name] for c in here],
-                q,
-                iterations=recipe.rotation_iterations,
-                dtype=torch.float32 if d >= 256 else torch.float64,
-            )
-            for q, here in zip(rotations, at, strict=True)
-        ]
-        kept, predicted = _allocate(arch, recipe, at, rotations, unit)
-        log(f"rotation, round {turn + 1} of {ROUNDS}: predicted loss {sum(predicted.values()):.4g}")
-    structures: dict[str, Structure] = {}
-    for choice in flat:
-        if kept[choice.name] < d:
-            n, m = arch.linears()[choice.role]
-            structures[choice.name] = KroneckerStructure(
-                in_features=m,
-                out_features=n,
-                blocks=d // unit,
-                terms=kept[choice.name] // unit,
-                side="out" if choice.role in WRITERS.values() else "in",
-                mix="leading",
-            )
-    if arch.norm == "layernorm":
-        rotations = [_with_mean(q) for q in rotations]
-    return Plan(Rotations(recipe.rotation, tuple(rotations)), structures, predicted)
-
-
-def _allocate(
-    arch: Architecture, recipe: Recipe, at: list[list[_Choice]], rotations: list[Tensor], unit: int
-) -> tuple[dict[str, int], dict[str, float]]:
-    """Kept width and predicted loss of every linear at these rotations, within the budget."""
-    names, menus = [], []
-    for q, here in zip(rotations, at, strict=True):
-        for choice in here:
-            curve, cost = choice.term.curve(q), choice.term.cost
-            names.append(choice.name)
-            widths = range(unit, arch.hidden_size + 1, unit)
-            menus.append([Choice(k, k * cost, float(curve[min(k, len(q))])) for k in widths])
-    chosen = allocate(menus, budget_parameters(arch, recipe))
-    return (
-        {name: c.label for name, c in zip(names, chosen, strict=True)},
-        {name: c.loss for name, c in zip(names, chosen, strict=True)},
-    )
-
-
-# ---- any other structure: Procrustes rotations with the structure's own fits
-
-
-def _rotate_members(
-    model: FoldedModel, recipe: Recipe, moments: Moments, structures: Mapping[str, Structure]
-) -> Rotations:
-    """Frobenius start, then the Gram-weighted solver, for every rotation of the recipe."""
-    arch = model.arch
-    if recipe.rotation == "none":
-        return Rotations.none()
-    positions = 2 * arch.num_layers + 1
-    served = [range(positions)] if recipe.rotation == "shared" else [range(p, p + 1) for p in range(positions)]
-    iterations = max(1, recipe.rotation_iterations // 20)
-    matrices: list[Tensor] = []
-    for here in served:
-
-        def members(here: range = here) -> Iterator[Member]:
-            return _members_at(model, recipe, moments, structures, here)
-
-        q = torch.eye(arch.hidden_size, dtype=torch.float64)
-        if any(True for _ in members()):
-            q = frobenius_rotation(members, q, 2 * iterations)
-            q, errors = majorised_rotation(members, q, iterations)
-            log(f"rotation {len(matrices) + 1} of {len(served)}: weighted error {errors[0]:.4g} -> {errors[-1]:.4g}")
-        matrices.append(q)
-    return Rotations(recipe.rotation, tuple(matrices))
-
-
-def _members_at(
-    model: FoldedModel,
-    recipe: Recipe,
-    moments: Moments,
-    structures: Mapping[str, Structure],
-    positions: range,
-) -> Iterator[Member]:
-    arch = model.arch
-    for layer in range(arch.num_layers):
-        wanted = [
-            (role, sub)
-            for s, sub in enumerate(SUB_BLOCKS)
-            for role in (*arch.readers(sub), WRITERS[sub])
-            if 2 * layer + s + (role == WRITERS[sub]) in positions and f"layers.{layer}.{role}" in structures
-        ]
-        weights = model.block(layer) if wanted else {}
-        for role, sub in wanted:
-            weight, moment = weights[f"{role}.weight"].double(), moments[layer, sub]
-            side = arch.side(role)
-            gram: Tensor | None = damped(moment.read if side == "in" else _inner(moment), recipe.gram_damping)
-            energy = float(((weight @ gram) * weight).sum()) if gram is not None else float(weight.square().sum())
-            yield Member(weight, gram, side, structures[f"layers.{layer}.{role}"], 1 / max(energy, 1e-30))
-
-
-def _inner(moment: StreamMoments) -> Tensor:
-    if moment.inner is None:
-        raise ValueError("the moments were collected without those of the writers' inputs")
-    return moment.inner
+def _terms(menus: LayerMenus, rotations: StreamRotations, index: int) -> Iterator[StreamTerm]:
+    """One term for every linear at a rotation, for its closed-form start."""
+    for layer in range(menus.model.arch.num_layers):
+        for role, linear in menus.linears(layer).items():
+            if rotations.index(position_of(layer, role)) == index:
+                yield linear.term()

@@ -15,7 +15,7 @@ from compress.errors import UsageError
 StructureName = Literal["auto", "kron", "gs", "lowrank", "jrk", "compot", "compot24", "slice", "dense"]
 Fit = Literal["loss-aware", "paper"]
 Allocation = Literal["global", "uniform"]
-SkipName = Literal["none", "dense", "cs", "householder"]
+SkipName = Literal["none", "dense", "cs", "householder", "slice"]
 Inner = Literal["vo", "neurons", "bias"]
 RotationName = Literal["none", "shared", "block"]
 
@@ -23,8 +23,10 @@ RotationName = Literal["none", "shared", "block"]
 # the blocks of gs could, but each alternation refits every matrix, and its gain has not been measured.
 DEFAULT_ROTATION: dict[str, RotationName] = {
     "kron": "shared",
+    "auto": "none",
     "gs": "none",
     "lowrank": "none",
+    "slice": "block",
     "dense": "none",
 }
 
@@ -47,7 +49,7 @@ class Recipe(_Strict):
 
     version: Literal[1] = 1
     structure: StructureName = "kron"
-    menu: tuple[Literal["kron", "gs", "lowrank", "compot24"], ...] = ()
+    menu: tuple[Literal["kron", "gs", "lowrank"], ...] = ()
     fit: Fit = "loss-aware"
     ratio: float = Field(default=0.75, gt=0, le=1)
     budget_bytes: int | None = Field(default=None, gt=0)
@@ -56,12 +58,13 @@ class Recipe(_Strict):
     allocation: Allocation = "global"
     rotation: RotationName = "shared"
     skip: SkipName = "none"
+    reflections: int = Field(default=32, ge=1)
     ties: bool = True
     joint: bool = False
     inner: tuple[Inner, ...] = ()
     embedding: float = Field(default=1.0, gt=0, le=1)
     sensitivity: Literal["fisher", "measured", "none"] = "fisher"
-    sensitivity_samples: int = Field(default=16, ge=1)
+    sensitivity_samples: int = Field(default=32, ge=1)
     rotation_iterations: int = Field(default=30, ge=0)
     correction: float = Field(default=0.5, ge=0, le=1)
     gram_damping: float = Field(default=1e-3, gt=0, lt=1)
@@ -76,22 +79,49 @@ class Recipe(_Strict):
     def _default_rotation(cls, values: dict[str, Any]) -> dict[str, Any]:
         values = dict(values)
         structure = str(values.get("structure", "kron"))
-        rotation = values.setdefault("rotation", DEFAULT_ROTATION.get(structure, "none"))
-        values.setdefault("skip", "dense" if rotation == "block" else "none")
+        usual = "block" if values.get("fit") == "paper" else DEFAULT_ROTATION.get(structure, "none")
+        rotation = values.setdefault("rotation", usual)
+        values.setdefault("skip", "none" if rotation != "block" else "slice" if structure == "slice" else "dense")
+        if structure == "auto":
+            values.setdefault("inner", ["neurons"])
         return values
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        if (self.rotation == "block") != (self.skip == "dense"):
+        if (self.rotation == "block") != (self.skip != "none"):
             raise ValueError(
-                f"rotation {self.rotation!r} with skip {self.skip!r}: rotation 'block' needs skip 'dense' "
-                f"(each block has its own basis), the other rotations need none"
+                f"rotation {self.rotation!r} with skip {self.skip!r}: rotation 'block' needs a skip, for instance "
+                f"'dense' (each block has its own basis), the other rotations need none"
             )
-        if self.structure in ("dense", "jrk") and self.rotation != "none":
+        if (self.structure == "slice") != (self.skip == "slice"):
+            raise ValueError(f"structure {self.structure!r} with skip {self.skip!r}: 'slice' goes with 'slice' only")
+        if self.skip in ("cs", "householder") and self.structure != "kron":
+            raise ValueError(f"skip {self.skip!r} serves one kept width of the stream, which is structure 'kron' only")
+        if self.structure in ("dense", "jrk", "lowrank") and self.rotation != "none":
             raise ValueError(
-                f"structure {self.structure!r} with rotation {self.rotation!r}: a dense model is not rotated, and "
-                f"joint rank-k is the same in every rotation"
+                f"structure {self.structure!r} with rotation {self.rotation!r}: low rank is the same in every "
+                f"rotation, and a dense model is not rotated"
             )
+        if self.fit == "paper" and (self.structure not in ("kron", "gs") or self.skip != "dense"):
+            raise ValueError(
+                f"fit 'paper' with structure {self.structure!r}, rotation {self.rotation!r}, skip {self.skip!r}: the "
+                f"paper has kron and gs, with rotation 'block' and skip 'dense'"
+            )
+        if self.menu and self.structure != "auto":
+            raise ValueError(f"menu {list(self.menu)} is for structure 'auto', not {self.structure!r}")
+        if self.joint and self.structure not in ("lowrank", "auto"):
+            raise ValueError(f"joint low rank is for structures 'lowrank' and 'auto', not {self.structure!r}")
+        if set(self.inner) & {"neurons", "vo"} and (
+            self.fit == "paper" or self.structure not in ("auto", "kron", "gs", "lowrank") or not self.ties
+        ):
+            raise ValueError(
+                f"inner {list(self.inner)}: neurons and value coordinates are chosen with structures auto, kron, gs "
+                f"and lowrank, each fitted by --fit loss-aware"
+            )
+        if "kron" in self.menu and self.rotation == "none":
+            raise ValueError("a menu with kron needs a rotation, which absorbs its mix: --rotation shared")
+        if self.budget_latency is not None and self.budget_bytes is not None:
+            raise ValueError("budget_bytes and budget_latency are two budgets: give one")
         return self
 
     def needs_text(self) -> bool:

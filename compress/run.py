@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=args.device,
         batch=args.batch,
         materialize_dense=args.materialize_dense,
+        statistics=args.statistics,
     )
     facts = artifact.read_manifest()["stages"]["checkpoint"]
     summary = {

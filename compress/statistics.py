@@ -1,153 +1,186 @@
-"""Second moments at the residual stream: what readers read, what writers write, and how much the loss minds.
+"""Second moments at every linear: what it reads, and how much the loss minds an error of its output.
 
 One forward pass over the calibration sequences, block by block, then (for `--sensitivity fisher`) one backward pass,
 block by block from the last, each block recomputed from its stored input: memory is one block, its activations and
-one memory-mapped stream per block. No weight is trained.
+one memory-mapped stream per block. No weight is trained. Everything found is kept in one file per block and read
+from there when it is needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.architecture import WRITERS, Architecture
 from compress.blocks import rms_normalise
+from compress.inner import InnerRewrites
 from compress.invariance import FoldedModel, Rotations, Weights
 from compress.progress import track
 from compress.streams import GramSum, Runner, embed, mapped, save_whole
 
 SUB_BLOCKS = ("attn", "mlp")
-Biases = dict[str, Tensor | None]
+FINAL = "final.safetensors"
 
 
 @dataclass(frozen=True)
 class StreamMoments:
-    """Second moments of one sub-block, each (d, d) float64, in the unrotated stream.
+    """Second moments of one sub-block, float64, in the unrotated stream.
 
-    read: of the normalised stream that its readers see. write: of its writer's output without the bias (which no
-    structure touches). read_gradients: for each reader, of W^T g, g the gradient at its output: what the loss minds of
-    an error in what this reader alone sees. write_gradient: of the gradient at the writer's output. Gradients are
-    those of the log-likelihood of labels sampled from the model (an unbiased estimate of the Fisher information);
-    None when sensitivity is "none". inner: of the writer's input (inner, inner), None unless asked for.
+    read (d, d): of the normalised stream that its readers see. inner (inner, inner): of the writer's input. gradients:
+    for each linear of the sub-block, readers first, of the gradient at its output, (out, out): those of the
+    log-likelihood of labels sampled from the model (an unbiased estimate of the Fisher information); None when
+    sensitivity is not "fisher".
     """
 
     read: Tensor
-    write: Tensor
-    read_gradients: dict[str, Tensor] | None
-    write_gradient: Tensor | None
-    inner: Tensor | None
+    inner: Tensor
+    gradients: dict[str, Tensor] | None
+
+    def rewritten(self, rewrites: InnerRewrites, arch: Architecture, layer: int, sub_block: str) -> StreamMoments:
+        """As if collected on the model after these rewrites of its inner features."""
+        inner, found = rewrites.input_moment(self.inner, arch, layer, WRITERS[sub_block]), self.gradients
+        if found is not None:
+            found = {role: rewrites.gradient_moment(h, arch, layer, role) for role, h in found.items()}
+        return StreamMoments(self.read, inner, found)
+
+    def gram(self, role: str) -> Tensor:
+        """Of the input of `role`: `inner` for a writer, `read` for the others."""
+        return self.inner if role in WRITERS.values() else self.read
+
+
+class StatisticsFolder(Mapping[tuple[int, str], StreamMoments]):
+    """The moments of all sub-blocks, keyed by (layer, "attn" | "mlp"), read from their files at each access."""
+
+    def __init__(self, folder: Path, arch: Architecture, sensitivity: str) -> None:
+        self.folder, self.arch, self.sensitivity = folder, arch, sensitivity
+
+    def __getitem__(self, key: tuple[int, str]) -> StreamMoments:
+        layer, sub = key
+        if sub not in SUB_BLOCKS or not 0 <= layer < self.arch.num_layers:
+            raise KeyError(key)
+        with safe_open(_forward_file(self.folder, layer), framework="pt") as file:
+            read, inner = (file.get_tensor(f"{sub}.{place}").double() for place in ("in", "inner"))
+        gradients = None
+        if self.sensitivity == "fisher":
+            with safe_open(_backward_file(self.folder, layer), framework="pt") as file:
+                roles = (*self.arch.readers(sub), WRITERS[sub])
+                gradients = {role: file.get_tensor(role).double() for role in roles}
+        return StreamMoments(read, inner, gradients)
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        return ((layer, sub) for layer in range(self.arch.num_layers) for sub in SUB_BLOCKS)
+
+    def __len__(self) -> int:
+        return 2 * self.arch.num_layers
+
+    def final(self) -> Tensor:
+        """Second moment (d, d) of the normalised stream that the head reads."""
+        return load_file(self.folder / FINAL)["gram"].double()
 
 
 def collect(
-    model: FoldedModel,
-    tokens: Tensor,
-    *,
-    sensitivity: str,
-    inner: bool,
-    seed: int,
-    runner: Runner,
-    state: Path,
-) -> dict[tuple[int, str], StreamMoments]:
-    """Moments of every sub-block, keyed by (layer, "attn" | "mlp").
+    model: FoldedModel, tokens: Tensor, *, sensitivity: str, seed: int, runner: Runner, folder: Path
+) -> StatisticsFolder:
+    """Moments of every sub-block of the dense model on `tokens`, int64 (samples, length).
 
-    tokens: (samples, length) int64; `inner` also collects the moments of the writers' inputs. Files in `state`: one
-    stream per block while this runs, then `moments.safetensors`, which a later call with the same state folder reads
-    instead of running again.
+    Written to `folder`, one stream per block beside them while this runs; a later call with the same folder goes on
+    where an interrupted one stopped, and computes nothing where that was complete.
     """
-    file = state / "moments.safetensors"
-    if not file.exists():
-        moments = _forward(model, tokens, inner, runner, state)
+    folder.mkdir(parents=True, exist_ok=True)
+    layers, complete = range(model.arch.num_layers), folder / "complete"
+    if not complete.exists():
+        _forward(model, tokens, runner, folder)
         if sensitivity == "fisher":
-            moments.update(_backward(model, tokens, seed, runner, state))
-        save_whole(moments, file)
-        for layer in range(model.arch.num_layers + 1):
-            _stream_file(state, layer).unlink(missing_ok=True)
-    loaded = load_file(file)
-    return {
-        (layer, sub): StreamMoments(
-            loaded[f"{layer}.{sub}.in"],
-            loaded[f"{layer}.{sub}.out"],
-            _by_role(loaded, layer, model.arch.readers(sub)),
-            loaded.get(f"{layer}.{sub}.out.gradient"),
-            loaded.get(f"{layer}.{WRITERS[sub]}"),
-        )
-        for layer in range(model.arch.num_layers)
-        for sub in SUB_BLOCKS
-    }
+            _backward(model, tokens, seed, runner, folder)
+        complete.touch()
+        for name in ("gradient", *(f"dense-{layer}" for layer in (*layers, len(layers)))):
+            (folder / f"{name}.f32").unlink(missing_ok=True)
+    return StatisticsFolder(folder, model.arch, sensitivity)
 
 
-def _by_role(loaded: dict[str, Tensor], layer: int, roles: tuple[str, ...]) -> dict[str, Tensor] | None:
-    found = {role: loaded[f"{layer}.{role}.gradient"] for role in roles if f"{layer}.{role}.gradient" in loaded}
-    return found or None
+def _forward_file(folder: Path, layer: int) -> Path:
+    return folder / f"forward-{layer}.safetensors"
 
 
-def _stream_file(state: Path, layer: int) -> Path:
-    return state / f"dense-{layer}.f32"
+def _backward_file(folder: Path, layer: int) -> Path:
+    return folder / f"backward-{layer}.safetensors"
 
 
-def _stream_sums(arch: Architecture, runner: Runner) -> dict[str, GramSum]:
-    d = arch.hidden_size
-    return {f"{sub}.{place}": GramSum(d, d, runner.device) for sub in SUB_BLOCKS for place in ("in", "out")}
+def _stream_file(folder: Path, layer: int) -> Path:
+    return folder / f"dense-{layer}.f32"
 
 
 @torch.no_grad()
-def _forward(model: FoldedModel, tokens: Tensor, inner: bool, runner: Runner, state: Path) -> dict[str, Tensor]:
+def _forward(model: FoldedModel, tokens: Tensor, runner: Runner, folder: Path) -> None:
     arch, shape = model.arch, (*tokens.shape, model.arch.hidden_size)
-    stream = mapped(_stream_file(state, 0), shape)
+    if (folder / FINAL).exists():
+        return
+    stream = mapped(_stream_file(folder, 0), shape)
     stream.copy_(embed(model.ends(Rotations.none()), arch, tokens))
-    moments = {}
     for layer in track(range(arch.num_layers), description="calibrate"):
-        block = runner.block(layer, model.block(layer), {}, skips=False)
-        sums = _stream_sums(arch, runner)
-        for writer in WRITERS.values() if inner else ():
-            width = arch.linears()[writer][1]
-            sums[writer] = GramSum(width, width, runner.device)
-        biases: Biases = {"attn.out": block.attn.o.bias, "mlp.out": block.mlp.down.bias}
-
-        def tap(place: str, value: Tensor, sums: dict[str, GramSum] = sums, biases: Biases = biases) -> None:
-            if place in sums:
-                bias = biases.get(place)
-                sums[place].add(value if bias is None else value - bias)
-
-        following = mapped(_stream_file(state, layer + 1), shape)
-        for part, (x,) in runner.batches(stream):
-            following[part] = block(x, runner.rotary, runner.mask, tap=tap).cpu()
+        following = mapped(_stream_file(folder, layer + 1), shape)
+        if not _forward_file(folder, layer).exists():
+            sums = _run_forward(model, layer, stream, following, runner)
+            save_whole(
+                {place: total.mean().float().cpu() for place, total in sums.items()}, _forward_file(folder, layer)
+            )
         stream = following
-        moments.update({f"{layer}.{place}": total.mean().cpu() for place, total in sums.items()})
-    return moments
+    final = GramSum(arch.hidden_size, arch.hidden_size, runner.device)
+    for _, (x,) in runner.batches(stream):
+        final.add(rms_normalise(x, arch.norm_eps))
+    save_whole({"gram": final.mean().float().cpu()}, folder / FINAL)
 
 
-def _backward(model: FoldedModel, tokens: Tensor, seed: int, runner: Runner, state: Path) -> dict[str, Tensor]:
+def _run_forward(
+    model: FoldedModel, layer: int, stream: Tensor, following: Tensor, runner: Runner
+) -> dict[str, GramSum]:
+    """Take the stream through block `layer`; the moments by place."""
+    arch, block = model.arch, runner.block(layer, model.block(layer), {}, skips=False)
+    sums, places = dict[str, GramSum](), dict[str, str]()
+    for sub, writer in WRITERS.items():
+        d, inner = arch.linears()[writer]
+        for place, tapped, width in (("in", f"{sub}.in", d), ("inner", writer, inner)):
+            sums[f"{sub}.{place}"] = GramSum(width, width, runner.device)
+            places[tapped] = f"{sub}.{place}"
+
+    def tap(place: str, value: Tensor) -> None:
+        if place in places:
+            sums[places[place]].add(value)
+
+    for part, (x,) in runner.batches(stream):
+        following[part] = block(x, runner.rotary, runner.mask, tap=tap).cpu()
+    return sums
+
+
+def _backward(model: FoldedModel, tokens: Tensor, seed: int, runner: Runner, folder: Path) -> None:
     arch, shape = model.arch, (*tokens.shape, model.arch.hidden_size)
-    gradient = _head_gradient(model, mapped(_stream_file(state, arch.num_layers), shape), seed, runner)
-    moments = {}
+    gradient = mapped(folder / "gradient.f32", shape)
+    # An interrupted pass has spoilt the gradient: it starts again. (The forward pass is the longer one.)
+    _head_gradient(model, mapped(_stream_file(folder, arch.num_layers), shape), seed, runner, gradient)
     for layer in track(range(arch.num_layers - 1, -1, -1), description="sensitivity"):
-        weights = model.block(layer)
-        block = runner.block(layer, weights, {}, skips=False)
+        block = runner.block(layer, model.block(layer), {}, skips=False)
         seen: dict[str, Tensor] = {}
-        readers = {role: block.get_submodule(role) for sub in SUB_BLOCKS for role in arch.readers(sub)}
-        for role, linear in readers.items():
-            linear.register_forward_hook(_keep(seen, role))
-        d = arch.hidden_size
-        sums = {place: GramSum(d, d, runner.device) for place in (*readers, "attn.out", "mlp.out")}
-        stream = mapped(_stream_file(state, layer), shape)
+        sums = {role: GramSum(n, n, runner.device) for role, (n, _) in arch.linears().items()}
+        for role in sums:
+            block.get_submodule(role).register_forward_hook(_keep(seen, role))
+        stream = mapped(_stream_file(folder, layer), shape)
         for part, (x, upper) in runner.batches(stream, gradient):
             x.requires_grad_(True)
-            y = block(x, runner.rotary, runner.mask, tap=seen.__setitem__)
-            lower, *inner = torch.autograd.grad(y, [x, *(seen[p] for p in sums)], grad_outputs=upper)
-            for place, value in zip(sums, inner, strict=True):
-                sums[place].add(value @ weights[f"{place}.weight"].to(value) if place in readers else value)
+            y = block(x, runner.rotary, runner.mask)
+            lower, *found = torch.autograd.grad(y, [x, *(seen[role] for role in sums)], grad_outputs=upper)
+            for total, value in zip(sums.values(), found, strict=True):
+                total.add(value)
             seen.clear()
-            # Last: on the CPU `upper`, which is also the gradient at "mlp.out", is a view of this very memory.
+            # Last: on the CPU `upper`, which is also the gradient at the output of the MLP, is a view of this memory.
             gradient[part] = lower.cpu()
-        moments.update({f"{layer}.{place}.gradient": total.mean().cpu() for place, total in sums.items()})
-    return moments
+        save_whole({role: total.mean().float().cpu() for role, total in sums.items()}, _backward_file(folder, layer))
 
 
 def _keep(seen: dict[str, Tensor], place: str) -> Callable[[torch.nn.Module, Any, Tensor], None]:
@@ -159,11 +192,11 @@ def _keep(seen: dict[str, Tensor], place: str) -> Callable[[torch.nn.Module, Any
     return hook
 
 
-def _head_gradient(model: FoldedModel, stream: Tensor, seed: int, runner: Runner) -> Tensor:
-    """Gradient of -log p(label) summed over a sequence's tokens, labels sampled from the model; shape of `stream`."""
+def _head_gradient(model: FoldedModel, stream: Tensor, seed: int, runner: Runner, gradient: Tensor) -> None:
+    """Write into `gradient`, of the shape of `stream`, that of -log p(label) summed over a sequence's tokens, labels
+    sampled from the model."""
     arch, ends = model.arch, {n: w.to(runner.device) for n, w in model.ends(Rotations.none()).items()}
     generator = torch.Generator(device=runner.device).manual_seed(seed)
-    gradient = torch.empty_like(stream)
     for part, (x,) in runner.batches(stream):
         for i in range(len(x)):  # one sequence's logits at a time: (length, vocabulary) is large
             row = x[i].detach().requires_grad_(True)
@@ -172,7 +205,6 @@ def _head_gradient(model: FoldedModel, stream: Tensor, seed: int, runner: Runner
                 labels = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)[:, 0]
             loss = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
             gradient[part.start + i] = torch.autograd.grad(loss, row)[0].cpu()
-    return gradient
 
 
 def head_logits(ends: Weights, eps: float, x: Tensor) -> Tensor:

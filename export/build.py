@@ -101,6 +101,7 @@ def _build(args: argparse.Namespace, artifact: Artifact, source: ModelSource, re
                 device=args.device,
                 batch=args.batch,
                 materialize_dense=args.materialize_dense,
+                statistics=args.statistics,
             )
         graph = build_onnx(artifact, dtype=args.dtype, logits=args.logits)
         if args.engine == "ort":

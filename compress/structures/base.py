@@ -173,7 +173,7 @@ def structure_from_config(config: Mapping[str, Any]) -> Structure:
         )
     cls = known[name]
     hints = get_type_hints(cls)
-    given = {
+    given: dict[str, Any] = {
         key: structure_from_config(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
         if key != "structure"

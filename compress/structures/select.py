@@ -48,7 +48,7 @@ class SelectStructure(Structure):
         self._require_divides("groups", self.groups, self._cut)
         if self.kept > self.group_size:
             raise UsageError(f"{self.kept} kept features are above the {self.group_size} of a group; keep fewer")
-        m, n = self._reduced_sizes
+        m, n = self.reduced_sizes
         if self.core is not None and (self.core.in_features, self.core.out_features) != (m, n):
             raise UsageError(
                 f"the core of a select structure must be {n} x {m}, what is kept; it is "
@@ -67,7 +67,7 @@ class SelectStructure(Structure):
         return self._cut // self.groups
 
     @property
-    def _reduced_sizes(self) -> tuple[int, int]:
+    def reduced_sizes(self) -> tuple[int, int]:
         """(in, out) of what is kept."""
         inner = self.groups * self.kept
         return (inner, self.out_features) if self.side == "in" else (self.in_features, inner)
@@ -75,7 +75,7 @@ class SelectStructure(Structure):
     @property
     def reduced(self) -> Structure:
         """The structure between the kept features alone, which is what is stored."""
-        return self.core or DenseStructure(*self._reduced_sizes)
+        return self.core or DenseStructure(*self.reduced_sizes)
 
     def features(self) -> Tensor:
         """Indices (groups * kept,) of the features that stay."""

@@ -1,0 +1,137 @@
+"""Which rotation the stream gets: nested subspaces for sums of Kronecker products, Procrustes problems for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from compress.architecture import WRITERS, Architecture
+from compress.invariance import FoldedModel, Rotations
+from compress.procrustes import (
+    Member,
+    StreamTerm,
+    damped,
+    frobenius_rotation,
+    majorised_rotation,
+    nested_rotation,
+    nested_start,
+)
+from compress.progress import log
+from compress.recipe import Recipe
+from compress.statistics import SUB_BLOCKS, StreamMoments
+from compress.structures import Structure
+
+
+def position_of(layer: int, role: str) -> int:
+    """The position of the stream, 0 ... 2L, that a linear reads or writes; each has its rotation with kind "block"."""
+    sub_block = role.partition(".")[0]
+    return 2 * layer + SUB_BLOCKS.index(sub_block) + (role in WRITERS.values())
+
+
+class StreamRotations:
+    """The rotations of a model whose linears keep leading coordinates of the stream, as they are searched for.
+
+    LayerNorm lets d - 1 directions through: there the search is in these, and the mean becomes the last rotated
+    coordinate. Every writer that keeps fewer than all coordinates leaves it at zero, so that the compressed model,
+    too, has nothing for LayerNorm to subtract.
+    """
+
+    def __init__(self, arch: Architecture, kind: str) -> None:
+        self.kind, self.width = kind, arch.hidden_size
+        self.count = 1 if kind == "shared" else 2 * arch.num_layers + 1
+        self.basis: Tensor | None = None  # (d, d - 1): of the stream without its mean, 1 / sqrt(d)
+        if arch.norm == "layernorm":
+            ones = torch.ones(self.width, 1, dtype=torch.float64)
+            self.basis = torch.linalg.qr(ones, mode="complete").Q[:, 1:]
+        self.matrices: list[Tensor] = []
+
+    def term(self, term: StreamTerm) -> StreamTerm:
+        """The term in the directions that the search is in."""
+        if self.basis is None:
+            return term
+        b = self.basis
+        return StreamTerm(term.name, b.T @ term.p @ b, b.T @ term.m @ b, term.cost)
+
+    def start(self, terms: Sequence[Iterator[StreamTerm]]) -> None:
+        """The closed-form start of each rotation from its terms."""
+        self.matrices = [nested_start([self.term(t) for t in here]) for here in terms]
+
+    def improve(self, index: int, terms: Sequence[tuple[StreamTerm, int]], iterations: int) -> None:
+        """Descend on the summed losses of (term, kept coordinates) at one rotation from where it is."""
+        self.matrices[index] = nested_rotation(
+            [self.term(term) for term, _ in terms],
+            [kept for _, kept in terms],
+            self.matrices[index],
+            iterations=iterations,
+            dtype=torch.float32 if self.width >= 256 else torch.float64,
+        )
+
+    def curve(self, position: int, term: StreamTerm) -> Tensor:
+        """Loss of keeping 0 ... d coordinates (d + 1,)."""
+        curve = self.term(term).curve(self.matrices[self.index(position)])
+        return curve if self.basis is None else torch.cat((curve, curve[-1:]))
+
+    def index(self, position: int) -> int:
+        """Which of the matrices serves a position of the stream."""
+        return 0 if self.count == 1 else position
+
+    def result(self) -> Rotations:
+        """As the rest of the program knows them."""
+        if self.basis is None:
+            return Rotations(self.kind, tuple(self.matrices))
+        mean = torch.full((self.width, 1), self.width**-0.5, dtype=torch.float64)
+        return Rotations(self.kind, tuple(torch.cat((self.basis @ q, mean), dim=1) for q in self.matrices))
+
+
+def rotate_members(
+    model: FoldedModel,
+    recipe: Recipe,
+    moments: Mapping[tuple[int, str], StreamMoments],
+    structures: Mapping[str, Structure],
+) -> Rotations:
+    """Frobenius start, then the Gram-weighted solver, for every rotation of the recipe."""
+    arch = model.arch
+    if recipe.rotation == "none":
+        return Rotations.none()
+    positions = 2 * arch.num_layers + 1
+    served = [range(positions)] if recipe.rotation == "shared" else [range(p, p + 1) for p in range(positions)]
+    iterations = max(1, recipe.rotation_iterations // 20)
+    matrices: list[Tensor] = []
+    for here in served:
+
+        def members(here: range = here) -> Iterator[Member]:
+            return _members_at(model, recipe, moments, structures, here)
+
+        q = torch.eye(arch.hidden_size, dtype=torch.float64)
+        if any(True for _ in members()):
+            q = frobenius_rotation(members, q, 2 * iterations)
+            q, errors = majorised_rotation(members, q, iterations)
+            log(f"rotation {len(matrices) + 1} of {len(served)}: weighted error {errors[0]:.4g} -> {errors[-1]:.4g}")
+        matrices.append(q)
+    return Rotations(recipe.rotation, tuple(matrices))
+
+
+def _members_at(
+    model: FoldedModel,
+    recipe: Recipe,
+    moments: Mapping[tuple[int, str], StreamMoments],
+    structures: Mapping[str, Structure],
+    positions: range,
+) -> Iterator[Member]:
+    arch = model.arch
+    for layer in range(arch.num_layers):
+        wanted = [
+            (role, sub)
+            for s, sub in enumerate(SUB_BLOCKS)
+            for role in (*arch.readers(sub), WRITERS[sub])
+            if 2 * layer + s + (role == WRITERS[sub]) in positions and f"layers.{layer}.{role}" in structures
+        ]
+        weights = model.block(layer) if wanted else {}
+        for role, sub in wanted:
+            weight, moment = weights[f"{role}.weight"].double(), moments[layer, sub]
+            side = arch.side(role)
+            gram = damped(moment.gram(role), recipe.gram_damping)
+            energy = float(((weight @ gram) * weight).sum())
+            yield Member(weight, gram, side, structures[f"layers.{layer}.{role}"], 1 / max(energy, 1e-30))

@@ -1,0 +1,79 @@
+"""`--sensitivity measured`: what a relative error of each class of linears costs, by trying; no backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from compress.architecture import WRITERS
+from compress.invariance import FoldedModel, Rotations
+from compress.procrustes import damped
+from compress.progress import log, track
+from compress.recipe import Recipe
+from compress.statistics import StreamMoments, head_logits
+from compress.streams import Runner, embed
+from compress.structures import LowRankStructure
+
+SEQUENCES = 8
+KEPT = 0.5  # of the full rank: errors far above rounding, and of the size that a compression makes
+
+
+@torch.no_grad()
+def measured_losses(
+    model: FoldedModel,
+    tokens: Tensor,
+    moments: Mapping[tuple[int, str], StreamMoments],
+    recipe: Recipe,
+    runner: Runner,
+) -> dict[str, float]:
+    """Role -> KL divergence to the dense model, in nats per token, for one unit of summed squared relative error.
+
+    All linears of one role are truncated to half their rank by whitened SVD, the others left as they are, and the
+    model is run on the first `SEQUENCES` sequences: one pass for each role, so the time is linear in the layers.
+    (methods 6.6 measures each position; classes are what can be afforded at every size.)
+    """
+    arch, ids = model.arch, tokens[:SEQUENCES]
+    ends = {name: w.to(runner.device) for name, w in model.ends(Rotations.none()).items()}
+    start = embed(model.ends(Rotations.none()), arch, ids)
+    reference = _last_stream(model, start, runner, None, moments, recipe)[0]
+    found: dict[str, float] = {}
+    for role in track(tuple(arch.linears()), description="measure"):
+        stream, errors = _last_stream(model, start, runner, role, moments, recipe)
+        total = 0.0
+        for _, (x, y) in runner.batches(reference, stream):
+            for a, b in zip(x, y, strict=True):  # one sequence's logits at a time: (length, vocabulary) is large
+                p, q = (head_logits(ends, arch.norm_eps, h).float().log_softmax(-1) for h in (a, b))
+                total += float((p.exp() * (p - q)).sum())
+        found[role] = total / ids.numel() / max(errors, 1e-30)
+    log("measured loss per unit of relative error: " + ", ".join(f"{r} {v:.3g}" for r, v in found.items()))
+    return found
+
+
+def _last_stream(
+    model: FoldedModel,
+    start: Tensor,
+    runner: Runner,
+    role: str | None,
+    moments: Mapping[tuple[int, str], StreamMoments],
+    recipe: Recipe,
+) -> tuple[Tensor, float]:
+    """The last stream with the linears of `role` truncated, and the sum of their squared relative errors."""
+    x, errors = start.clone(), 0.0
+    for layer in range(model.arch.num_layers):
+        weights = model.block(layer)
+        if role is not None:
+            sub = next(sub for sub, writer in WRITERS.items() if role in (*model.arch.readers(sub), writer))
+            gram = damped(moments[layer, sub].gram(role), recipe.gram_damping)
+            weight = weights[f"{role}.weight"].double()
+            n, m = weight.shape
+            structure = LowRankStructure(m, n, max(1, int(KEPT * min(n, m))))
+            approximation = structure.dense(structure.fit(weight, gram))
+            lost = weight - approximation
+            errors += float(((lost @ gram) * lost).sum() / ((weight @ gram) * weight).sum().clamp(min=1e-300))
+            weights[f"{role}.weight"] = approximation.to(weights[f"{role}.weight"].dtype)
+        block = runner.block(layer, weights, {}, skips=False)
+        for part, (h,) in runner.batches(x):
+            x[part] = block(h, runner.rotary, runner.mask).cpu()
+    return x, errors

@@ -1,0 +1,189 @@
+"""How each recipe becomes fitted blocks: by plan and fit, as the paper does, by slicing, or without any text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from compress.accounting import ModelSize, model_size
+from compress.architecture import Architecture
+from compress.checkpoint import structured_state
+from compress.embedding import EmbeddingRanks, compress_embedding, token_counts
+from compress.fitting import FitRecord, LayerFitter
+from compress.inner import InnerRewrites, extra_biases
+from compress.invariance import FoldedModel, Rotations, Weights
+from compress.jrk import frobenius_error, jrk_fit_block
+from compress.planning import Moments, Plan, make_plan, needs_moments, structures_without_text, unit_of
+from compress.recipe import Recipe
+from compress.sensitivity import measured_losses
+from compress.skips import skip_from_config
+from compress.statistics import StatisticsFolder, collect
+from compress.streams import Runner, save_whole
+from compress.structures import DenseStructure, Structure, structure_from_config
+from compress.structures.joint import leader_of
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A compressed model before it is written: embeddings and head, one file of state-dict entries for each block, and
+    what config.json has to say about them."""
+
+    rotations: Rotations
+    structures: dict[str, Structure]
+    ends: Weights
+    files: list[Path]
+    records: list[FitRecord]
+    ranks: EmbeddingRanks = field(default_factory=EmbeddingRanks)
+    extra_biases: list[str] = field(default_factory=list)
+
+    def choices(self) -> dict[str, Any]:
+        """Fields of config.json."""
+        return {
+            "extra_biases": self.extra_biases or None,
+            "embedding_rank": self.ranks.embedding,
+            "head_rank": self.ranks.head,
+        }
+
+    def size(self, arch: Architecture) -> ModelSize:
+        """What it stores."""
+        skips = sum(form.parameter_count() for form in self.rotations.forms())
+        ranks = (self.ranks.embedding, self.ranks.head)
+        return model_size(arch, self.structures, self.rotations.kind, self.extra_biases, skips, *ranks)
+
+
+def fit_model(
+    model: FoldedModel,
+    recipe: Recipe,
+    tokens: Tensor | None,
+    state: Path,
+    device: torch.device,
+    batch: int,
+    statistics: Path | None = None,
+) -> Fitted:
+    """Compress by `recipe`; tokens (samples, length) int64, None for a recipe that reads no text.
+
+    `state` holds what an interrupted run needs to go on; `statistics` the second moments, for other runs too.
+    """
+    if tokens is None:
+        return _without_text(model, recipe, state)
+    runner = Runner(model.arch, tokens.shape[1], device, batch)
+    if recipe.structure == "slice":
+        return _sliced(model, recipe, tokens, runner, state)
+    moments: Moments = {}
+    if needs_moments(recipe):
+        few = tokens[: min(recipe.sensitivity_samples, len(tokens))]
+        folder = statistics or state / "moments"
+        moments = collect(
+            model, few, sensitivity=recipe.sensitivity, seed=recipe.calibration.seed, runner=runner, folder=folder
+        )
+    if recipe.fit == "paper":
+        return _by_the_paper(model, recipe, tokens, moments, state, device)
+    plan = _saved_plan(state)
+    if plan is None:
+        measured = None
+        if recipe.sensitivity == "measured":
+            measured = measured_losses(model, few, moments, recipe, runner)
+        plan = _save_plan(state, make_plan(model, recipe, moments, measured))
+    ends, ranks = _ends(model, recipe, plan.rotations, tokens, moments)
+    files, records = LayerFitter(model, plan, recipe, moments, tokens, runner, state, ends).run()
+    biases = extra_biases(model.arch, tuple(model.arch.linears())) if "bias" in recipe.inner else []
+    return Fitted(plan.rotations, plan.structures, ends, files, records, ranks, biases)
+
+
+def _ends(
+    model: FoldedModel, recipe: Recipe, rotations: Rotations, tokens: Tensor, moments: Moments
+) -> tuple[Weights, EmbeddingRanks]:
+    """Embeddings and head in the rotated stream, compressed where the recipe asks for it."""
+    ends = model.ends(rotations)
+    if recipe.embedding >= 1:
+        return ends, EmbeddingRanks()
+    gram = None
+    if isinstance(moments, StatisticsFolder):
+        gram, q = moments.final(), rotations.at(2 * model.arch.num_layers)
+        gram = gram if q is None else q.T @ gram @ q
+    counts = token_counts(tokens, model.arch.vocab_size)
+    return compress_embedding(ends, model.arch, counts, gram, recipe.embedding, unit_of(model.arch, recipe))
+
+
+def _sliced(model: FoldedModel, recipe: Recipe, tokens: Tensor, runner: Runner, state: Path) -> Fitted:
+    from compress.slicing import slice_model
+    from compress.widths import UNIT, kept_for_ratio
+
+    kept = kept_for_ratio(model.arch, recipe.ratio, "slice", unit=recipe.unit or UNIT)
+    found = slice_model(model, tokens, kept, runner, state)
+    ends, ranks = _ends(model, recipe, found.rotations, tokens, {})
+    return Fitted(found.rotations, found.structures, ends, found.files, found.records, ranks)
+
+
+def _by_the_paper(
+    model: FoldedModel, recipe: Recipe, tokens: Tensor, moments: Moments, state: Path, device: torch.device
+) -> Fitted:
+    from compress.paper.accounting import largest_kept
+    from compress.paper.blocks import fit_paper
+
+    kind: Literal["kron", "gs"] = "kron" if recipe.structure == "kron" else "gs"
+    kept = largest_kept(model.arch, kind, recipe.ratio)
+    counts = token_counts(tokens, model.arch.vocab_size)
+    found = fit_paper(model, kind, kept, moments, counts, device=device, state=state)
+    ends, ranks = _ends(model, recipe, found.rotations, tokens, moments)
+    return Fitted(found.rotations, found.structures, ends, found.files, found.records, ranks)
+
+
+def _without_text(model: FoldedModel, recipe: Recipe, state: Path) -> Fitted:
+    """A dense copy, or joint rank-k: every block by itself, from its weights alone. relative_error is |W - What| / |W|
+    in the Frobenius norm."""
+    arch = model.arch
+    files, records = list[Path](), list[FitRecord]()
+    structures = structures_without_text(arch, recipe)
+    for layer in range(arch.num_layers):
+        weights = model.block(layer)
+        prefix = f"layers.{layer}."
+        here = {name.removeprefix(prefix): s for name, s in structures.items() if name.startswith(prefix)}
+        fitted = jrk_fit_block(weights, here)
+        tensors = {f"model.{prefix}{n}": w for n, w in weights.items() if n.removesuffix(".weight") not in here}
+        for role, (n, m) in arch.linears().items():
+            name, weight = prefix + role, weights[f"{role}.weight"]
+            structure: Structure = here.get(role) or DenseStructure(in_features=m, out_features=n)
+            error = 0.0
+            if role in here:
+                tensors |= structured_state(name, fitted[role], None)
+                leader = leader_of(structures, name)
+                shared = {} if leader is None else {"V": fitted[leader.removeprefix(prefix)]["V"]}
+                error = frobenius_error(weight, structure, shared | fitted[role])
+            records.append(FitRecord(name, structure.name, structure.parameter_count(), n * m, error, None))
+        files.append(state / f"block-{layer}.safetensors")
+        save_whole(tensors, files[-1])
+    ends = model.ends(Rotations.none())
+    ends, ranks = compress_embedding(ends, arch, None, None, recipe.embedding, unit_of(arch, recipe))
+    return Fitted(Rotations.none(), structures, ends, files, records, ranks)
+
+
+def _save_plan(state: Path, plan: Plan) -> Plan:
+    save_whole({f"q.{i}": q for i, q in enumerate(plan.rotations.matrices)}, state / "plan.safetensors")
+    plan.rewrites.save(state / "rewrites.safetensors")
+    record = {
+        "kind": plan.rotations.kind,
+        "skips": [form.to_config() for form in plan.rotations.skips],
+        "structures": {name: s.to_config() for name, s in plan.structures.items()},
+        "predicted": plan.predicted,
+    }
+    partial = state / "plan.partial"
+    partial.write_text(json.dumps(record))
+    partial.rename(state / "plan.json")
+    return plan
+
+
+def _saved_plan(state: Path) -> Plan | None:
+    if not (state / "plan.json").exists():
+        return None
+    record, tensors = json.loads((state / "plan.json").read_text()), load_file(state / "plan.safetensors")
+    matrices = tuple(tensors[f"q.{i}"] for i in range(len(tensors)))
+    rotations = Rotations(record["kind"], matrices, tuple(skip_from_config(c) for c in record["skips"]))
+    structures = {name: structure_from_config(c) for name, c in record["structures"].items()}
+    return Plan(rotations, structures, record["predicted"], InnerRewrites.load(state / "rewrites.safetensors"))
