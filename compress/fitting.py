@@ -137,7 +137,8 @@ class LayerFitter:
             self._fit_group(layer, (WRITERS[sub],), weights, seen, block, state, records)
             skip, writer = self._parts(sub, block)
             for part, (c, a_c) in runner.batches(x_c, inner):
-                x_c[part] = (skip(c) + writer(a_c)).cpu()
+                with runner.computing():
+                    x_c[part] = (skip(c) + writer(a_c)).cpu()
         for name, stream in (("dense", x_f), ("compressed", x_c)):
             mapped(self._stream_file(name, layer + 1), self.shape).copy_(stream)
         return state, records
@@ -183,11 +184,13 @@ class LayerFitter:
         gram = GramSum(inner.shape[-1], inner.shape[-1], self.runner.device)
         gap = GramSum(self.shape[-1], inner.shape[-1], self.runner.device)
         for part, (f, c) in self.runner.batches(x_f, x_c):
-            a_c = self._inner(sub, block, c)
-            after = skip(f) + writer(self._inner(sub, dense, f))
+            with self.runner.computing():
+                a_c = self._inner(sub, block, c)
+                after = skip(f) + writer(self._inner(sub, dense, f))
+                error = after - writer(a_c) - skip(c) if self.recipe.correction else None
             gram.add(a_c)
-            if self.recipe.correction:
-                gap.add(after - writer(a_c) - skip(c), a_c)
+            if error is not None:
+                gap.add(error, a_c)
             inner[part], x_f[part] = a_c.cpu(), after.cpu()
         return FitMoments.of(gram, gap)
 

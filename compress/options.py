@@ -100,6 +100,11 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--calibration-samples", type=int, metavar="N", help="sequences (default: 24)")
     how.add_argument("--sequence-length", type=int, metavar="T", help="tokens per sequence (default: 1024)")
+    how.add_argument(
+        "--calibration-dtype",
+        choices=["float32", "bfloat16"],
+        help="of the products in calibration; stream and second moments are float32 either way (default: float32)",
+    )
     how.add_argument("--seed", type=int, help="of the text order and the sampled labels (default: 0)")
     how.add_argument(
         "--correction",
@@ -169,6 +174,7 @@ _FLAGS = {
     "calibration_data": "calibration.data",
     "calibration_samples": "calibration.samples",
     "sequence_length": "calibration.sequence_length",
+    "calibration_dtype": "calibration_dtype",
     "seed": "calibration.seed",
 }
 

@@ -85,12 +85,11 @@ def request_digest(source: ModelSource, recipe: Recipe) -> dict[str, Any]:
 
 
 def statistics_digest(source: ModelSource, recipe: Recipe) -> str:
-    """Equal for requests whose second moments are equal."""
-    request = {
-        **{k: v for k, v in request_digest(source, recipe).items() if k != "recipe"},
-        "calibration": recipe.calibration.model_dump(),
-        "sensitivity": [recipe.sensitivity == "fisher", recipe.sensitivity_samples],
-    }
+    """Equal for requests whose second moments are equal: those of the first sequences, whatever follows them."""
+    c, request = recipe.calibration, request_digest(source, recipe)
+    del request["recipe"]
+    request["tokens"] = [c.data, c.seed, c.sequence_length, min(c.samples, recipe.sensitivity_samples)]
+    request["sensitivity"] = [recipe.sensitivity == "fisher", recipe.calibration_dtype]
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -70,6 +70,7 @@ class Recipe(_Strict):
     gram_damping: float = Field(default=1e-3, gt=0, lt=1)
     metric_damping: float = Field(default=1e-2, gt=0, lt=1)
     unit: int = Field(default=0, ge=0)
+    calibration_dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoint_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     calibration: Calibration = Calibration()
     layers: dict[str, dict[str, Any]] = Field(default_factory=dict)

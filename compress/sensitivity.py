@@ -75,5 +75,6 @@ def _last_stream(
             weights[f"{role}.weight"] = approximation.to(weights[f"{role}.weight"].dtype)
         block = runner.block(layer, weights, {}, skips=False)
         for part, (h,) in runner.batches(x):
-            x[part] = block(h, runner.rotary, runner.mask).cpu()
+            with runner.computing():
+                x[part] = block(h, runner.rotary, runner.mask).cpu()
     return x, errors

@@ -155,7 +155,8 @@ def _run_forward(
             sums[places[place]].add(value)
 
     for part, (x,) in runner.batches(stream):
-        following[part] = block(x, runner.rotary, runner.mask, tap=tap).cpu()
+        with runner.computing():
+            following[part] = block(x, runner.rotary, runner.mask, tap=tap).cpu()
     return sums
 
 
@@ -173,7 +174,8 @@ def _backward(model: FoldedModel, tokens: Tensor, seed: int, runner: Runner, fol
         stream = mapped(_stream_file(folder, layer), shape)
         for part, (x, upper) in runner.batches(stream, gradient):
             x.requires_grad_(True)
-            y = block(x, runner.rotary, runner.mask)
+            with runner.computing():
+                y = block(x, runner.rotary, runner.mask)
             lower, *found = torch.autograd.grad(y, [x, *(seen[role] for role in sums)], grad_outputs=upper)
             for total, value in zip(sums.values(), found, strict=True):
                 total.add(value)

@@ -72,7 +72,7 @@ def fit_model(
     """
     if tokens is None:
         return _without_text(model, recipe, state)
-    runner = Runner(model.arch, tokens.shape[1], device, batch)
+    runner = Runner(model.arch, tokens.shape[1], device, batch, recipe.calibration_dtype == "bfloat16")
     if recipe.structure == "slice":
         return _sliced(model, recipe, tokens, runner, state)
     moments: Moments = {}

@@ -52,10 +52,13 @@ def save_whole(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 class Runner:
-    """Runs blocks over the calibration sequences in batches of `batch` on `device`."""
+    """Runs blocks over the calibration sequences in batches of `batch` on `device`.
 
-    def __init__(self, arch: Architecture, length: int, device: torch.device, batch: int) -> None:
-        self.arch, self.length, self.device, self.batch = arch, length, device, batch
+    `fast` multiplies in bfloat16 where blocks are run (`computing`): stream, norms and second moments stay in float32.
+    """
+
+    def __init__(self, arch: Architecture, length: int, device: torch.device, batch: int, fast: bool = False) -> None:
+        self.arch, self.length, self.device, self.batch, self.fast = arch, length, device, batch, fast
         positions = torch.arange(length, device=device)[None]
         self._rotary = rotary_for(arch, positions)
         self._mask = attention_mask_bool(None, 1, 0, length, arch.sliding_window, device)
@@ -69,6 +72,10 @@ class Runner:
     def mask(self) -> Tensor:
         """The causal mask (1, 1, length, length)."""
         return self._mask
+
+    def computing(self) -> torch.autocast:
+        """The context in which blocks are run."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.fast)
 
     def batches(self, *streams: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
         """Slices of the sequences with the streams' parts on the device."""
@@ -116,9 +123,10 @@ class GramSum:
 
     def add(self, x: Tensor, y: Tensor | None = None) -> None:
         """x (..., rows) and y (..., columns), y = x when not given."""
-        left = x.reshape(-1, x.shape[-1])
-        right = left if y is None else y.reshape(-1, y.shape[-1])
-        self.total += (left.T @ right).double()
+        left = _at_least_float32(x.reshape(-1, x.shape[-1]))
+        right = left if y is None else _at_least_float32(y.reshape(-1, y.shape[-1]))
+        with torch.autocast(left.device.type, enabled=False):
+            self.total += (left.T @ right).double()
         self.sums += left.sum(0, dtype=torch.float64)
         self.tokens += len(left)
 
@@ -129,3 +137,7 @@ class GramSum:
     def first(self) -> Tensor:
         """The mean of x (rows,), float64."""
         return self.sums / max(self.tokens, 1)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype.itemsize < 4 else x
