@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -125,7 +126,7 @@ class LayerFitter:
         skips = self.plan.rotations.of_block(layer)
         dense = runner.block(layer, weights, {}, skips)
         kept = {n: w for n, w in weights.items() if "norm" in n or "skip" in n}
-        block = runner.block(layer, kept, self.plan.structures, skips, self.biases)
+        block = runner.block(layer, kept, self._run_as(layer), skips, self.biases)
         x_f, x_c = (x.clone() for x in self._streams(layer))
         state, records = {f"model.layers.{layer}.{n}": w for n, w in kept.items()}, list[FitRecord]()
         for sub in SUB_BLOCKS:
@@ -219,20 +220,25 @@ class LayerFitter:
             v, us = joint_fit(list(targets.values()), leader.rank, gram, list(metrics.values()))
             factors = {role: {"V": v, "U": u} for role, u in zip(roles, us, strict=True)}
         for role, name in names.items():
-            whole = {key: value.float() if value.is_floating_point() else value for key, value in factors[role].items()}
-            structure, approximation = structures[role], structures[role].dense(whole).double()
+            own = {key: value.float() if value.is_floating_point() else value for key, value in factors[role].items()}
+            structure = structures[role]
+            approximation, run = structure.dense(own).double(), {key: own[key] for key in structure.shapes()}
+            if _drops_outputs(structure):
+                # Run with all its outputs: what reads the kept ones is fitted to make up for the others (`_run_as`).
+                stay = structure.features().to(approximation.device)
+                approximation = targets[role].index_copy(0, stay, approximation[stay])
+                run = {"weight": approximation.float()}
             if not torch.isfinite(approximation).all():
                 raise ArithmeticError(f"the fit of {name} is not finite")
             bias = weights.get(f"{role}.bias")
             if "bias" in self.recipe.inner:
                 delta = bias_correction(dense[role], approximation, seen.mean, shifts[role]).float()
                 bias = delta.cpu() if bias is None else bias + delta.cpu()
+            tensors = run if bias is None else {**run, "bias": bias.to(self.runner.device)}
+            block.get_submodule(role).load_state_dict(tensors, assign=True)
             if bias is not None and isinstance(structure, SelectStructure):
                 bias = structure.kept_bias(bias)
-            own = {key: whole[key] for key in structure.shapes()}
-            tensors = own if bias is None else {**own, "bias": bias.to(self.runner.device)}
-            block.get_submodule(role).load_state_dict(tensors, assign=True)
-            state.update(structured_state(name, {k: v.cpu() for k, v in own.items()}, bias))
+            state.update(structured_state(name, {k: own[k].cpu() for k in structure.shapes()}, bias))
             n, m = approximation.shape
             error = _relative_error(dense[role], approximation, gram)
             records.append(
@@ -240,6 +246,16 @@ class LayerFitter:
                     name, structure.name, structure.parameter_count(), n * m, error, self.plan.predicted.get(name)
                 )
             )
+
+    def _run_as(self, layer: int) -> dict[str, Structure]:
+        """The structures as the fits of a block run them: those that drop outputs still have them all.
+
+        With the dropped inputs a_D there to see, the writer's fit makes up for them in full (Nystroem), and only for
+        the error of the stream by `correction`. The kept ones are the same, and it reads no others.
+        """
+        prefix = f"layers.{layer}."
+        here = {name: s for name, s in self.plan.structures.items() if name.startswith(prefix)}
+        return {name: s for name, s in here.items() if not _drops_outputs(s)}
 
     def _structure(self, name: str) -> Structure:
         n, m = self.model.arch.linears()[name.split(".", 2)[2]]
@@ -265,7 +281,7 @@ class LayerFitter:
     @staticmethod
     def _factors(structure: Structure, target: Tensor, gram: Tensor, metric: Tensor | None) -> dict[str, Tensor]:
         """The fit. Dropped outputs are made up for by who reads the others: what is kept is fitted by itself."""
-        if isinstance(structure, SelectStructure) and structure.side == "out":
+        if _drops_outputs(structure):
             stay = structure.features().to(target.device)
             return structure.reduced.fit(target[stay], gram, None if metric is None else metric[stay][:, stay])
         return structure.fit(target, gram, metric)
@@ -281,6 +297,10 @@ class LayerFitter:
         metric = damped(gradients[role], self.recipe.metric_damping).to(self.runner.device)
         q = self.plan.rotations.at(position_of(layer, role)) if role in WRITERS.values() else None
         return metric if q is None else q.T.to(metric) @ metric @ q.to(metric)
+
+
+def _drops_outputs(structure: Structure) -> TypeGuard[SelectStructure]:
+    return isinstance(structure, SelectStructure) and structure.side == "out"
 
 
 def _relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
