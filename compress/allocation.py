@@ -76,13 +76,14 @@ def allocate_uniformly(menus: Sequence[Sequence[Choice]], budget: float) -> list
     share is the same for all, and the largest whose total meets the budget. Raises UsageError as `allocate`.
     """
     low, high = 0.0, 1.0
+    share = high  # first of all whether the whole of each menu fits
     for _ in range(40):
-        share = (low + high) / 2
         chosen = [_within(menu, share) for menu in menus]
         if sum(c.cost for c in chosen) <= budget:
             low = share
         else:
             high = share
+        share = (low + high) / 2
     chosen = [_within(menu, low) for menu in menus]
     total = sum(c.cost for c in chosen)
     if total > budget:
