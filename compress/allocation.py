@@ -47,7 +47,7 @@ def allocate(menus: Sequence[Sequence[Choice]], budget: float) -> list[Choice]:
     if left < 0:
         raise UsageError(
             f"the budget of {budget:,.6g} is below the smallest possible {budget - left:,.6g}: raise --ratio or the "
-            f"budget"
+            f"budget, or lower --unit"
         )
     # The best next step of each menu; a menu whose next step does not fit is done, for the steps after it cannot be
     # taken without it. (Not one sorted list: rounding may swap the steps of a nearly straight hull.)
@@ -88,7 +88,8 @@ def allocate_uniformly(menus: Sequence[Sequence[Choice]], budget: float) -> list
     total = sum(c.cost for c in chosen)
     if total > budget:
         raise UsageError(
-            f"the budget of {budget:,.6g} is below the smallest possible {total:,.6g}: raise --ratio or the budget"
+            f"the budget of {budget:,.6g} is below the smallest possible {total:,.6g}: raise --ratio or the "
+            f"budget, or lower --unit"
         )
     return chosen
 

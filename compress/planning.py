@@ -332,12 +332,27 @@ def _pooled(model: FoldedModel, recipe: Recipe, unit: int) -> dict[str, Structur
     for layer in track(range(arch.num_layers), description="plan"):
         weights = model.block(layer)
         spectra |= {f"layers.{layer}.{role}": normalised_spectrum(weights[f"{role}.weight"]) for role in arch.linears()}
-    ratios = pooled_allocation(spectra, names, ratio_of(arch, recipe))
-    chosen = dict[str, Structure]()
-    for name, (n, m) in names.items():
-        if ratios[name] < 1:
-            chosen[name] = kind.for_ratio(m, n, arch.side(name.split(".", 2)[2]), ratios[name], unit)
-    return chosen
+    # A linear that no aligned size makes as small as its share stays dense, and the others pay for it.
+    left, open_names = budget_parameters(arch, recipe), dict(names)
+    while open_names and left > 0:
+        share = min(1.0, left / sum(n * m for n, m in open_names.values()))
+        ratios = pooled_allocation({name: spectra[name] for name in open_names}, open_names, share)
+        chosen, stuck = dict[str, Structure](), list[str]()
+        for name, (n, m) in open_names.items():
+            try:
+                if ratios[name] < 1:
+                    chosen[name] = kind.for_ratio(m, n, arch.side(name.split(".", 2)[2]), ratios[name], unit)
+            except UsageError:
+                stuck.append(name)
+        if not stuck:
+            return chosen
+        for name in stuck:
+            n, m = open_names.pop(name)
+            left -= n * m
+    raise UsageError(
+        f"no linear of this model has an aligned {recipe.structure} of ratio {ratio_of(arch, recipe):g}: "
+        f"lower --unit or raise --ratio"
+    )
 
 
 def _terms(menus: LayerMenus, rotations: StreamRotations, index: int) -> Iterator[StreamTerm]:
