@@ -97,15 +97,15 @@ class Recipe(_Strict):
             raise ValueError(f"structure {self.structure!r} with skip {self.skip!r}: 'slice' goes with 'slice' only")
         if self.skip in ("cs", "householder") and self.structure != "kron":
             raise ValueError(f"skip {self.skip!r} serves one kept width of the stream, which is structure 'kron' only")
-        if self.structure in ("dense", "jrk", "lowrank", "compot", "compot24") and self.rotation != "none":
-            raise ValueError(
-                f"structure {self.structure!r} with rotation {self.rotation!r}: low rank is the same in every "
-                f"rotation, compot has dictionaries of its own, and a dense model is not rotated"
-            )
         if self.fit == "paper" and (self.structure not in ("kron", "gs") or self.skip != "dense"):
             raise ValueError(
                 f"fit 'paper' with structure {self.structure!r}, rotation {self.rotation!r}, skip {self.skip!r}: the "
                 f"paper has kron and gs, with rotation 'block' and skip 'dense'"
+            )
+        if self.structure in ("dense", "jrk", "lowrank", "compot", "compot24") and self.rotation != "none":
+            raise ValueError(
+                f"structure {self.structure!r} with rotation {self.rotation!r}: low rank is the same in every "
+                f"rotation, compot has dictionaries of its own, and a dense model is not rotated"
             )
         if self.menu and self.structure != "auto":
             raise ValueError(f"menu {list(self.menu)} is for structure 'auto', not {self.structure!r}")
