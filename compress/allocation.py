@@ -47,7 +47,7 @@ def allocate(menus: Sequence[Sequence[Choice]], budget: float) -> list[Choice]:
     if left < 0:
         raise UsageError(
             f"the budget of {budget:,.6g} is below the smallest possible {budget - left:,.6g}: raise --ratio or the "
-            f"budget"
+            f"budget, or lower --unit"
         )
     # The best next step of each menu; a menu whose next step does not fit is done, for the steps after it cannot be
     # taken without it. (Not one sorted list: rounding may swap the steps of a nearly straight hull.)
@@ -76,18 +76,20 @@ def allocate_uniformly(menus: Sequence[Sequence[Choice]], budget: float) -> list
     share is the same for all, and the largest whose total meets the budget. Raises UsageError as `allocate`.
     """
     low, high = 0.0, 1.0
+    share = high  # first of all whether the whole of each menu fits
     for _ in range(40):
-        share = (low + high) / 2
         chosen = [_within(menu, share) for menu in menus]
         if sum(c.cost for c in chosen) <= budget:
             low = share
         else:
             high = share
+        share = (low + high) / 2
     chosen = [_within(menu, low) for menu in menus]
     total = sum(c.cost for c in chosen)
     if total > budget:
         raise UsageError(
-            f"the budget of {budget:,.6g} is below the smallest possible {total:,.6g}: raise --ratio or the budget"
+            f"the budget of {budget:,.6g} is below the smallest possible {total:,.6g}: raise --ratio or the "
+            f"budget, or lower --unit"
         )
     return chosen
 

@@ -24,6 +24,8 @@ from torch import Tensor
 from compress.architecture import WRITERS
 from compress.blocks import Block, StructuredLinear, rms_normalise
 from compress.checkpoint import structured_state
+from compress.errors import UsageError
+from compress.fallback import Fit, Linear, fit_linears
 from compress.inner import RewrittenModel, bias_correction, centred, extra_biases
 from compress.invariance import FoldedModel, Weights, rotate_block
 from compress.planning import Moments, Plan
@@ -33,13 +35,18 @@ from compress.recipe import Recipe
 from compress.rotating import position_of
 from compress.statistics import SUB_BLOCKS
 from compress.streams import GramSum, Runner, embed, mapped, save_whole
-from compress.structures import DenseStructure, LowRankStructure, SelectStructure, Structure
-from compress.structures.joint import joint_fit, leader_of
+from compress.structures import DenseStructure, SelectStructure, Structure, structure_from_config
+from compress.structures.joint import leader_of
+from compress.structures.linalg import is_singular, noted_damping
 
 
 @dataclass(frozen=True)
 class FitRecord:
-    """What one linear became. relative_error = ||X(W - What)|| / ||XW|| on the inputs it was fitted on."""
+    """What one linear became. relative_error = ||X(W - What)|| / ||XW|| on the inputs it was fitted on.
+
+    failed: the fit failed and the linear was left as it is. note: why, or what else was unusual. damped: the moments
+    that were singular ("Gram matrix", "metric"), so that the fit rests on their damping.
+    """
 
     name: str
     structure: str
@@ -47,6 +54,9 @@ class FitRecord:
     dense_parameters: int
     relative_error: float
     predicted_loss: float | None
+    failed: bool = False
+    note: str | None = None
+    damped: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,11 @@ class LayerFitter:
         self.biases = frozenset(extra_biases(model.arch, tuple(model.arch.linears())) if "bias" in recipe.inner else ())
 
     def run(self) -> tuple[list[Path], list[FitRecord]]:
-        """Fits all blocks; returns one safetensors file per block, in order, and all records."""
+        """Fits all blocks; returns one safetensors file per block, in order, and all records.
+
+        Where a fit fails the linear is left as it is (compress/fallback.py) and its entry in `plan.structures` changed.
+        Raises UsageError when weights or activations are not finite.
+        """
         files: list[Path] = []
         records: list[FitRecord] = []
         for layer in track(range(self.model.arch.num_layers), description="fit"):
@@ -100,13 +114,17 @@ class LayerFitter:
             if not record_file.exists():
                 tensors, fresh = self._fit(layer)
                 save_whole(tensors, file)
+                structures = {r.name: self._structure(r.name).to_config() for r in fresh if r.failed}
                 partial = record_file.with_suffix(".partial")
-                partial.write_text(json.dumps([asdict(r) for r in fresh]))
+                partial.write_text(json.dumps({"records": [asdict(r) for r in fresh], "structures": structures}))
                 partial.rename(record_file)  # last: its presence says that block and streams are complete
                 for name in ("dense", "compressed"):
                     self._stream_file(name, layer).unlink(missing_ok=True)
             files.append(file)
-            records.extend(FitRecord(**r) for r in json.loads(record_file.read_text()))
+            found = json.loads(record_file.read_text())
+            records.extend(FitRecord(**r) for r in found["records"])
+            for name, config in found["structures"].items():  # of a run that was interrupted, the plan knows nothing
+                self._replace(name, structure_from_config(config))
         return files, records
 
     def _stream_file(self, name: str, layer: int) -> Path:
@@ -131,10 +149,12 @@ class LayerFitter:
         state, records = {f"model.layers.{layer}.{n}": w for n, w in kept.items()}, list[FitRecord]()
         for sub in SUB_BLOCKS:
             seen = self._reader_moments(x_f, x_c)
+            self._require_finite(layer, sub, seen, x_f)
             for roles in self._groups(layer, sub):
                 self._fit_group(layer, roles, weights, seen, block, state, records)
             inner = torch.empty(*self.shape[:2], arch.linears()[WRITERS[sub]][1])
             seen = self._writer_moments(sub, dense, block, x_f, x_c, inner)
+            self._require_finite(layer, sub, seen, x_f)
             self._fit_group(layer, (WRITERS[sub],), weights, seen, block, state, records)
             skip, writer = self._parts(sub, block)
             for part, (c, a_c) in runner.batches(x_c, inner):
@@ -162,6 +182,19 @@ class LayerFitter:
             gram.add(h_c)
             gap.add(h_f - h_c, h_c)
         return FitMoments.of(gram, gap)
+
+    def _require_finite(self, layer: int, sub: str, seen: FitMoments, x_f: Tensor) -> None:
+        """Raise UsageError when the dense model, or the compressed one so far, has overflown."""
+        if not torch.isfinite(x_f).all():
+            raise UsageError(
+                f"the activations of the source model are NaN or infinite at layers.{layer}.{sub}: its weights are "
+                f"damaged or it overflows float32; check the model"
+            )
+        if not all(bool(torch.isfinite(moment).all()) for moment in (seen.gram, seen.gap)):
+            raise UsageError(
+                f"the activations of the compressed model are NaN or infinite at layers.{layer}.{sub}, those of the "
+                f"source model are not: raise --ratio, or set --correction 0"
+            )
 
     def _inner(self, sub: str, block: Block, x: Tensor) -> Tensor:
         h = rms_normalise(x, self.model.arch.norm_eps)
@@ -207,45 +240,69 @@ class LayerFitter:
     ) -> None:
         """Fit one linear, or the readers that share one V; put factors into `block`, entries into `state`, records."""
         names = {role: f"layers.{layer}.{role}" for role in roles}
-        structures = {role: self._structure(name) for role, name in names.items()}
         dense = {role: weights[f"{role}.weight"].to(self.runner.device).double() for role in roles}
         gram, targets, shifts = self._targets(dense, seen)
-        metrics = {role: self._metric(layer, role) for role in roles}
-        factors: dict[str, dict[str, Tensor]] = {}
-        if len(roles) == 1:
-            factors = {role: self._factors(structures[role], targets[role], gram, metrics[role]) for role in roles}
-        else:
-            leader = structures[roles[0]]
-            assert isinstance(leader, LowRankStructure)  # `leader_of` has seen to it
-            v, us = joint_fit(list(targets.values()), leader.rank, gram, list(metrics.values()))
-            factors = {role: {"V": v, "U": u} for role, u in zip(roles, us, strict=True)}
-        for role, name in names.items():
-            own = {key: value.float() if value.is_floating_point() else value for key, value in factors[role].items()}
-            structure = structures[role]
-            approximation, run = structure.dense(own).double(), {key: own[key] for key in structure.shapes()}
+        linears = [Linear(self._structure(names[r]), dense[r], targets[r], self._metric(layer, r)) for r in roles]
+        with noted_damping() as singular:
+            fits = self._fits(layer, names, linears, gram)
+        if is_singular(seen.gram):
+            singular.append("Gram matrix")
+        for (role, name), fit in zip(names.items(), fits, strict=True):
+            structure, whole, failed = fit.structure, fit.factors, fit.failed
+            approximation, run = structure.dense(whole).double(), {key: whole[key] for key in structure.shapes()}
             if _drops_outputs(structure):
                 # Run with all its outputs: what reads the kept ones is fitted to make up for the others (`_run_as`).
-                stay = structure.features().to(approximation.device)
-                approximation = targets[role].index_copy(0, stay, approximation[stay])
+                stay, every = structure.features().to(approximation.device), dense[role] if failed else targets[role]
+                approximation = every.index_copy(0, stay, approximation[stay])
                 run = {"weight": approximation.float()}
-            if not torch.isfinite(approximation).all():
-                raise ArithmeticError(f"the fit of {name} is not finite")
             bias = weights.get(f"{role}.bias")
             if "bias" in self.recipe.inner:
-                delta = bias_correction(dense[role], approximation, seen.mean, shifts[role]).float()
+                shift = None if failed else shifts[role]  # nothing is corrected by numbers that are not to be trusted
+                delta = bias_correction(dense[role], approximation, seen.mean, shift).float()
                 bias = delta.cpu() if bias is None else bias + delta.cpu()
             tensors = run if bias is None else {**run, "bias": bias.to(self.runner.device)}
+            if failed:
+                self._replace(name, structure)
+                if not _drops_outputs(structure):
+                    with torch.device("meta"):
+                        block.set_submodule(role, StructuredLinear(structure, bias is not None))
             block.get_submodule(role).load_state_dict(tensors, assign=True)
             if bias is not None and isinstance(structure, SelectStructure):
                 bias = structure.kept_bias(bias)
-            state.update(structured_state(name, {k: own[k].cpu() for k in structure.shapes()}, bias))
+            state.update(structured_state(name, {k: whole[k].cpu() for k in structure.shapes()}, bias))
             n, m = approximation.shape
-            error = _relative_error(dense[role], approximation, gram)
-            records.append(
-                FitRecord(
-                    name, structure.name, structure.parameter_count(), n * m, error, self.plan.predicted.get(name)
-                )
-            )
+            error, predicted = _relative_error(dense[role], approximation, gram), self.plan.predicted.get(name)
+            if failed and predicted is not None and structure.name == "dense":
+                predicted = 0.0
+            damping = self._damping(layer, role, structure, singular)
+            size = structure.parameter_count()
+            records.append(FitRecord(name, structure.name, size, n * m, error, predicted, failed, fit.note, damping))
+
+    def _fits(self, layer: int, names: dict[str, str], linears: list[Linear], gram: Tensor) -> list[Fit]:
+        """The fits, each note logged. Raises UsageError naming a weight that is not finite."""
+        for name, linear in zip(names.values(), linears, strict=True):
+            if not torch.isfinite(linear.weight).all():
+                raise UsageError(f"the weight of {name} contains NaN or infinity; check the source model")
+        fits = fit_linears(linears, gram)
+        for name, fit in zip(names.values(), fits, strict=True):
+            if fit.note is not None:
+                log(f"warning: {name} {fit.note}" if fit.failed else f"{name}: {fit.note}")
+        return fits
+
+    def _replace(self, name: str, structure: Structure) -> None:
+        """Make `structure` that of a linear for the rest of the pipeline."""
+        if isinstance(structure, DenseStructure):
+            self.plan.structures.pop(name, None)
+        else:
+            self.plan.structures[name] = structure
+
+    def _damping(self, layer: int, role: str, structure: Structure, noted: list[str]) -> str | None:
+        """Which moments of a linear were singular, before the recipe's damping or in spite of it."""
+        found = set(noted)
+        moment = self.moments.get((layer, role.split(".")[0]))
+        if structure.name != "dense" and moment is not None and moment.gradients is not None:
+            found |= {"metric"} if is_singular(moment.gradients[role]) else set()
+        return ", ".join(sorted(found)) or None
 
     def _run_as(self, layer: int) -> dict[str, Structure]:
         """The structures as the fits of a block run them: those that drop outputs still have them all.
@@ -270,21 +327,16 @@ class LayerFitter:
         if "bias" in recipe.inner:
             gram, gap = centred(gram, seen.mean), centred(gap, seen.gap_mean, seen.mean)
         gram = damped(gram, recipe.gram_damping)
-        step = torch.linalg.solve(gram, gap.T).T if b else None  # (rows, in)
+        step = None
+        if b:
+            solution, info = torch.linalg.solve_ex(gram, gap.T)  # a singular G gives numbers that `fit_linears` refuses
+            step = solution.T if int(info) == 0 else torch.full_like(gap, torch.nan)  # (rows, in)
         targets, shifts = dict[str, Tensor](), dict[str, Tensor | None]()
         for role, weight in dense.items():
             writes = role in WRITERS.values()
             targets[role] = weight if step is None else weight + b * (step if writes else weight @ step)
             shifts[role] = b * (seen.gap_mean if writes else weight @ seen.gap_mean) if b else None
         return gram, targets, shifts
-
-    @staticmethod
-    def _factors(structure: Structure, target: Tensor, gram: Tensor, metric: Tensor | None) -> dict[str, Tensor]:
-        """The fit. Dropped outputs are made up for by who reads the others: what is kept is fitted by itself."""
-        if _drops_outputs(structure):
-            stay = structure.features().to(target.device)
-            return structure.reduced.fit(target[stay], gram, None if metric is None else metric[stay][:, stay])
-        return structure.fit(target, gram, metric)
 
     def _metric(self, layer: int, role: str) -> Tensor | None:
         """The loss metric of a linear's output after the rewrites and in the rotated stream; None without gradients."""
@@ -314,3 +366,9 @@ def summarise(records: list[FitRecord]) -> None:
     dense = sum(r.structure == "dense" for r in records)
     kept = sum(r.parameters for r in records) / sum(r.dense_parameters for r in records)
     log(f"{len(records)} linears, {dense} left dense, {kept:.4f} of the projection parameters")
+    grams, metrics = (sum(what in (r.damped or "") for r in records) for what in ("Gram matrix", "metric"))
+    if grams or metrics:
+        log(f"singular and therefore damped: the Gram matrices of {grams} linears, the metrics of {metrics} (fit.json)")
+    failed = [r.name for r in records if r.failed]
+    if failed:
+        log(f"warning: the fits of {len(failed)} linears failed, they are as they were: {', '.join(failed)} (fit.json)")

@@ -25,7 +25,7 @@ from compress.fitting import summarise
 from compress.invariance import FoldedModel, Rotations, rotate_block
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
 from compress.models import ModelSource
-from compress.planning import check_recipe
+from compress.planning import check_recipe, ratio_of
 from compress.progress import log
 from compress.recipe import Recipe, parse_recipe, read_yaml
 from compress.strategies import Fitted, fit_model
@@ -81,13 +81,15 @@ def request_digest(source: ModelSource, recipe: Recipe) -> dict[str, Any]:
     text = Path(recipe.calibration.data.removeprefix("wikitext:"))
     if recipe.needs_text() and text.is_file():  # a named text never changes, a file may
         request["text"] = sha256_of(text)
+    if recipe.latency_table is not None and Path(recipe.latency_table).is_file():
+        request["latency_table"] = sha256_of(Path(recipe.latency_table))
     return request
 
 
 def statistics_digest(source: ModelSource, recipe: Recipe) -> str:
     """Equal for requests whose second moments are equal: those of the first sequences, whatever follows them."""
     c, request = recipe.calibration, request_digest(source, recipe)
-    del request["recipe"]
+    request = {k: v for k, v in request.items() if k not in ("recipe", "latency_table")}
     request["tokens"] = [c.data, c.seed, c.sequence_length, min(c.samples, recipe.sensitivity_samples)]
     request["sensitivity"] = [recipe.sensitivity == "fisher", recipe.calibration_dtype]
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
@@ -158,7 +160,7 @@ def compress_model(
                 write_plain(source, model, artifact.path("checkpoint"), folder)
         artifact.clear_state()
     log(
-        f"kept {size.ratio:.4f} of the projection parameters (asked {recipe.ratio}), "
+        f"kept {size.ratio:.4f} of the projection parameters (asked {ratio_of(arch, recipe):.4f}), "
         f"{size.model_ratio:.4f} of the model"
     )
     return artifact

@@ -21,6 +21,7 @@ from compress.jrk import jrk_structures
 from compress.latency import LatencyTable
 from compress.menus import Cost
 from compress.paper.accounting import largest_kept
+from compress.paper.shapes import Kind, paper_structures
 from compress.pooled import normalised_spectrum, pooled_allocation
 from compress.procrustes import StreamTerm
 from compress.progress import log, track
@@ -60,6 +61,14 @@ def default_unit(arch: Architecture) -> int:
 def unit_of(arch: Architecture, recipe: Recipe) -> int:
     """The alignment that the recipe asks for, or the default one."""
     return recipe.unit or default_unit(arch)
+
+
+def ratio_of(arch: Architecture, recipe: Recipe) -> float:
+    """The kept fraction of the projection parameters that is asked for, by `ratio` or by `budget_bytes`."""
+    if recipe.budget_bytes is None:
+        return recipe.ratio
+    item: int = getattr(torch, recipe.checkpoint_dtype).itemsize
+    return min(1.0, recipe.budget_bytes / item / arch.projection_parameters())
 
 
 def budget_parameters(arch: Architecture, recipe: Recipe) -> float:
@@ -109,16 +118,10 @@ def kinds_of(recipe: Recipe) -> tuple[str, ...]:
     return (recipe.structure,)
 
 
-def is_allocated(recipe: Recipe) -> bool:
-    """Whether sizes are chosen from predicted losses; else every linear of a role has the same."""
-    if recipe.structure in ("auto", "lowrank", "gs"):
-        return True
-    return uses_leading_mix(recipe)
-
-
 def needs_moments(recipe: Recipe) -> bool:
     """Whether planning or fitting uses moments of the dense model, collected before anything is compressed."""
-    return is_allocated(recipe) or recipe.rotation != "none" or recipe.sensitivity != "none"
+    selects = any(config.get("structure") == "select" for config in recipe.layers.values())
+    return selects or recipe.has_menus() or recipe.rotation != "none" or recipe.sensitivity != "none"
 
 
 def make_plan(
@@ -129,7 +132,7 @@ def make_plan(
     menus = LayerMenus(model, recipe, moments, measured, kinds_of(recipe), unit, cost_of(recipe))
     if recipe.structure == "dense":
         plan = Plan(Rotations.none(), {}, {})
-    elif is_allocated(recipe) and recipe.skip not in ("cs", "householder"):
+    elif recipe.has_menus():
         plan = _plan_allocated(menus, recipe, unit)
     elif recipe.skip in ("cs", "householder"):
         plan = _plan_one_width(menus, recipe, unit)
@@ -192,22 +195,49 @@ def check_recipe(arch: Architecture, recipe: Recipe) -> None:
     elif recipe.structure == "slice" or recipe.skip in ("cs", "householder"):
         reflections = recipe.reflections if recipe.skip == "householder" else None
         unit = UNIT if recipe.structure == "slice" and not recipe.unit else unit_of(arch, recipe)
-        kept_for_ratio(arch, recipe.ratio, recipe.skip, unit=unit, reflections=reflections)
+        width = kept_for_ratio(arch, ratio_of(arch, recipe), recipe.skip, unit=unit, reflections=reflections)
+        if recipe.structure == "slice":
+            _check_fixed(arch, recipe, leading_structures(arch, width, arch.hidden_size))
     elif recipe.fit == "paper":
-        largest_kept(arch, "kron" if recipe.structure == "kron" else "gs", recipe.ratio)
-    elif uses_leading_mix(recipe):
-        unit = unit_of(arch, recipe)
-        _check_unit(arch, unit)
-        if recipe.structure != "kron":
-            return
-        smallest = arch.projection_parameters() * unit // arch.hidden_size
-        if budget_parameters(arch, recipe) < smallest:
-            raise UsageError(
-                f"--ratio {recipe.ratio} is too low: {unit} of {arch.hidden_size} coordinates, the least that --unit "
-                f"allows, are {smallest:,} parameters: raise --ratio"
-            )
-    elif recipe.structure != "dense" and not is_allocated(recipe):
+        kind: Kind = "kron" if recipe.structure == "kron" else "gs"
+        kept = largest_kept(arch, kind, ratio_of(arch, recipe))
+        _check_fixed(arch, recipe, paper_structures(arch, kind, kept))
+    elif recipe.has_menus():
+        cost_of(recipe)
+        if uses_leading_mix(recipe):
+            _check_unit(arch, unit_of(arch, recipe))
+        if recipe.budget_latency is None:
+            _check_smallest(arch, recipe)
+    elif recipe.structure != "dense":
         _uniform(arch, recipe, unit_of(arch, recipe))
+
+
+def _check_fixed(arch: Architecture, recipe: Recipe, structures: Mapping[str, Structure]) -> None:
+    """Refuse choices by name for a method that has but one: `structures`, dense ones left out."""
+    for name, given in explicit_layers(arch, recipe).items():
+        if structures.get(name) != (None if given.name == "dense" else given):
+            raise UsageError(
+                f"recipe layers: {name} is given as {given.name}, but sizes of structure {recipe.structure!r} with fit "
+                f"{recipe.fit!r} follow from --ratio alone: leave out layers"
+            )
+
+
+def _check_smallest(arch: Architecture, recipe: Recipe) -> None:
+    """Refuse a budget that is below what the menus can make of the model, by a bound that no calibration changes."""
+    unit, least = unit_of(arch, recipe), 0.0
+    for role, (n, m) in arch.linears().items():
+        sizes = [s for kind in kinds_of(recipe) for s in registry()[kind].menu(m, n, arch.side(role), unit=unit)]
+        smallest = min((s.parameter_count() for s in sizes), default=n * m)
+        if recipe.joint and role not in WRITERS.values():
+            smallest = min(smallest, unit * n)  # another linear of the group stores V
+        option = "vo" if role in ("attn.v", "attn.o") else "neurons" if role.startswith("mlp.") else None
+        least += smallest / 8 if option in recipe.inner else smallest  # selections keep more than an eighth
+    least *= arch.num_layers
+    if budget_parameters(arch, recipe) < least:
+        raise UsageError(
+            f"--ratio {ratio_of(arch, recipe):g} is too low: the smallest sizes that --unit {unit} allows are "
+            f"{least:,.0f} parameters: raise --ratio or lower --unit"
+        )
 
 
 def _check_unit(arch: Architecture, unit: int) -> None:
@@ -220,7 +250,8 @@ def structures_without_text(arch: Architecture, recipe: Recipe) -> dict[str, Str
 
     Raises UsageError for an impossible ratio and for sharing that does not hold together.
     """
-    chosen = jrk_structures(arch, recipe.ratio, unit_of(arch, recipe)) if recipe.structure == "jrk" else {}
+    unit = unit_of(arch, recipe)
+    chosen = jrk_structures(arch, ratio_of(arch, recipe), unit) if recipe.structure == "jrk" else {}
     chosen = {n: s for n, s in (chosen | explicit_layers(arch, recipe)).items() if s.name != "dense"}
     try:
         for name in chosen:
@@ -273,7 +304,7 @@ def _uniform(arch: Architecture, recipe: Recipe, unit: int) -> dict[str, Structu
             chosen = {}
     if not chosen:
         raise UsageError(
-            f"no linear of this model has an aligned {recipe.structure} of ratio {recipe.ratio}: "
+            f"no linear of this model has an aligned {recipe.structure} of ratio {ratio_of(arch, recipe):g}: "
             f"lower --unit or raise --ratio"
         )
     return {f"layers.{i}.{role}": structure for i in range(arch.num_layers) for role, structure in chosen.items()}
@@ -283,7 +314,7 @@ def _plan_one_width(menus: LayerMenus, recipe: Recipe, unit: int) -> Plan:
     """One rotation at each position, one kept width for the whole stream, and skips in a cheap exact form."""
     arch = menus.model.arch
     reflections = recipe.reflections if recipe.skip == "householder" else None
-    kept = kept_for_ratio(arch, recipe.ratio, recipe.skip, unit=unit, reflections=reflections)
+    kept = kept_for_ratio(arch, ratio_of(arch, recipe), recipe.skip, unit=unit, reflections=reflections)
     rotations = StreamRotations(arch, "block")
     rotations.start([_terms(menus, rotations, index) for index in range(rotations.count)])
     for index in track(range(rotations.count), description="rotate"):
@@ -301,12 +332,27 @@ def _pooled(model: FoldedModel, recipe: Recipe, unit: int) -> dict[str, Structur
     for layer in track(range(arch.num_layers), description="plan"):
         weights = model.block(layer)
         spectra |= {f"layers.{layer}.{role}": normalised_spectrum(weights[f"{role}.weight"]) for role in arch.linears()}
-    ratios = pooled_allocation(spectra, names, recipe.ratio)
-    chosen = dict[str, Structure]()
-    for name, (n, m) in names.items():
-        if ratios[name] < 1:
-            chosen[name] = kind.for_ratio(m, n, arch.side(name.split(".", 2)[2]), ratios[name], unit)
-    return chosen
+    # A linear that no aligned size makes as small as its share stays dense, and the others pay for it.
+    left, open_names = budget_parameters(arch, recipe), dict(names)
+    while open_names and left > 0:
+        share = min(1.0, left / sum(n * m for n, m in open_names.values()))
+        ratios = pooled_allocation({name: spectra[name] for name in open_names}, open_names, share)
+        chosen, stuck = dict[str, Structure](), list[str]()
+        for name, (n, m) in open_names.items():
+            try:
+                if ratios[name] < 1:
+                    chosen[name] = kind.for_ratio(m, n, arch.side(name.split(".", 2)[2]), ratios[name], unit)
+            except UsageError:
+                stuck.append(name)
+        if not stuck:
+            return chosen
+        for name in stuck:
+            n, m = open_names.pop(name)
+            left -= n * m
+    raise UsageError(
+        f"no linear of this model has an aligned {recipe.structure} of ratio {ratio_of(arch, recipe):g}: "
+        f"lower --unit or raise --ratio"
+    )
 
 
 def _terms(menus: LayerMenus, rotations: StreamRotations, index: int) -> Iterator[StreamTerm]:

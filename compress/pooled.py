@@ -29,14 +29,14 @@ def pooled_allocation(
 
     spectra: normalised singular values (`normalised_spectrum`); sizes: (out, in). At a threshold t matrix i keeps
     r_i (m_i + n_i) / (m_i n_i), r_i the number of its singular values above t, clipped to [least, most]. The default
-    of `least` is 1 - min(0.6, 2.5 (1 - ratio)) (the paper's guards are not published; this bound is ours). Raises
-    UsageError when even `least` exceeds the budget, or the arguments do not belong together.
+    of `least` is 1 - min(0.6, 2.5 (1 - ratio)), or the ratio where that is less (the paper's guards are not published;
+    this bound is ours). Raises UsageError when even `least` exceeds the budget, or arguments do not belong together.
     """
     if not 0 < ratio <= 1:
         raise UsageError(f"the kept ratio must be above 0 and at most 1, not {ratio}")
     if spectra.keys() != sizes.keys() or not spectra:
         raise UsageError(f"the spectra are of {sorted(spectra)} but the sizes of {sorted(sizes)}; give both for each")
-    floor = 1 - min(0.6, 2.5 * (1 - ratio)) if least is None else least
+    floor = min(ratio, 1 - min(0.6, 2.5 * (1 - ratio))) if least is None else least
     if not 0 <= floor <= most <= 1:
         raise UsageError(f"the bounds of a pooled allocation must satisfy 0 <= least <= most <= 1, not {floor}, {most}")
     if floor > ratio:

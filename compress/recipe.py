@@ -98,32 +98,54 @@ class Recipe(_Strict):
             raise ValueError(f"structure {self.structure!r} with skip {self.skip!r}: 'slice' goes with 'slice' only")
         if self.skip in ("cs", "householder") and self.structure != "kron":
             raise ValueError(f"skip {self.skip!r} serves one kept width of the stream, which is structure 'kron' only")
-        if self.structure in ("dense", "jrk", "lowrank") and self.rotation != "none":
-            raise ValueError(
-                f"structure {self.structure!r} with rotation {self.rotation!r}: low rank is the same in every "
-                f"rotation, and a dense model is not rotated"
-            )
         if self.fit == "paper" and (self.structure not in ("kron", "gs") or self.skip != "dense"):
             raise ValueError(
                 f"fit 'paper' with structure {self.structure!r}, rotation {self.rotation!r}, skip {self.skip!r}: the "
                 f"paper has kron and gs, with rotation 'block' and skip 'dense'"
             )
+        if self.structure in ("dense", "jrk", "lowrank", "compot", "compot24") and self.rotation != "none":
+            raise ValueError(
+                f"structure {self.structure!r} with rotation {self.rotation!r}: low rank is the same in every "
+                f"rotation, compot has dictionaries of its own, and a dense model is not rotated"
+            )
         if self.menu and self.structure != "auto":
             raise ValueError(f"menu {list(self.menu)} is for structure 'auto', not {self.structure!r}")
         if self.joint and self.structure not in ("lowrank", "auto"):
             raise ValueError(f"joint low rank is for structures 'lowrank' and 'auto', not {self.structure!r}")
-        if set(self.inner) & {"neurons", "vo"} and (
-            self.fit == "paper" or self.structure not in ("auto", "kron", "gs", "lowrank") or not self.ties
-        ):
+        if not self.ties and (self.structure != "kron" or self.skip in ("cs", "householder")):
             raise ValueError(
-                f"inner {list(self.inner)}: neurons and value coordinates are chosen with structures auto, kron, gs "
-                f"and lowrank, each fitted by --fit loss-aware"
+                f"ties false with structure {self.structure!r}, skip {self.skip!r}: only structure 'kron' with skip "
+                f"none or dense has mixes to give to each matrix"
             )
         if "kron" in self.menu and self.rotation == "none":
             raise ValueError("a menu with kron needs a rotation, which absorbs its mix: --rotation shared")
+        if self.menu and "kron" not in self.menu and self.rotation != "none":
+            raise ValueError(f"menu {list(self.menu)} with rotation {self.rotation!r}: a rotation serves kron alone")
+        if set(self.inner) & {"neurons", "vo"} and not self.has_menus():
+            raise ValueError(
+                f"inner {list(self.inner)}: neurons and value coordinates are dropped where sizes are chosen by "
+                f"predicted loss: structures auto, lowrank, kron (with a rotation, ties, and no cheap skip) and gs "
+                f"(without a rotation), each with fit loss-aware"
+            )
+        if "bias" in self.inner and (self.fit == "paper" or self.structure in ("jrk", "slice")):
+            raise ValueError(f"inner 'bias' with structure {self.structure!r}, fit {self.fit!r}, which correct no bias")
+        if self.budget_latency is not None and not self.has_menus():
+            raise ValueError(
+                f"budget_latency with structure {self.structure!r}, fit {self.fit!r}, rotation {self.rotation!r}: it "
+                f"needs sizes chosen by predicted loss; --structure auto chooses them"
+            )
         if self.budget_latency is not None and self.budget_bytes is not None:
             raise ValueError("budget_bytes and budget_latency are two budgets: give one")
         return self
+
+    def has_menus(self) -> bool:
+        """Whether sizes are chosen from predicted losses; else every linear of a role has the same, or the method has
+        an allocation of its own."""
+        if self.fit == "paper":
+            return False
+        if self.structure == "kron":
+            return self.rotation != "none" and self.ties and self.skip not in ("cs", "householder")
+        return self.structure in ("auto", "lowrank") or (self.structure == "gs" and self.rotation == "none")
 
     def needs_text(self) -> bool:
         """Whether any calibration text is read: a dense copy has nothing to fit, joint rank-k fits without data."""

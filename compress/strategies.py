@@ -19,7 +19,7 @@ from compress.fitting import FitRecord, LayerFitter
 from compress.inner import InnerRewrites, extra_biases
 from compress.invariance import FoldedModel, Rotations, Weights
 from compress.jrk import frobenius_error, jrk_fit_block
-from compress.planning import Moments, Plan, make_plan, needs_moments, structures_without_text, unit_of
+from compress.planning import Moments, Plan, make_plan, needs_moments, ratio_of, structures_without_text, unit_of
 from compress.recipe import Recipe
 from compress.sensitivity import measured_losses
 from compress.skips import skip_from_config
@@ -115,7 +115,7 @@ def _sliced(model: FoldedModel, recipe: Recipe, tokens: Tensor, runner: Runner, 
     from compress.slicing import slice_model
     from compress.widths import UNIT, kept_for_ratio
 
-    kept = kept_for_ratio(model.arch, recipe.ratio, "slice", unit=recipe.unit or UNIT)
+    kept = kept_for_ratio(model.arch, ratio_of(model.arch, recipe), "slice", unit=recipe.unit or UNIT)
     found = slice_model(model, tokens, kept, runner, state)
     ends, ranks = _ends(model, recipe, found.rotations, tokens, {})
     return Fitted(found.rotations, found.structures, ends, found.files, found.records, ranks)
@@ -128,7 +128,7 @@ def _by_the_paper(
     from compress.paper.blocks import fit_paper
 
     kind: Literal["kron", "gs"] = "kron" if recipe.structure == "kron" else "gs"
-    kept = largest_kept(model.arch, kind, recipe.ratio)
+    kept = largest_kept(model.arch, kind, ratio_of(model.arch, recipe))
     counts = token_counts(tokens, model.arch.vocab_size)
     found = fit_paper(model, kind, kept, moments, counts, device=device, state=state)
     ends, ranks = _ends(model, recipe, found.rotations, tokens, moments)

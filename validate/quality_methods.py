@@ -74,7 +74,7 @@ METHODS: tuple[Method, ...] = (
     Method("no-allocation", "uniform allocation", {**BEST, "allocation": "uniform"}, group="ablation"),
     Method("no-rotation", "no rotation", {**BEST, "rotation": "none", "skip": "none"}, group="ablation"),
     Method("no-correction", "no sequential recalibration", {**BEST, "correction": 0.0}, group="ablation"),
-    Method("no-ties", "no ties", {**BEST, "ties": False}, group="ablation"),
+    Method("no-ties", "kron without ties", {"structure": "kron", "ties": False}, group="ablation"),
     Method("no-inner", "no inner freedoms", {**BEST, "inner": []}, group="ablation"),
     Method("no-joint", "no shared factors", {**BEST, "joint": False}, group="ablation"),
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,36 @@ logger = logging.getLogger(__name__)
 SINGULAR = 1e-8
 DAMPING = 1e-6
 
+_noted: ContextVar[list[str] | None] = ContextVar("_noted", default=None)
+
+
+class NumericalError(UsageError):
+    """Numbers that no fit can be made of: NaN, infinity, or a moment that is not positive semi-definite."""
+
+
+@contextmanager
+def noted_damping() -> Iterator[list[str]]:
+    """A list that is told, while the block runs, which moments were singular: "Gram matrix", "metric"."""
+    noted: list[str] = []
+    token = _noted.set(noted)
+    try:
+        yield noted
+    finally:
+        _noted.reset(token)
+
+
+def _note(what: str) -> None:
+    noted = _noted.get()
+    if noted is not None:
+        noted.append(what)
+
+
+def is_singular(moment: Tensor) -> bool:
+    """Whether `Moment.of` would damp this symmetric matrix (k, k)."""
+    moment = moment.double()
+    factor, info = torch.linalg.cholesky_ex((moment + moment.T) / 2)
+    return int(info) != 0 or float(factor.diagonal().min()) ** 2 <= SINGULAR * float(moment.diagonal().mean())
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -33,28 +65,30 @@ class Moment:
 
         A singular matrix gets DAMPING times its mean diagonal added to the diagonal, and a zero matrix becomes the
         identity, which is the limit of damping it: directions that never occur then count in the Frobenius norm, so
-        that the optimum is unique and finite. Raises UsageError for a wrong shape, values that are not finite, or
-        a matrix that is indefinite beyond rounding.
+        that the optimum is unique and finite. Raises UsageError for a wrong shape, and NumericalError for values
+        that are not finite or a matrix that is indefinite beyond rounding.
         """
         if matrix.shape != (size, size):
             raise UsageError(f"the {what} is {tuple(matrix.shape)} but the weight needs ({size}, {size})")
         matrix = matrix.to(device=like.device, dtype=torch.float64)
         if not bool(torch.isfinite(matrix).all()):
-            raise UsageError(f"the {what} ({size} x {size}) contains NaN or infinity; check the calibration data")
+            raise NumericalError(f"the {what} ({size} x {size}) contains NaN or infinity; check the calibration data")
         matrix = (matrix + matrix.T) / 2
         mean = float(matrix.diagonal().mean())
         if mean == 0 and not bool(matrix.any()):
             logger.info("the %s (%d x %d) is zero: the fit uses the Frobenius norm", what, size, size)
+            _note(what)
             identity = torch.eye(size, dtype=torch.float64, device=like.device)
             return cls(identity, identity)
         factor, info = torch.linalg.cholesky_ex(matrix)
         if int(info) == 0 and float(factor.diagonal().min()) ** 2 > SINGULAR * mean:
             return cls(matrix, factor)
         logger.info("the %s (%d x %d) is singular: damped by %g of its mean diagonal", what, size, size, DAMPING)
+        _note(what)
         damped = matrix + DAMPING * abs(mean) * torch.eye(size, dtype=torch.float64, device=like.device)
         factor, info = torch.linalg.cholesky_ex(damped)
         if int(info) != 0:
-            raise UsageError(
+            raise NumericalError(
                 f"the {what} ({size} x {size}) is not positive semi-definite; accumulate second moments in float64"
             )
         return cls(damped, factor)
@@ -85,14 +119,14 @@ class Problem:
     def of(
         cls, weight: Tensor, gram: Tensor | None, metric: Tensor | None, in_features: int, out_features: int
     ) -> Problem:
-        """Check the arguments of `Structure.fit`. Raises UsageError, see there."""
+        """Check the arguments of `Structure.fit`. Raises UsageError, see there; NumericalError for their values."""
         if weight.shape != (out_features, in_features):
             raise UsageError(
                 f"the weight is {tuple(weight.shape)} but the structure has (out, in) = {(out_features, in_features)}"
             )
         W = weight.detach().to(torch.float64)
         if not bool(torch.isfinite(W).all()):
-            raise UsageError(
+            raise NumericalError(
                 f"the weight ({out_features} x {in_features}) contains NaN or infinity; check the source model"
             )
         return cls(

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from compress.artifact import Artifact
 from compress.models import ModelSource, resolve
 from compress.pipeline import compress_model
-from compress.recipe import Recipe, parse_recipe
+from compress.recipe import Recipe, parse_recipe, read_yaml
 from tests import tiny
 
 SAMPLES, LENGTH = 8, 32
@@ -55,3 +56,27 @@ def logits_of(model: torch.nn.Module, ids: Tensor) -> Tensor:
 def relative(seen: Tensor, expected: Tensor) -> float:
     """Largest difference over largest value."""
     return float((seen - expected).abs().max() / expected.abs().max())
+
+
+def same_files(a: Artifact, b: Artifact) -> None:
+    """OUT/checkpoint and OUT/recipe.yaml are equal byte for byte."""
+    folders = [artifact.path("checkpoint") for artifact in (a, b)]
+    names = [sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*")) for folder in folders]
+    assert names[0] == names[1]
+    for name in names[0]:
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+    assert parse_recipe(read_yaml(a.path("recipe.yaml")), "a") == parse_recipe(read_yaml(b.path("recipe.yaml")), "b")
+
+
+def interrupted_at(monkeypatch: pytest.MonkeyPatch, place: type, method: str, call: int) -> list[int]:
+    """Raise KeyboardInterrupt at that call of a method; the list's entry counts its calls."""
+    original, calls = getattr(place, method), [0]
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(place, method, counting)
+    return calls

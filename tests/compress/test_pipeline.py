@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,7 +23,16 @@ from compress.recipe import parse_recipe, read_yaml
 from compress.streams import GramSum, Runner
 from tests import tiny
 from tests.compress import helpers
-from tests.compress.helpers import TinyModel, compressed, logits_of, relative, text_file, tiny_source
+from tests.compress.helpers import (
+    TinyModel,
+    compressed,
+    interrupted_at,
+    logits_of,
+    relative,
+    same_files,
+    text_file,
+    tiny_source,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 RATIO = 0.8
@@ -61,16 +69,6 @@ def stored(checkpoint: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework="pt") as file:
             found.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
     return found
-
-
-def same_files(a: Artifact, b: Artifact) -> None:
-    """OUT/checkpoint and OUT/recipe.yaml are equal byte for byte."""
-    folders = [artifact.path("checkpoint") for artifact in (a, b)]
-    names = [sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*")) for folder in folders]
-    assert names[0] == names[1]
-    for name in names[0]:
-        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
-    assert parse_recipe(read_yaml(a.path("recipe.yaml")), "a") == parse_recipe(read_yaml(b.path("recipe.yaml")), "b")
 
 
 def greedy(model: torch.nn.Module, ids: Tensor, steps: int) -> Tensor:
@@ -241,20 +239,6 @@ def test_checkpoints_of_half_precision(
 
 
 # ---- again, and after an interrupt
-
-
-def interrupted_at(monkeypatch: pytest.MonkeyPatch, place: type, method: str, call: int) -> list[int]:
-    """Raise KeyboardInterrupt at that call of a method; the list's entry counts its calls."""
-    original, calls = getattr(place, method), [0]
-
-    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == call:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(place, method, counting)
-    return calls
 
 
 @pytest.fixture

@@ -95,7 +95,8 @@ def test_refusals() -> None:
         with pytest.raises(UsageError, match="ratio"):
             pooled_allocation(spectra, sizes, ratio)
     with pytest.raises(UsageError, match=r"at least 0\.4.* 0\.3"):
-        pooled_allocation(spectra, sizes, 0.3)
+        pooled_allocation(spectra, sizes, 0.3, least=0.4)
+    assert set(pooled_allocation(spectra, sizes, 0.3).values()) == {0.3}  # the default bound is below every ratio
     with pytest.raises(UsageError, match="bounds"):
         pooled_allocation(spectra, sizes, 0.5, least=0.5, most=0.4)
     with pytest.raises(UsageError, match="sizes of"):

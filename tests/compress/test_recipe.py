@@ -27,6 +27,44 @@ def test_defaults() -> None:
     assert Recipe.model_validate({"rotation": "block"}).skip == "dense"
 
 
+@pytest.mark.parametrize(
+    ("values", "rotation", "skip", "inner", "menus"),
+    [
+        ({"structure": "auto"}, "none", "none", ("neurons",), True),
+        ({"structure": "auto", "inner": []}, "none", "none", (), True),
+        (
+            {"structure": "auto", "rotation": "shared", "menu": ["lowrank", "kron"]},
+            "shared",
+            "none",
+            ("neurons",),
+            True,
+        ),
+        ({"structure": "auto", "rotation": "block"}, "block", "dense", ("neurons",), True),
+        ({"structure": "kron"}, "shared", "none", (), True),
+        ({"structure": "kron", "inner": ["vo"]}, "shared", "none", ("vo",), True),
+        ({"structure": "kron", "ties": False}, "shared", "none", (), False),
+        ({"structure": "kron", "rotation": "none"}, "none", "none", (), False),
+        ({"structure": "kron", "rotation": "block", "skip": "householder"}, "block", "householder", (), False),
+        ({"structure": "kron", "fit": "paper"}, "block", "dense", (), False),
+        ({"structure": "gs", "fit": "paper"}, "block", "dense", (), False),
+        ({"structure": "gs"}, "none", "none", (), True),
+        ({"structure": "gs", "rotation": "shared"}, "shared", "none", (), False),
+        ({"structure": "lowrank", "joint": True, "inner": ["vo", "bias"]}, "none", "none", ("vo", "bias"), True),
+        ({"structure": "slice"}, "block", "slice", (), False),
+        ({"structure": "jrk"}, "none", "none", (), False),
+        ({"structure": "compot24", "inner": ["bias"]}, "none", "none", ("bias",), False),
+        ({"structure": "dense"}, "none", "none", (), False),
+    ],
+)
+def test_what_follows_from_the_structure(
+    values: dict[str, Any], rotation: str, skip: str, inner: tuple[str, ...], menus: bool
+) -> None:
+    recipe = parse_recipe(values, "here")
+    assert (recipe.rotation, recipe.skip, recipe.inner, recipe.has_menus()) == (rotation, skip, inner, menus)
+    # What a recipe has resolved is what it says when it is read back.
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml()), "back") == recipe
+
+
 def test_digest() -> None:
     assert Recipe().digest() == Recipe(ratio=0.75).digest()
     changed = [Recipe(ratio=0.7), Recipe(unit=8), Recipe(calibration={"seed": 1}), Recipe(sensitivity="none")]
@@ -52,22 +90,37 @@ def test_flags_win_over_set_win_over_the_file(tmp_path: Path) -> None:
 
 def test_every_flag_reaches_its_field() -> None:
     recipe = of(
-        *("--structure", "gs", "--ratio", "0.6", "--rotation", "block", "--skip", "dense", "--unit", "4"),
+        *("--structure", "auto", "--ratio", "0.6", "--rotation", "block", "--skip", "dense", "--unit", "4"),
+        *("--menu", "lowrank,kron", "--inner", "vo,bias", "--joint", "--embedding", "0.5", "--allocation", "uniform"),
+        *("--budget-bytes", "1000", "--latency-table", "t.json"),
         *("--sensitivity", "none", "--correction", "0.25", "--checkpoint-dtype", "bfloat16"),
         *("--calibration-data", "x.txt", "--calibration-samples", "2", "--sequence-length", "9", "--seed", "3"),
     )
     expected = {
-        "structure": "gs",
+        "structure": "auto",
         "ratio": 0.6,
         "rotation": "block",
         "skip": "dense",
         "unit": 4,
+        "menu": ["lowrank", "kron"],
+        "inner": ["vo", "bias"],
+        "joint": True,
+        "embedding": 0.5,
+        "allocation": "uniform",
+        "budget_bytes": 1000,
+        "latency_table": "t.json",
         "sensitivity": "none",
         "correction": 0.25,
         "checkpoint_dtype": "bfloat16",
         "calibration": {"data": "x.txt", "samples": 2, "sequence_length": 9, "seed": 3},
     }
     assert recipe == parse_recipe(expected, "here")
+    assert of("--no-ties") == Recipe(ties=False)
+    assert of("--fit", "paper").fit == "paper"
+    assert of("--budget-latency", "0.5").budget_latency == 0.5
+    assert of("--structure", "auto", "--inner", "none").inner == ()
+    assert of("--structure", "auto").inner == ("neurons",)
+    assert not of("--structure", "auto", "--no-joint").joint
 
 
 def test_set_values_are_yaml() -> None:
@@ -84,7 +137,7 @@ def test_set_values_are_yaml() -> None:
         ({"ratio": 1.01}, r"ratio: .*less than or equal to 1"),
         ({"ratio": float("nan")}, r"ratio: "),
         ({"ratio": "most"}, r"ratio: .*valid number"),
-        ({"structure": "butterfly"}, r"structure: .*'kron', 'gs', 'lowrank' or 'dense'"),
+        ({"structure": "butterfly"}, r"structure: .*'auto', 'kron', 'gs', .* or 'dense'"),
         ({"structure": ["kron"]}, r"structure: "),
         ({"structure": None}, r"structure: "),
         ({"rotation": "global"}, r"rotation: "),
@@ -103,6 +156,50 @@ def test_set_values_are_yaml() -> None:
         ({"correction": 1.5}, r"correction: "),
         ({"gram_damping": 0}, r"gram_damping: "),
         ({1: 2}, r"1: Extra"),
+        # What one choice makes of another: nothing that is asked for is ignored.
+        ({"structure": "slice", "rotation": "block", "skip": "dense"}, r"'slice' with skip 'dense'"),
+        ({"structure": "kron", "rotation": "block", "skip": "slice"}, r"'kron' with skip 'slice'"),
+        ({"structure": "gs", "rotation": "block", "skip": "cs"}, r"skip 'cs' serves one kept width"),
+        ({"structure": "auto", "rotation": "block", "skip": "householder"}, r"skip 'householder' serves"),
+        *(
+            ({"structure": structure, "rotation": "shared"}, rf"'{structure}' with rotation 'shared'")
+            for structure in ("jrk", "lowrank", "compot", "compot24")
+        ),
+        ({"fit": "paper", "structure": "lowrank"}, r"fit 'paper' with structure 'lowrank'"),
+        ({"fit": "paper", "rotation": "shared"}, r"the paper has kron and gs, with rotation 'block'"),
+        ({"fit": "paper", "skip": "cs"}, r"fit 'paper' .* skip 'cs'"),
+        ({"menu": ["lowrank"]}, r"menu \['lowrank'\] is for structure 'auto', not 'kron'"),
+        ({"structure": "auto", "menu": ["kron"]}, r"a menu with kron needs a rotation"),
+        ({"structure": "auto", "menu": ["gs"], "rotation": "shared"}, r"a rotation serves kron alone"),
+        ({"structure": "auto", "menu": ["jrk"]}, r"menu\.0: "),
+        ({"structure": "gs", "joint": True}, r"joint low rank .* not 'gs'"),
+        ({"structure": "gs", "ties": False}, r"ties false with structure 'gs'"),
+        ({"structure": "auto", "ties": False}, r"ties false with structure 'auto'"),
+        ({"rotation": "block", "skip": "cs", "ties": False}, r"ties false .* skip 'cs'"),
+        *(
+            ({**fields, "inner": [option]}, rf"inner \['{option}'\]: neurons and value coordinates")
+            for option in ("neurons", "vo")
+            for fields in (
+                {"structure": "compot"},
+                {"structure": "slice"},
+                {"structure": "jrk"},
+                {"structure": "dense"},
+                {"fit": "paper"},
+                {"rotation": "none"},
+                {"ties": False},
+                {"rotation": "block", "skip": "cs"},
+                {"structure": "gs", "rotation": "shared"},
+            )
+        ),
+        ({"fit": "paper", "inner": ["bias"]}, r"inner 'bias' with structure 'kron', fit 'paper'"),
+        ({"structure": "slice", "inner": ["bias"]}, r"inner 'bias' with structure 'slice'"),
+        ({"structure": "jrk", "inner": ["bias"]}, r"inner 'bias' with structure 'jrk'"),
+        ({"inner": ["qk"]}, r"inner\.0: "),
+        ({"structure": "compot", "budget_latency": 1.0}, r"budget_latency with structure 'compot'"),
+        ({"rotation": "none", "budget_latency": 1.0}, r"budget_latency .* rotation 'none'"),
+        ({"budget_latency": 1.0, "budget_bytes": 10}, r"two budgets: give one"),
+        ({"budget_bytes": 0}, r"budget_bytes: "),
+        ({"embedding": 0}, r"embedding: "),
     ],
 )
 def test_mistakes_are_named(values: dict[Any, Any], sentence: str) -> None:

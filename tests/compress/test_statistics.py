@@ -16,21 +16,26 @@ from compress import families
 from compress.architecture import WRITERS
 from compress.models import ModelSource
 from compress.pipeline import folded
-from compress.statistics import SUB_BLOCKS, StreamMoments, collect
+from compress.statistics import SUB_BLOCKS, StatisticsFolder, StreamMoments, collect
 from compress.streams import GramSum, Runner, mapped, save_whole
 from tests import tiny
-from tests.compress.helpers import LENGTH, TinyModel, relative, tiny_source
+from tests.compress.helpers import LENGTH, TinyModel, interrupted_at, relative, tiny_source
 
 SEED = 5
 MODELS = ["tiny_llama_tied", "tiny_llama_bias", "tiny_opt", "tiny_opt_untied", "tiny_qwen3", "tiny_mistral"]
 
 
 def moments_of(
-    source: ModelSource, tokens: Tensor, state: Path, *, batch: int = 2, sensitivity: str = "fisher", inner: bool = True
-) -> dict[tuple[int, str], StreamMoments]:
+    source: ModelSource,
+    tokens: Tensor,
+    folder: Path,
+    *,
+    batch: int = 2,
+    sensitivity: str = "fisher",
+    seed: int = SEED,
+) -> StatisticsFolder:
     runner = Runner(source.architecture(), tokens.shape[1], torch.device("cpu"), batch)
-    model = folded(source)
-    return collect(model, tokens, sensitivity=sensitivity, inner=inner, seed=SEED, runner=runner, state=state)
+    return collect(folded(source), tokens, sensitivity=sensitivity, seed=seed, runner=runner, folder=folder)
 
 
 def mean_of_squares(x: Tensor) -> Tensor:
@@ -39,11 +44,9 @@ def mean_of_squares(x: Tensor) -> Tensor:
     return flat.T @ flat / len(flat)
 
 
-def reference_moments(source: ModelSource, tokens: Tensor) -> dict[tuple[int, str], StreamMoments]:
-    """The same from transformers' model in float64: everything in memory, one graph, one backward pass.
-
-    Before the folds a reader sees h * scale + shift, so that gradients at h are those at its input times the scale.
-    """
+def reference_moments(source: ModelSource, tokens: Tensor) -> tuple[dict[tuple[int, str], StreamMoments], Tensor]:
+    """The same from transformers' model in float64: everything in memory, one graph, one backward pass; and the moment
+    of what the head reads. Before the folds a reader sees h * scale + shift."""
     arch = source.architecture()
     model, names = source.reference_model(torch.float64), families.tensor_names(arch)
     seen: dict[Any, Tensor] = {}
@@ -54,18 +57,16 @@ def reference_moments(source: ModelSource, tokens: Tensor) -> dict[tuple[int, st
 
         return hook
 
-    norms, writers, readers = {}, {}, {}
+    norms = {}
     for layer, at in enumerate(names.layers):
         for sub, norm in zip(SUB_BLOCKS, (at.attn_norm, at.mlp_norm), strict=True):
             norms[layer, sub] = model.get_submodule(norm.weight.removesuffix(".weight"))
-            writers[layer, sub] = model.get_submodule(at.linears[WRITERS[sub]].weight.removesuffix(".weight"))
-            readers[layer, sub] = {
-                role: model.get_submodule(at.linears[role].weight.removesuffix(".weight")) for role in arch.readers(sub)
-            }
-            for role, linear in readers[layer, sub].items():
-                linear.register_forward_hook(keep((layer, sub, role)))
             norms[layer, sub].register_forward_hook(keep((layer, sub, "norm")))
-            writers[layer, sub].register_forward_hook(keep((layer, sub, "writer")))
+            for role in (*arch.readers(sub), WRITERS[sub]):
+                linear = model.get_submodule(at.linears[role].weight.removesuffix(".weight"))
+                linear.register_forward_hook(keep((layer, sub, role)))
+    final = model.get_submodule(names.final_norm.weight.removesuffix(".weight"))
+    final.register_forward_hook(keep((arch.num_layers, "", "norm")))
     logits = model(tokens).logits
     generator = torch.Generator().manual_seed(SEED)
     loss = logits.new_zeros(())
@@ -74,103 +75,120 @@ def reference_moments(source: ModelSource, tokens: Tensor) -> dict[tuple[int, st
         loss = loss + nn.functional.cross_entropy(row, labels, reduction="sum")
     outputs = {key: value for key, value in seen.items() if key[-1] != "input"}
     gradients = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True))
-    d = arch.hidden_size
-    # LayerNorm never sees the mean of the stream; the folded model removes it from every write.
-    centre = torch.eye(d, dtype=torch.float64)
-    if arch.norm == "layernorm":
-        centre -= 1 / d
+
+    def normalised(key: tuple[int, str], norm: nn.Module) -> Tensor:
+        h, shift = seen[(*key, "norm")], getattr(norm, "bias", None)
+        return mean_of_squares((h if shift is None else h - shift) / norm.weight)
+
     found = {}
     for (layer, sub), norm in norms.items():
-        scale, shift = norm.weight, getattr(norm, "bias", None)
-        h = seen[layer, sub, "norm"] if shift is None else seen[layer, sub, "norm"] - shift
-        bias = writers[layer, sub].bias
-        out = seen[layer, sub, "writer"] if bias is None else seen[layer, sub, "writer"] - bias
+        roles = (*arch.readers(sub), WRITERS[sub])
         found[layer, sub] = StreamMoments(
-            mean_of_squares(h / scale),
-            mean_of_squares(out @ centre),
-            {
-                role: mean_of_squares(gradients[layer, sub, role] @ (linear.weight * scale))
-                for role, linear in readers[layer, sub].items()
-            },
-            mean_of_squares(gradients[layer, sub, "writer"]),
-            mean_of_squares(seen[layer, sub, "writer", "input"]),
+            normalised((layer, sub), norm),
+            mean_of_squares(seen[layer, sub, WRITERS[sub], "input"]),
+            {role: mean_of_squares(gradients[layer, sub, role]) for role in roles},
         )
-    return found
+    return found, normalised((arch.num_layers, ""), final)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_moments_and_gradients_of_every_sub_block(name: str, tiny_model: TinyModel, tmp_path: Path) -> None:
     source, tokens = tiny_source(tiny_model, name), tiny.token_ids(5, 24)
     arch, d = source.architecture(), source.architecture().hidden_size
-    found, expected = moments_of(source, tokens, tmp_path), reference_moments(source, tokens)
-    assert set(found) == {(layer, sub) for layer in range(arch.num_layers) for sub in SUB_BLOCKS}
+    found, (expected, final) = moments_of(source, tokens, tmp_path), reference_moments(source, tokens)
+    assert set(found) == set(expected) == {(layer, sub) for layer in range(arch.num_layers) for sub in SUB_BLOCKS}
+    assert len(found) == 2 * arch.num_layers
     centre = torch.eye(d, dtype=torch.float64)
     if arch.norm == "layernorm":
         centre -= 1 / d
     for key, moment in found.items():
-        for place in ("read", "write", "inner"):
+        for place in ("read", "inner"):
             seen, right = getattr(moment, place), getattr(expected[key], place)
             assert seen.dtype == torch.float64
             assert relative(seen, right) < 1e-4, (key, place)
-        assert moment.read_gradients is not None
-        assert expected[key].read_gradients is not None
-        assert list(moment.read_gradients) == list(arch.readers(key[1]))
-        for role, seen in moment.read_gradients.items():
-            assert relative(seen, expected[key].read_gradients[role]) < 1e-4, (key, role)
-        assert moment.write_gradient is not None
-        assert expected[key].write_gradient is not None
-        # The mean direction, which transformers' LayerNorm cannot feel, is outside of everything that is written.
-        assert relative(centre @ moment.write_gradient @ centre, expected[key].write_gradient) < 1e-4, key
+        assert moment.gradients is not None
+        assert expected[key].gradients is not None
+        assert list(moment.gradients) == [*arch.readers(key[1]), WRITERS[key[1]]]
+        for role, seen in moment.gradients.items():
+            if role in WRITERS.values():
+                # The mean direction, which transformers' LayerNorm cannot feel, is outside of everything written.
+                seen = centre @ seen @ centre
+            assert relative(seen, expected[key].gradients[role]) < 1e-4, (key, role)
+            assert moment.gram(role) is (moment.inner if role in WRITERS.values() else moment.read)
+    assert relative(found.final(), final) < 1e-4
+    for key in ((arch.num_layers, "attn"), (-1, "mlp"), (0, "norm")):
+        with pytest.raises(KeyError):
+            found[key]
 
 
 def test_batches_do_not_matter(tiny_model: TinyModel, tmp_path: Path) -> None:
     source, tokens = tiny_source(tiny_model, "tiny_llama"), tiny.token_ids(5, LENGTH)
     alone = moments_of(source, tokens, tmp_path / "one", batch=1)
     together = moments_of(source, tokens, tmp_path / "all", batch=8)
+    assert relative(together.final(), alone.final()) < 1e-4
     for key, moment in alone.items():
-        for place in ("read", "write", "write_gradient", "inner"):
+        for place in ("read", "inner"):
             assert relative(getattr(together[key], place), getattr(moment, place)) < 1e-4
-        assert moment.read_gradients is not None
-        for role, gradient in moment.read_gradients.items():
-            assert relative(together[key].read_gradients[role], gradient) < 1e-4
+        assert moment.gradients is not None
+        for role, gradient in moment.gradients.items():
+            assert relative(together[key].gradients[role], gradient) < 1e-4  # type: ignore[index]
 
 
 def test_again_gives_the_same_bits(tiny_model: TinyModel, tmp_path: Path) -> None:
     source, tokens = tiny_source(tiny_model, "tiny_opt"), tiny.token_ids(4, LENGTH)
-    moments_of(source, tokens, tmp_path / "a")
-    moments_of(source, tokens, tmp_path / "b")
-    files = [tmp_path / run / "moments.safetensors" for run in "ab"]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    arch = source.architecture()
+    for run in "ab":
+        moments_of(source, tokens, tmp_path / run)
     # Nothing else is left: the streams are larger than the model.
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["moments.safetensors"]
+    blocks = [f"{way}-{layer}.safetensors" for way in ("forward", "backward") for layer in range(arch.num_layers)]
+    names = sorted(["complete", "final.safetensors", *blocks])
+    for run in "ab":
+        assert sorted(p.name for p in (tmp_path / run).iterdir()) == names
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_finished_moments_are_read_back(tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, tokens = tiny_source(tiny_model, "tiny_llama"), tiny.token_ids(4, LENGTH)
-    first = moments_of(source, tokens, tmp_path)
+    first = {key: moment.read for key, moment in moments_of(source, tokens, tmp_path).items()}
     monkeypatch.setattr(Runner, "block", None)  # nothing may run
     again = moments_of(source, tokens, tmp_path)
-    assert all(torch.equal(again[key].read, first[key].read) for key in first)
+    assert all(torch.equal(again[key].read, read) for key, read in first.items())
+
+
+@pytest.mark.parametrize("call", [2, 3, 4, 6], ids=["second block", "last block", "first back", "last back"])
+def test_an_interrupted_pass_is_resumed(
+    call: int, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, tokens = tiny_source(tiny_model, "tiny_llama_tied"), tiny.token_ids(5, LENGTH)
+    moments_of(source, tokens, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, Runner, "block", call)
+        with pytest.raises(KeyboardInterrupt):
+            moments_of(source, tokens, tmp_path / "resumed")
+    with monkeypatch.context() as patch:
+        calls = interrupted_at(patch, Runner, "block", 0)
+        moments_of(source, tokens, tmp_path / "resumed")
+    assert calls[0] == 6 - min(call - 1, 3)  # what went forward is not done again
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "resumed" / path.name).read_bytes()
 
 
 def test_what_is_not_asked_for_is_not_collected(tiny_model: TinyModel, tmp_path: Path) -> None:
     source, tokens = tiny_source(tiny_model, "tiny_llama"), tiny.token_ids(2, LENGTH)
-    for moment in moments_of(source, tokens, tmp_path, sensitivity="none", inner=False).values():
-        assert (moment.read_gradients, moment.write_gradient, moment.inner) == (None, None, None)
+    for sensitivity in ("none", "measured"):
+        found = moments_of(source, tokens, tmp_path / sensitivity, sensitivity=sensitivity)
+        assert all(moment.gradients is None for moment in found.values())
+        assert not list((tmp_path / sensitivity).glob("backward*"))
 
 
 def test_another_seed_samples_other_labels(tiny_model: TinyModel, tmp_path: Path) -> None:
     source, tokens = tiny_source(tiny_model, "tiny_llama"), tiny.token_ids(2, LENGTH)
-    runner = Runner(source.architecture(), LENGTH, torch.device("cpu"), 2)
     gradients = []
     for seed in (0, 1):
-        state = tmp_path / str(seed)
-        found = collect(
-            folded(source), tokens, sensitivity="fisher", inner=False, seed=seed, runner=runner, state=state
-        )
-        gradients.append((found[0, "attn"].read_gradients or {}).get("attn.q"))
-    assert gradients[0] is not None
-    assert gradients[1] is not None
+        found = moments_of(source, tokens, tmp_path / str(seed), seed=seed)[0, "attn"].gradients
+        assert found is not None
+        gradients.append(found["attn.q"])
     assert relative(gradients[0], gradients[1]) > 0.01
 
 

@@ -18,7 +18,7 @@ import torch
 from compress.artifact import Artifact
 from compress.errors import UsageError, run_cli
 from compress.modeling import ProcrustesForCausalLM
-from compress.recipe import Recipe
+from compress.recipe import Recipe, parse_recipe
 from tests import tiny
 from tests.validate.test_perplexity import windows_of
 from validate import hidden, measure, quality, quality_methods, quality_plots, quality_run, quality_table
@@ -47,7 +47,10 @@ def test_every_method_is_a_recipe_or_says_why_not() -> None:
         assert set(method.recipe) <= fields, method.name
         assert all(0 < ratio <= 1 for ratio in method.ratios)
     assert len({method.name for method in METHODS}) == len(METHODS)
-    keys = {line.key for line in lines(CALIBRATION, ablation=True)}
+    found = lines(CALIBRATION, ablation=True)
+    for line in found:
+        parse_recipe(line.recipe, line.key)
+    keys = {line.key for line in found}
     assert {bar.key for bar in BARS} | {bar.against for bar in BARS if bar.against} <= keys
 
 
