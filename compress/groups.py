@@ -116,7 +116,8 @@ class LayerMenus:
         ):
             if option in curves:
                 here = {role: alone.pop(role) for role in roles if role in alone}
-                sizes = range(unit * max(1, size // (4 * unit)), size, unit)
+                step = unit if rotations is None else 2 * unit  # each size then has a curve of its own for each round
+                sizes = range(step * max(1, size // (4 * step)), size, step)
                 counts = {role: count for role, count in zip(roles, groups, strict=True) if role in here}
                 found.append(((layer, option), selected_menu(here, counts, curves[option], sizes, menu_of)))
         if self.recipe.joint:
