@@ -112,7 +112,7 @@ class Recipe(_Strict):
             raise ValueError(f"menu {list(self.menu)} is for structure 'auto', not {self.structure!r}")
         if self.joint and self.structure not in ("lowrank", "auto"):
             raise ValueError(f"joint low rank is for structures 'lowrank' and 'auto', not {self.structure!r}")
-        if not self.ties and (self.structure != "kron" or self.skip in ("cs", "householder")):
+        if not self.ties and (self.structure != "kron" or self.skip in ("cs", "householder") or self.fit == "paper"):
             raise ValueError(
                 f"ties false with structure {self.structure!r}, skip {self.skip!r}: only structure 'kron' with skip "
                 f"none or dense has mixes to give to each matrix"

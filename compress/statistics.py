@@ -20,6 +20,7 @@ from torch import Tensor
 
 from compress.architecture import WRITERS, Architecture
 from compress.blocks import rms_normalise
+from compress.errors import UsageError
 from compress.inner import InnerRewrites
 from compress.invariance import FoldedModel, Rotations, Weights
 from compress.progress import track
@@ -27,6 +28,7 @@ from compress.streams import GramSum, Runner, embed, mapped, save_whole
 
 SUB_BLOCKS = ("attn", "mlp")
 FINAL = "final.safetensors"
+LARGEST = 1e15  # squares of activations are summed in float32
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ def _forward(model: FoldedModel, tokens: Tensor, runner: Runner, folder: Path) -
         return
     stream = mapped(_stream_file(folder, 0), shape)
     stream.copy_(embed(model.ends(Rotations.none()), arch, tokens))
+    _require_finite(stream, "the token embedding")
     for layer in track(range(arch.num_layers), description="calibrate"):
         following = mapped(_stream_file(folder, layer + 1), shape)
         if not _forward_file(folder, layer).exists():
@@ -151,6 +154,7 @@ def _run_forward(
             places[tapped] = f"{sub}.{place}"
 
     def tap(place: str, value: Tensor) -> None:
+        _require_finite(value, f"layers.{layer}, {place}")
         if place in places:
             sums[places[place]].add(value)
 
@@ -182,7 +186,24 @@ def _backward(model: FoldedModel, tokens: Tensor, seed: int, runner: Runner, fol
             seen.clear()
             # Last: on the CPU `upper`, which is also the gradient at the output of the MLP, is a view of this memory.
             gradient[part] = lower.cpu()
-        save_whole({role: total.mean().float().cpu() for role, total in sums.items()}, _backward_file(folder, layer))
+        means = {role: total.mean().float().cpu() for role, total in sums.items()}
+        for role, moment in means.items():
+            if not torch.isfinite(moment).all():
+                raise UsageError(
+                    f"the gradients at layers.{layer}.{role} are NaN or beyond the range of float32: use --sensitivity "
+                    f"measured or none, which need no backward pass"
+                )
+        save_whole(means, _backward_file(folder, layer))
+
+
+def _require_finite(value: Tensor, place: str) -> None:
+    """Raise UsageError when activations are NaN or infinite, or too large for their second moment."""
+    largest = float(value.abs().max())  # NaN where there is one
+    if not largest < LARGEST:
+        raise UsageError(
+            f"the calibration activations of the source model reach {largest:g} at {place}, which is no number to fit "
+            f"by: its weights are damaged or it overflows; check the model"
+        )
 
 
 def _keep(seen: dict[str, Tensor], place: str) -> Callable[[torch.nn.Module, Any, Tensor], None]:
@@ -203,6 +224,7 @@ def _head_gradient(model: FoldedModel, stream: Tensor, seed: int, runner: Runner
         for i in range(len(x)):  # one sequence's logits at a time: (length, vocabulary) is large
             row = x[i].detach().requires_grad_(True)
             logits = head_logits(ends, arch.norm_eps, row)
+            _require_finite(logits.detach(), "the logits")
             with torch.no_grad():
                 labels = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)[:, 0]
             loss = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")

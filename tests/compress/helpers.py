@@ -31,7 +31,7 @@ def text_file(folder: Path) -> Path:
 def recipe(text: Path, **changes: Any) -> Recipe:
     """A recipe that a tiny model runs in well under a second; `changes` are its fields."""
     calibration = {"data": str(text), "samples": SAMPLES, "sequence_length": LENGTH, **changes.pop("calibration", {})}
-    values = {"sensitivity_samples": 4, "rotation_iterations": 6, "calibration": calibration, **changes}
+    values = {"sensitivity_samples": 6, "rotation_iterations": 6, "calibration": calibration, **changes}
     return parse_recipe(values, "a test")
 
 

@@ -19,7 +19,7 @@ from compress.fitting import FitRecord, LayerFitter
 from compress.invariance import rotate_block
 from compress.models import ModelSource, resolve
 from compress.pipeline import folded
-from compress.planning import make_plan, uses_leading_mix
+from compress.planning import make_plan
 from compress.procrustes import damped
 from compress.statistics import SUB_BLOCKS, collect
 from compress.streams import Runner, mapped
@@ -69,7 +69,9 @@ def test_full_size_structures_give_the_dense_model(name: str, kind: str, tiny_mo
     assert relative(logits_of(model, ids), logits_of(source.reference_model(torch.float32), ids)) < 2e-4
 
 
-@pytest.mark.parametrize(("structure", "rotation"), [("kron", "shared"), ("gs", "none"), ("lowrank", "shared")])
+@pytest.mark.parametrize(
+    ("structure", "rotation"), [("kron", "shared"), ("gs", "none"), ("lowrank", "none"), ("auto", "none")]
+)
 @pytest.mark.parametrize("correction", [0.0, 1.0])
 def test_ratio_one_gives_the_dense_model(
     structure: str, rotation: str, correction: float, tiny_model: TinyModel, tmp_path: Path
@@ -102,13 +104,13 @@ class Fit:
             model,
             self.tokens[: recipe.sensitivity_samples],
             sensitivity=recipe.sensitivity,
-            inner=not uses_leading_mix(recipe),
             seed=0,
             runner=runner,
-            state=folder,
+            folder=folder / "moments",
         )
         self.plan = plan = make_plan(model, recipe, moments)
-        self.files, self.records = LayerFitter(model, plan, recipe, moments, self.tokens, runner, folder).run()
+        ends = model.ends(plan.rotations)
+        self.files, self.records = LayerFitter(model, plan, recipe, moments, self.tokens, runner, folder, ends).run()
         shape = (*self.tokens.shape, arch.hidden_size)
         self.dense, self.compressed = (
             mapped(folder / f"fit-{n}-{arch.num_layers}.f32", shape).clone() for n in ("dense", "compressed")
@@ -216,7 +218,7 @@ def test_writers_are_fitted_in_the_loss_metric(rotation: str, tiny_model: TinyMo
             name = f"model.layers.{layer}.{role}.B"
             if name not in factors:
                 continue
-            gradient = fit.moments[layer, sub].write_gradient
+            gradient = (fit.moments[layer, sub].gradients or {}).get(role)
             q = fit.plan.rotations.at(2 * layer + SUB_BLOCKS.index(sub) + 1)
             assert gradient is not None
             assert q is not None
@@ -255,7 +257,8 @@ ALL = [
     ("kron", "none"),
     ("gs", "none"),
     ("lowrank", "none"),
-    ("lowrank", "shared"),
+    ("auto", "none"),
+    ("auto", "shared"),
 ]
 
 
