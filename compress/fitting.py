@@ -356,9 +356,12 @@ def _drops_outputs(structure: Structure) -> TypeGuard[SelectStructure]:
 
 
 def _relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
-    """||X (W - What)|| / ||X W||."""
-    lost, whole = weight - approximation, ((weight @ gram) * weight).sum()
-    return float((((lost @ gram) * lost).sum() / whole.clamp(min=1e-300)).clamp(min=0).sqrt())
+    """||X (W - What)|| / ||X W||; 1 where X W is nothing, as of a dead linear, and only a correction is left."""
+    gap = weight - approximation
+    lost, whole = float(((gap @ gram) * gap).sum()), float(((weight @ gram) * weight).sum())
+    if whole <= 1e-20 * lost:
+        return 1.0
+    return (max(lost, 0.0) / whole) ** 0.5 if lost > 0 else 0.0
 
 
 def summarise(records: list[FitRecord]) -> None:

@@ -105,8 +105,9 @@ def _low_rank_curve(linear: Linear, unit: int) -> Iterable[tuple[Structure, floa
 
 
 def _group_shuffle_curve(linear: Linear, unit: int) -> Iterable[tuple[Structure, float]]:
-    """Each part of the grid by itself: a bound from the diagonal blocks of both moments, exact when nothing couples
-    the parts (derived here). The fit itself minds the coupling and ends lower."""
+    """Each part of the grid by itself, in the diagonal blocks of both moments: exact when nothing couples the parts, an
+    estimate otherwise (derived here). With D these blocks of H (x) G, the optimum lies between the least and the
+    largest eigenvalue of H (x) G relative to D, times the estimate; the fit itself minds the coupling."""
     n, m = linear.weight.shape
     curves: dict[tuple[int, int], Tensor] = {}
     found: list[tuple[Structure, float]] = []

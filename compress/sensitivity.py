@@ -18,6 +18,7 @@ from compress.structures import LowRankStructure
 
 SEQUENCES = 8
 KEPT = 0.5  # of the full rank: errors far above rounding, and of the size that a compression makes
+ROUNDING = 1e-6
 
 
 @torch.no_grad()
@@ -32,7 +33,8 @@ def measured_losses(
 
     All linears of one role are truncated to half their rank by whitened SVD, the others left as they are, and the
     model is run on the first `SEQUENCES` sequences: one pass for each role, so the time is linear in the layers.
-    (methods 6.6 measures each position; classes are what can be afforded at every size.)
+    (methods 6.6 measures each position; classes are what can be afforded at every size.) A role that has nothing to
+    lose at that rank weighs as much as the others on average: a metric must be positive, and nothing is free.
     """
     arch, ids = model.arch, tokens[:SEQUENCES]
     ends = {name: w.to(runner.device) for name, w in model.ends(Rotations.none()).items()}
@@ -46,7 +48,10 @@ def measured_losses(
             for a, b in zip(x, y, strict=True):  # one sequence's logits at a time: (length, vocabulary) is large
                 p, q = (head_logits(ends, arch.norm_eps, h).float().log_softmax(-1) for h in (a, b))
                 total += float((p.exp() * (p - q)).sum())
-        found[role] = total / ids.numel() / max(errors, 1e-30)
+        found[role] = total / ids.numel() / errors if errors > ROUNDING else 0.0
+    known = [value for value in found.values() if value > ROUNDING]
+    average = sum(known) / len(known) if known else 1.0
+    found = {role: value if value > ROUNDING else average for role, value in found.items()}
     log("measured loss per unit of relative error: " + ", ".join(f"{r} {v:.3g}" for r, v in found.items()))
     return found
 

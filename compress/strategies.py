@@ -15,6 +15,8 @@ from compress.accounting import ModelSize, model_size
 from compress.architecture import Architecture
 from compress.checkpoint import structured_state
 from compress.embedding import EmbeddingRanks, compress_embedding, token_counts
+from compress.errors import UsageError
+from compress.fallback import FAILURES
 from compress.fitting import FitRecord, LayerFitter
 from compress.inner import InnerRewrites, extra_biases
 from compress.invariance import FoldedModel, Rotations, Weights
@@ -89,7 +91,14 @@ def fit_model(
         measured = None
         if recipe.sensitivity == "measured":
             measured = measured_losses(model, few, moments, recipe, runner)
-        plan = _save_plan(state, make_plan(model, recipe, moments, measured))
+        try:
+            plan = _save_plan(state, make_plan(model, recipe, moments, measured))
+        except FAILURES as error:
+            raise UsageError(
+                f"the moments of this model and text are singular beyond what damping by {recipe.gram_damping:g} (Gram "
+                f"matrices) and {recipe.metric_damping:g} (metrics) makes up for ({str(error).partition(':')[0]}): "
+                f"raise gram_damping and metric_damping, e.g. --set gram_damping=1e-3"
+            ) from error
     ends, ranks = _ends(model, recipe, plan.rotations, tokens, moments)
     files, records = LayerFitter(model, plan, recipe, moments, tokens, runner, state, ends).run()
     biases = extra_biases(model.arch, tuple(model.arch.linears())) if "bias" in recipe.inner else []

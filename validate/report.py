@@ -38,6 +38,7 @@ class Report:
         return {
             "model": self.model,
             "size": self.size,
+            "failed_fits": {r["name"]: r["note"] for r in self.fit if r.get("failed")},
             "parity": self.parity,
             "quality": self.quality,
             "speed": self.speed,
@@ -105,6 +106,9 @@ def console(report: Report) -> str:
         ("structure", f"{recipe['structure']}, rotation {recipe['rotation']}"),
         ("kept", _kept(report)),
     ]
+    failed = [r["name"] for r in report.fit if r.get("failed")]
+    if failed:
+        rows.append(("failed fits", f"{', '.join(failed)}: left as they were (summary.md)"))
     if report.quality is not None:
         rows.append(("perplexity", _quality_line(report.quality)))
     if report.speed is not None:
@@ -130,6 +134,7 @@ def summary(report: Report, plot: bool = True) -> str:
         "## What was compressed",
         _model_table(report),
         _dense_layers(report),
+        _failed_fits(report),
         "## Quality",
         _quality_text(report.quality),
         "## Speed",
@@ -184,6 +189,19 @@ def _dense_layers(report: Report) -> str:
     roles = Counter(name.split(".", 2)[2] for name in dense)
     text = ", ".join(f"{role} {count}x" for role, count in sorted(roles.items()))
     return f"Left dense: {len(dense)} of {len(report.fit)} layers ({text})."
+
+
+def _failed_fits(report: Report) -> str:
+    """What fell back (compress/fallback.py), and how often damping was needed; nothing where all went well."""
+    notes = [(r["name"], r["note"]) for r in report.fit if r.get("failed")]
+    parts = []
+    if notes:
+        parts.append(f"**Warning**: {len(notes)} of {len(report.fit)} fits failed; these layers are as they were:")
+        parts.append(_table(("layer", "what happened"), notes))
+    singular = sum(bool(r.get("damped")) for r in report.fit)
+    if singular:
+        parts.append(f"{singular} fits rest on damped singular moments: too little calibration text, or dead features.")
+    return "\n\n".join(parts)
 
 
 def _quality_text(quality: dict[str, Any] | None) -> str:

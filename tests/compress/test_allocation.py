@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.allocation import Choice, allocate, convex_hull
+from compress.allocation import Choice, allocate, allocate_uniformly, convex_hull
 from compress.errors import UsageError
 
 Menus = list[list[Choice]]
@@ -147,3 +147,34 @@ def test_nearly_straight_menus_are_walked_to_the_end(seed: int) -> None:
         menus.append([Choice(k, k * cost, loss) for k, loss in enumerate(losses, start=1)])
     everything = sum(max(c.cost for c in menu) for menu in menus)
     assert total(allocate(menus, everything))[0] == everything
+
+
+# ---- the same share for all
+
+
+def within(menu: list[Choice], share: float) -> Choice:
+    """The least loss at no more than `share` of the largest cost, else the cheapest."""
+    fitting = [c for c in menu if c.cost <= share * max(c.cost for c in menu)]
+    return min(fitting, key=lambda c: c.loss) if fitting else min(menu, key=lambda c: c.cost)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_uniform_takes_the_largest_share_that_fits(seed: int) -> None:
+    menus = random_menus(seed)
+    low, high = (sum(f(c.cost for c in menu) for menu in menus) for f in (min, max))
+    budget = low + random.Random(seed).random() * (high - low)
+    shares = sorted({0.0, *(c.cost / max(c.cost for c in menu) * (1 + 1e-9) for menu in menus for c in menu)})
+    fitting = [s for s in shares if total([within(menu, s) for menu in menus])[0] <= budget]
+    chosen = allocate_uniformly(menus, budget)
+    assert chosen == [within(menu, max(fitting)) for menu in menus]
+    assert total(chosen)[0] <= budget
+    assert total(chosen)[1] >= total(allocate(menus, budget))[1] - max(g for _, g, _ in steps(menus)) - 1e-12
+
+
+def test_uniform_keeps_the_same_share_of_equal_menus() -> None:
+    menus = [[Choice(k, scale * k, weight / k) for k in range(1, 11)] for scale, weight in ((1, 1.0), (7, 100.0))]
+    assert [c.label for c in allocate_uniformly(menus, 0.6 * 80)] == [6, 6]
+    assert [c.label for c in allocate_uniformly(menus, 80)] == [10, 10]  # all of it
+    assert [c.label for c in allocate_uniformly(menus, 8)] == [1, 1]
+    with pytest.raises(UsageError, match=r"budget of 7 .* smallest possible 8: raise --ratio"):
+        allocate_uniformly(menus, 7)

@@ -1,0 +1,57 @@
+"""A fit that failed is told in the report, and its model passes the parity ladder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress import fallback
+from compress.models import resolve
+from compress.pipeline import compress_model
+from compress.recipe import parse_recipe
+from export.graph import export_onnx
+from tests.validate.conftest import Built
+
+
+def test_report_lists_failed_fits(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    true = fallback._factors
+
+    def factors(parts: Any, gram: Any) -> Any:
+        if parts[0].weight.shape == (64, 160):
+            raise torch.linalg.LinAlgError("eigh did not converge")  # type: ignore[attr-defined]
+        return true(parts, gram)
+
+    calibration = {"data": str(built.text), "samples": 2, "sequence_length": 16}
+    layers = {
+        f"layers.{i}.mlp.down": {"structure": "lowrank", "in_features": 160, "out_features": 64, "rank": 24}
+        for i in (0, 2)
+    }
+    values = {"structure": "lowrank", "sensitivity": "none", "calibration": calibration, "layers": layers}
+    with monkeypatch.context() as patch:
+        patch.setattr(fallback, "_factors", factors)
+        artifact = compress_model(resolve(str(built.source)), parse_recipe(values, "a test"), tmp_path / "out")
+    with artifact.stage("onnx", inputs=["checkpoint"]) as folder:
+        export_onnx(artifact.path("checkpoint"), folder)
+    capsys.readouterr()
+    made = Built(tmp_path / "out", built.source, built.text)
+    assert made.run("--skip", "speed", "--skip", "perplexity", "--no-plot", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert {"layers.0.mlp.down", "layers.2.mlp.down"} <= set(said["failed_fits"])
+    summary = (tmp_path / "out" / "reports" / "summary.md").read_text()
+    assert "**Warning**" in summary
+    assert "| layers.2.mlp.down | left dense: eigh did not converge |" in summary
+    assert "rest on damped singular moments" in summary
+    assert made.run("--skip", "speed", "--skip", "perplexity", "--no-plot") == 0
+    assert "failed fits" in capsys.readouterr().out
+
+
+def test_report_is_silent_where_all_went_well(built: Built, tmp_path: Path) -> None:
+    made = built.copy(tmp_path / "out")
+    assert made.run("--skip", "speed", "--skip", "perplexity", "--no-plot") == 0
+    assert "Warning" not in (made.out / "reports" / "summary.md").read_text()
