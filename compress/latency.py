@@ -1,4 +1,9 @@
-"""A measured cost table for `--budget-latency`: seconds of a linear by structure, shape and parameters."""
+"""A measured cost table for `--budget-latency`: seconds of a linear by structure, shape and size.
+
+The table (`python -m validate.latency`) holds measured linears one by one. Their sum is the time of all projections run
+one after another: a graph that joins the readers of one input into one product is somewhat faster, and attention,
+norms and the head are not in it.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +12,55 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from compress.errors import UsageError
-from compress.structures import DenseStructure, SelectStructure, Structure
+from compress.structures import DenseStructure, GroupShuffleStructure, KroneckerStructure, SelectStructure, Structure
 
 Key = tuple[str, int, int]
+Point = tuple[float, float]
+"""(parameters over in * out, seconds)."""
+
+
+def variant_of(structure: Structure) -> str:
+    """What decides how a structure runs beside its sizes: "gs 4x2", "kron in leading", "lowrank", "dense"."""
+    if isinstance(structure, GroupShuffleStructure):
+        return f"{structure.name} {structure.left_blocks}x{structure.right_blocks}"
+    if isinstance(structure, KroneckerStructure):
+        return f"{structure.name} {structure.side} {structure.mix}"
+    return structure.name
 
 
 class LatencyTable:
-    """Seconds per call at the batch that the table was measured with, interpolated in the number of parameters."""
+    """Seconds per call on `tokens` rows at once.
 
-    def __init__(self, points: Mapping[Key, list[tuple[int, float]]], tokens: int) -> None:
+    Within a shape times are interpolated in the number of parameters; below the smallest measured size they are those
+    of the smallest (a product has a price of its own, whatever its size), above the largest the last slope goes on.
+    Only the shapes that selections leave behind are interpolated between shapes, never beyond those measured.
+    """
+
+    def __init__(self, points: Mapping[Key, list[Point]], tokens: int) -> None:
         self.points, self.tokens = points, tokens
 
     @classmethod
     def of(cls, entries: Iterable[Mapping[str, Any]], tokens: int) -> LatencyTable:
-        """entries: structure, in_features, out_features, parameters, seconds of each measurement."""
-        points: dict[Key, list[tuple[int, float]]] = defaultdict(list)
+        """entries: structure, in_features, out_features, parameters, seconds of each measurement, and `variant`
+        (`variant_of`) where it tells more than `structure`; of equal ones the median counts.
+
+        Raises UsageError for an entry that is no measurement.
+        """
+        found: dict[Key, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
         for e in entries:
-            points[e["structure"], e["in_features"], e["out_features"]].append((e["parameters"], e["seconds"]))
-        return cls({key: sorted(found) for key, found in points.items()}, tokens)
+            m, n = int(e["in_features"]), int(e["out_features"])
+            seconds, parameters = float(e["seconds"]), int(e["parameters"])
+            if min(m, n, parameters) < 1 or not 0 < seconds < float("inf"):
+                raise UsageError(
+                    f"the latency table has {seconds!r} seconds for {parameters} parameters of a {n} x {m} "
+                    f"{e['structure']}; measure it again with validate.latency"
+                )
+            found[str(e.get("variant", e["structure"])), m, n][parameters / (m * n)].append(seconds)
+        return cls({key: sorted((x, median(s)) for x, s in sizes.items()) for key, sizes in found.items()}, tokens)
 
     @classmethod
     def read(cls, path: Path) -> LatencyTable:
@@ -35,32 +68,64 @@ class LatencyTable:
         try:
             table = json.loads(path.read_text())
             return cls.of(table["entries"], int(table["tokens"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(
-                f"--latency-table {path} cannot be used ({error!r}); measure one with validate.latency"
+                f"--latency-table {path} cannot be used ({error!r}); measure one with python -m validate.latency"
             ) from error
 
     def seconds(self, structure: Structure) -> float:
-        """Predicted seconds of one call. Raises UsageError for a structure of which nothing was measured."""
-        if isinstance(structure, SelectStructure):  # cuts and paddings cost nothing: it is what lies between
-            return self._interpolated(structure.reduced, structure)
-        return self._interpolated(structure, structure)
+        """Predicted seconds of one call. Raises UsageError for a structure of which nothing was measured.
 
-    def _interpolated(self, structure: Structure, whole: Structure) -> float:
-        if isinstance(structure, DenseStructure):
-            points = self.points.get(("dense", whole.in_features, whole.out_features))
-        else:
-            points = self.points.get((structure.name, structure.in_features, structure.out_features))
-        if not points:
-            raise UsageError(
-                f"the latency table has no {structure.name} matrix of {structure.out_features} x "
-                f"{structure.in_features}: measure it with validate.latency for this model"
-            )
-        size = structure.parameter_count()
-        at = bisect_left(points, (size, 0.0))
-        if at == 0:  # below the smallest: in proportion
-            return points[0][1] * size / points[0][0]
-        if at == len(points):
-            return points[-1][1] * size / points[-1][0]
+        A selection costs what lies between its kept features, at that shape: its cut or padding moves activations
+        only. A follower that shares a V has its own U alone to multiply, and is looked up by its parameters.
+        """
+        core = structure.reduced if isinstance(structure, SelectStructure) else structure
+        m, n = core.in_features, core.out_features
+        size = core.parameter_count() / (m * n)
+        kinds = dict.fromkeys((variant_of(core), core.name))  # a table made by hand need not tell variants apart
+        for kind in kinds:
+            if (kind, m, n) in self.points:
+                return _interpolated(self.points[kind, m, n], size)
+        for kind in kinds:
+            if (between := self._between(kind, m, n, size)) is not None:
+                return between
+        raise UsageError(
+            f"the latency table has no {variant_of(core)} matrix of {n} x {m} (out x in), nor what lies around it: "
+            f"measure it with python -m validate.latency for this model, with this --unit, --structures {core.name}, "
+            f"and --inner for what is selected"
+        )
+
+    def dense(self, in_features: int, out_features: int) -> float:
+        """Of a dense matrix. Raises as `seconds`."""
+        return self.seconds(DenseStructure(in_features, out_features))
+
+    def _between(self, kind: str, m: int, n: int, size: float) -> float | None:
+        """Between the measured shapes next to this one along the side that a selection cuts; None without two.
+
+        Where both sides could be the one, the closer pair of shapes counts.
+        """
+        inputs = {key[1]: key for key in self.points if key[0] == kind and key[2] == n}
+        outputs = {key[2]: key for key in self.points if key[0] == kind and key[1] == m}
+        found: list[tuple[float, float]] = []
+        for wanted, line in ((m, inputs), (n, outputs)):
+            widths = sorted(line)
+            at = bisect_left(widths, wanted)
+            if 0 < at < len(widths):  # equal ones were found before
+                a, b = widths[at - 1], widths[at]
+                low, high = (_interpolated(self.points[line[width]], size) for width in (a, b))
+                found.append((b / a, low + (high - low) * (wanted - a) / (b - a)))
+        return min(found)[1] if found else None
+
+
+def _interpolated(points: list[Point], size: float) -> float:
+    at = bisect_left(points, (size, 0.0))
+    if at == 0:
+        return points[0][1]
+    if at < len(points):
         (a, low), (b, high) = points[at - 1], points[at]
         return low + (high - low) * (size - a) / (b - a)
+    (b, high) = points[-1]
+    if len(points) == 1:
+        return high * size / b
+    a, low = points[-2]
+    return high + max(0.0, (high - low) / (b - a)) * (size - b)

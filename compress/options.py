@@ -65,7 +65,8 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget-latency",
         type=float,
         metavar="S",
-        help="seconds of all projections together by --latency-table, in place of --ratio",
+        help="seconds of all projections, skips and head map one after another, by --latency-table, in place of "
+        "--ratio; for as many tokens at once as the table was measured with",
     )
     what.add_argument(
         "--latency-table", metavar="FILE", help="measured cost of each structure, by python -m validate.latency"

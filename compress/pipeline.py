@@ -159,10 +159,9 @@ def compress_model(
             with artifact.stage("dense", inputs=["checkpoint"]) as folder:
                 write_plain(source, model, artifact.path("checkpoint"), folder)
         artifact.clear_state()
-    log(
-        f"kept {size.ratio:.4f} of the projection parameters (asked {ratio_of(arch, recipe):.4f}), "
-        f"{size.model_ratio:.4f} of the model"
-    )
+    seconds = recipe.budget_latency
+    asked = f"{ratio_of(arch, recipe):.4f}" if seconds is None else f"{seconds:g} seconds"
+    log(f"kept {size.ratio:.4f} of the projection parameters (asked {asked}), {size.model_ratio:.4f} of the model")
     return artifact
 
 

@@ -15,7 +15,7 @@ from compress.architecture import WRITERS, Architecture
 from compress.errors import ArtifactError, UsageError
 from compress.gauge import with_skips
 from compress.groups import LayerMenus
-from compress.inner import InnerRewrites
+from compress.inner import InnerRewrites, selection
 from compress.invariance import FoldedModel, Rotations
 from compress.jrk import jrk_structures
 from compress.latency import LatencyTable
@@ -28,7 +28,14 @@ from compress.progress import log, track
 from compress.recipe import Recipe
 from compress.rotating import StreamRotations, position_of, rotate_members
 from compress.statistics import StreamMoments
-from compress.structures import CompotStructure, KroneckerStructure, Structure, registry, structure_from_config
+from compress.structures import (
+    CompotStructure,
+    DenseStructure,
+    KroneckerStructure,
+    Structure,
+    registry,
+    structure_from_config,
+)
 from compress.structures.base import Side
 from compress.structures.joint import leader_of
 from compress.widths import UNIT, kept_for_ratio, leading_structures
@@ -93,17 +100,36 @@ def budget_parameters(arch: Architecture, recipe: Recipe) -> float:
 
 
 def budget_of(arch: Architecture, recipe: Recipe) -> float:
-    """The budget in the unit of `cost_of`: parameters, or seconds with `--budget-latency`."""
-    return budget_parameters(arch, recipe) if recipe.budget_latency is None else recipe.budget_latency
+    """The budget in the unit of `cost_of`: parameters, or seconds with `--budget-latency`.
+
+    What the rotation adds, the d x d skips and the map before a tied head, is paid from it either way. Raises
+    UsageError when that alone exceeds the budget.
+    """
+    if recipe.budget_latency is None:
+        return budget_parameters(arch, recipe)
+    d = arch.hidden_size
+    products = overhead_parameters(arch, recipe.rotation) // (d * d)
+    overhead = products * latency_table(recipe).dense(d, d) if products else 0.0
+    if overhead >= recipe.budget_latency:
+        raise UsageError(
+            f"--budget-latency {recipe.budget_latency:g} is not above the {overhead:.4g} seconds of the {products} "
+            f"matrices that rotation {recipe.rotation!r} adds: raise it, or choose --rotation none"
+        )
+    return recipe.budget_latency - overhead
 
 
 def cost_of(recipe: Recipe) -> Cost:
     """What a structure costs: its parameters, or its measured seconds with `--budget-latency`."""
     if recipe.budget_latency is None:
         return lambda structure: float(structure.parameter_count())
+    return latency_table(recipe).seconds
+
+
+def latency_table(recipe: Recipe) -> LatencyTable:
+    """The recipe's table. Raises UsageError when there is none, or it cannot be read."""
     if recipe.latency_table is None:
         raise UsageError("--budget-latency needs --latency-table, which `python -m validate.latency` measures")
-    return LatencyTable.read(Path(recipe.latency_table)).seconds
+    return LatencyTable.read(Path(recipe.latency_table))
 
 
 def uses_leading_mix(recipe: Recipe) -> bool:
@@ -167,6 +193,9 @@ def _plan_allocated(menus: LayerMenus, recipe: Recipe, unit: int) -> Plan:
             for role, (structure, loss) in choice.label.items():
                 structures[f"layers.{layer}.{role}"], predicted[f"layers.{layer}.{role}"] = structure, loss
         log(f"plan, round {turn + 1} of {rounds + 1}: predicted loss {sum(predicted.values()):.4g} nats per token")
+        if recipe.budget_latency is not None:
+            spent = sum(c.cost for c in chosen) + recipe.budget_latency - budget
+            log(f"projections take {spent:.4g} of {recipe.budget_latency:g} seconds by {recipe.latency_table}")
         if turn < rounds:
             assert rotations is not None
             for index in range(rotations.count):
@@ -208,6 +237,8 @@ def check_recipe(arch: Architecture, recipe: Recipe) -> None:
             _check_unit(arch, unit_of(arch, recipe))
         if recipe.budget_latency is None:
             _check_smallest(arch, recipe)
+        else:
+            _check_table(arch, recipe)
     elif recipe.structure != "dense":
         _uniform(arch, recipe, unit_of(arch, recipe))
 
@@ -238,6 +269,24 @@ def _check_smallest(arch: Architecture, recipe: Recipe) -> None:
             f"--ratio {ratio_of(arch, recipe):g} is too low: the smallest sizes that --unit {unit} allows are "
             f"{least:,.0f} parameters: raise --ratio or lower --unit"
         )
+
+
+def _check_table(arch: Architecture, recipe: Recipe) -> None:
+    """Refuse a table that lacks what the menus hold, before anything is calibrated."""
+    table, unit = latency_table(recipe), unit_of(arch, recipe)
+    budget_of(arch, recipe)
+    for role, (n, m) in arch.linears().items():
+        sizes: list[Structure] = [DenseStructure(m, n)]
+        for kind in kinds_of(recipe):
+            sizes += registry()[kind].menu(m, n, arch.side(role), unit=unit)
+        option = "vo" if role in ("attn.v", "attn.o") else "neurons" if role.startswith("mlp.") else None
+        if option is not None and option in recipe.inner:
+            part = selection(arch, role, (arch.head_dim if option == "vo" else arch.intermediate_size) // 4).reduced
+            sizes.append(part)
+            if uses_leading_mix(recipe):
+                sizes += KroneckerStructure.menu(part.in_features, part.out_features, arch.side(role), unit=unit)
+        for structure in sizes:
+            table.seconds(structure)
 
 
 def _check_unit(arch: Architecture, unit: int) -> None:

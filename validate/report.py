@@ -163,7 +163,7 @@ def _model_table(report: Report) -> str:
         ("source model", f"{source['id']}" + (f" at {source['revision']}" if source.get("revision") else "")),
         ("family", report.model["family"]),
         ("structure, rotation", f"{recipe['structure']}, {recipe['rotation']}"),
-        ("kept of the projection weights", f"{size['ratio']:.2%} (asked: {recipe['ratio']:.2%})"),
+        ("kept of the projection weights", f"{size['ratio']:.2%} (asked: {_asked(recipe)})"),
         ("kept of the whole model", f"{size['model_ratio']:.2%}"),
         (
             "parameters, dense -> compressed",
@@ -326,9 +326,18 @@ def _kept(report: Report) -> str:
     size = report.size
     dense = f"{size['dense_linears']} of {size['dense_linears'] + size['structured_linears']} layers left dense"
     return (
-        f"{size['ratio']:.2%} of the projection weights (asked {report.recipe['ratio']:.2%}), "
+        f"{size['ratio']:.2%} of the projection weights (asked {_asked(report.recipe)}), "
         f"{size['model_ratio']:.2%} of the model; {dense}"
     )
+
+
+def _asked(recipe: dict[str, Any]) -> str:
+    """The budget as the recipe has it."""
+    if recipe.get("budget_latency") is not None:
+        return f"{recipe['budget_latency']:g} s"
+    if recipe.get("budget_bytes") is not None:
+        return _mb(recipe["budget_bytes"])
+    return f"{recipe['ratio']:.2%}"
 
 
 def _quality_line(quality: dict[str, Any]) -> str:
