@@ -6,7 +6,8 @@ from typing import Any
 
 from compress.accounting import model_size, overhead_parameters
 from compress.architecture import Architecture
-from compress.planning import budget_parameters, check_recipe, unit_of
+from compress.budgets import budget_parameters, unit_of
+from compress.planning import check_recipe
 from compress.recipe import Recipe
 
 

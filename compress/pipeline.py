@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from compress import families
 from compress.architecture import Architecture
 from compress.artifact import Artifact
+from compress.budgets import ratio_of
 from compress.calibration import token_sequences
 from compress.checkpoint import ShardWriter, load_model, read_rotations, write_config, write_rotations
 from compress.errors import MissingDependencyError, UsageError
@@ -25,7 +26,7 @@ from compress.fitting import summarise
 from compress.invariance import FoldedModel, Rotations, rotate_block
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
 from compress.models import ModelSource
-from compress.planning import check_recipe, ratio_of
+from compress.planning import check_recipe
 from compress.progress import log
 from compress.recipe import Recipe, parse_recipe, read_yaml
 from compress.strategies import Fitted, fit_model

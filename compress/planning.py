@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from compress.accounting import overhead_parameters
 from compress.allocation import allocate, allocate_uniformly
 from compress.architecture import WRITERS, Architecture
+from compress.budgets import (
+    budget_of,
+    budget_parameters,
+    cost_of,
+    kinds_of,
+    latency_table,
+    ratio_of,
+    ratio_of_weights,
+    unit_of,
+    uses_leading_mix,
+)
 from compress.errors import ArtifactError, UsageError
 from compress.gauge import with_skips
 from compress.groups import LayerMenus
 from compress.inner import InnerRewrites, selection
 from compress.invariance import FoldedModel, Rotations
 from compress.jrk import jrk_structures
-from compress.latency import LatencyTable
-from compress.menus import Cost
 from compress.paper.accounting import largest_kept
 from compress.paper.shapes import Kind, paper_structures
 from compress.pooled import normalised_spectrum, pooled_allocation
@@ -58,90 +64,6 @@ class Plan:
     structures: dict[str, Structure]
     predicted: dict[str, float]
     rewrites: InnerRewrites = field(default_factory=InnerRewrites)
-
-
-def default_unit(arch: Architecture) -> int:
-    """Alignment of kept sizes: 64 at production widths, finer where 64 would leave fewer than 16 sizes."""
-    return 64 if arch.hidden_size >= 1024 else 32 if arch.hidden_size >= 512 else 8
-
-
-def unit_of(arch: Architecture, recipe: Recipe) -> int:
-    """The alignment that the recipe asks for, or the default one."""
-    return recipe.unit or default_unit(arch)
-
-
-def ratio_of(arch: Architecture, recipe: Recipe) -> float:
-    """The kept fraction of the projection parameters that is asked for, by `ratio` or by `budget_bytes`."""
-    if recipe.budget_bytes is None:
-        return recipe.ratio
-    item: int = getattr(torch, recipe.checkpoint_dtype).itemsize
-    return min(1.0, recipe.budget_bytes / item / arch.projection_parameters())
-
-
-def budget_parameters(arch: Architecture, recipe: Recipe) -> float:
-    """What the projections may cost, in parameters, so that they and what a rotation adds keep to `ratio` or
-    `budget_bytes`.
-
-    Raises UsageError when the overhead alone exceeds the budget.
-    """
-    overhead = overhead_parameters(arch, recipe.rotation)
-    allowed = recipe.ratio * arch.projection_parameters()
-    asked = f"--ratio {recipe.ratio}"
-    if recipe.budget_bytes is not None:
-        allowed = recipe.budget_bytes / getattr(torch, recipe.checkpoint_dtype).itemsize
-        asked = f"--budget-bytes {recipe.budget_bytes}"
-    budget = allowed - overhead
-    if budget <= 0:
-        raise UsageError(
-            f"{asked} keeps {allowed:,.0f} projection parameters, but rotation {recipe.rotation!r} alone adds "
-            f"{overhead:,}: raise it or choose --rotation shared"
-        )
-    return budget
-
-
-def budget_of(arch: Architecture, recipe: Recipe) -> float:
-    """The budget in the unit of `cost_of`: parameters, or seconds with `--budget-latency`.
-
-    What the rotation adds, the d x d skips and the map before a tied head, is paid from it either way. Raises
-    UsageError when that alone exceeds the budget.
-    """
-    if recipe.budget_latency is None:
-        return budget_parameters(arch, recipe)
-    d = arch.hidden_size
-    products = overhead_parameters(arch, recipe.rotation) // (d * d)
-    overhead = products * latency_table(recipe).dense(d, d) if products else 0.0
-    if overhead >= recipe.budget_latency:
-        raise UsageError(
-            f"--budget-latency {recipe.budget_latency:g} is not above the {overhead:.4g} seconds of the {products} "
-            f"matrices that rotation {recipe.rotation!r} adds: raise it, or choose --rotation none"
-        )
-    return recipe.budget_latency - overhead
-
-
-def cost_of(recipe: Recipe) -> Cost:
-    """What a structure costs: its parameters, or its measured seconds with `--budget-latency`."""
-    if recipe.budget_latency is None:
-        return lambda structure: float(structure.parameter_count())
-    return latency_table(recipe).seconds
-
-
-def latency_table(recipe: Recipe) -> LatencyTable:
-    """The recipe's table. Raises UsageError when there is none, or it cannot be read."""
-    if recipe.latency_table is None:
-        raise UsageError("--budget-latency needs --latency-table, which `python -m validate.latency` measures")
-    return LatencyTable.read(Path(recipe.latency_table))
-
-
-def uses_leading_mix(recipe: Recipe) -> bool:
-    """Whether the mix of each Kronecker sum is absorbed in the rotation, so that only kept widths are to choose."""
-    return "kron" in kinds_of(recipe) and recipe.rotation != "none" and recipe.ties
-
-
-def kinds_of(recipe: Recipe) -> tuple[str, ...]:
-    """The structures that each linear may choose from."""
-    if recipe.structure == "auto":
-        return recipe.menu or (("lowrank",) if recipe.rotation == "none" else ("lowrank", "kron"))
-    return (recipe.structure,)
 
 
 def needs_moments(recipe: Recipe) -> bool:
@@ -224,7 +146,7 @@ def check_recipe(arch: Architecture, recipe: Recipe) -> None:
     elif recipe.structure == "slice" or recipe.skip in ("cs", "householder"):
         reflections = recipe.reflections if recipe.skip == "householder" else None
         unit = UNIT if recipe.structure == "slice" and not recipe.unit else unit_of(arch, recipe)
-        width = kept_for_ratio(arch, ratio_of(arch, recipe), recipe.skip, unit=unit, reflections=reflections)
+        width = kept_for_ratio(arch, ratio_of_weights(arch, recipe), recipe.skip, unit=unit, reflections=reflections)
         if recipe.structure == "slice":
             _check_fixed(arch, recipe, leading_structures(arch, width, arch.hidden_size))
     elif recipe.fit == "paper":
@@ -363,7 +285,7 @@ def _plan_one_width(menus: LayerMenus, recipe: Recipe, unit: int) -> Plan:
     """One rotation at each position, one kept width for the whole stream, and skips in a cheap exact form."""
     arch = menus.model.arch
     reflections = recipe.reflections if recipe.skip == "householder" else None
-    kept = kept_for_ratio(arch, ratio_of(arch, recipe), recipe.skip, unit=unit, reflections=reflections)
+    kept = kept_for_ratio(arch, ratio_of_weights(arch, recipe), recipe.skip, unit=unit, reflections=reflections)
     rotations = StreamRotations(arch, "block")
     rotations.start([_terms(menus, rotations, index) for index in range(rotations.count)])
     for index in track(range(rotations.count), description="rotate"):

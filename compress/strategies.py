@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compress.accounting import ModelSize, model_size
 from compress.architecture import Architecture
+from compress.budgets import ratio_of, unit_of
 from compress.checkpoint import structured_state
 from compress.embedding import EmbeddingRanks, compress_embedding, token_counts
 from compress.errors import UsageError
@@ -21,7 +22,7 @@ from compress.fitting import FitRecord, LayerFitter
 from compress.inner import InnerRewrites, extra_biases
 from compress.invariance import FoldedModel, Rotations, Weights
 from compress.jrk import frobenius_error, jrk_fit_block
-from compress.planning import Moments, Plan, make_plan, needs_moments, ratio_of, structures_without_text, unit_of
+from compress.planning import Moments, Plan, make_plan, needs_moments, structures_without_text
 from compress.recipe import Recipe
 from compress.sensitivity import measured_losses
 from compress.skips import skip_from_config

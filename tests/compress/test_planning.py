@@ -11,11 +11,12 @@ from torch import Tensor
 
 from compress.accounting import model_size, overhead_parameters
 from compress.architecture import WRITERS
+from compress.budgets import budget_parameters, default_unit
 from compress.errors import UsageError
 from compress.invariance import orthogonality_error
 from compress.models import ModelSource
 from compress.pipeline import folded
-from compress.planning import Plan, budget_parameters, check_recipe, default_unit, make_plan
+from compress.planning import Plan, check_recipe, make_plan
 from compress.recipe import Recipe
 from compress.statistics import SUB_BLOCKS, StreamMoments
 from compress.structures import KroneckerStructure

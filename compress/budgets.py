@@ -1,0 +1,110 @@
+"""Budgets: what a recipe asks to keep, in parameters, bytes or seconds, and what a structure costs in that unit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from compress.accounting import bias_parameters, overhead_parameters
+from compress.architecture import Architecture
+from compress.errors import UsageError
+from compress.inner import extra_biases
+from compress.latency import LatencyTable
+from compress.menus import Cost
+from compress.recipe import Recipe
+
+
+def default_unit(arch: Architecture) -> int:
+    """Alignment of kept sizes: 64 at production widths, finer where 64 would leave fewer than 16 sizes."""
+    return 64 if arch.hidden_size >= 1024 else 32 if arch.hidden_size >= 512 else 8
+
+
+def unit_of(arch: Architecture, recipe: Recipe) -> int:
+    """The alignment that the recipe asks for, or the default one."""
+    return recipe.unit or default_unit(arch)
+
+
+def ratio_of(arch: Architecture, recipe: Recipe) -> float:
+    """The kept fraction of the projection parameters that is asked for, by `ratio` or by `budget_bytes`."""
+    if recipe.budget_bytes is None:
+        return recipe.ratio
+    item: int = getattr(torch, recipe.checkpoint_dtype).itemsize
+    return min(1.0, recipe.budget_bytes / item / arch.projection_parameters())
+
+
+def _added_biases(arch: Architecture, recipe: Recipe) -> int:
+    """Parameters of the biases that bias correction adds."""
+    return bias_parameters(arch, extra_biases(arch, tuple(arch.linears()))) if "bias" in recipe.inner else 0
+
+
+def ratio_of_weights(arch: Architecture, recipe: Recipe) -> float:
+    """`ratio_of` less what the added biases take."""
+    return ratio_of(arch, recipe) - _added_biases(arch, recipe) / arch.projection_parameters()
+
+
+def budget_parameters(arch: Architecture, recipe: Recipe) -> float:
+    """What the projections may cost, in parameters, so that they and what a rotation and bias correction add keep to
+    `ratio` or `budget_bytes`.
+
+    Raises UsageError when the overhead alone exceeds the budget.
+    """
+    biases = _added_biases(arch, recipe)
+    overhead = overhead_parameters(arch, recipe.rotation) + biases
+    allowed = recipe.ratio * arch.projection_parameters()
+    asked = f"--ratio {recipe.ratio}"
+    if recipe.budget_bytes is not None:
+        allowed = recipe.budget_bytes / getattr(torch, recipe.checkpoint_dtype).itemsize
+        asked = f"--budget-bytes {recipe.budget_bytes}"
+    budget = allowed - overhead
+    if budget <= 0:
+        raise UsageError(
+            f"{asked} keeps {allowed:,.0f} projection parameters, but rotation {recipe.rotation!r} "
+            f"{'and inner bias ' if biases else ''}alone adds {overhead:,}: raise it or choose --rotation shared"
+        )
+    return budget
+
+
+def budget_of(arch: Architecture, recipe: Recipe) -> float:
+    """The budget in the unit of `cost_of`: parameters, or seconds with `--budget-latency`.
+
+    What the rotation adds, the d x d skips and the map before a tied head, is paid from it either way. Raises
+    UsageError when that alone exceeds the budget.
+    """
+    if recipe.budget_latency is None:
+        return budget_parameters(arch, recipe)
+    d = arch.hidden_size
+    products = overhead_parameters(arch, recipe.rotation) // (d * d)
+    overhead = products * latency_table(recipe).dense(d, d) if products else 0.0
+    if overhead >= recipe.budget_latency:
+        raise UsageError(
+            f"--budget-latency {recipe.budget_latency:g} is not above the {overhead:.4g} seconds of the {products} "
+            f"matrices that rotation {recipe.rotation!r} adds: raise it, or choose --rotation none"
+        )
+    return recipe.budget_latency - overhead
+
+
+def cost_of(recipe: Recipe) -> Cost:
+    """What a structure costs: its parameters, or its measured seconds with `--budget-latency`."""
+    if recipe.budget_latency is None:
+        return lambda structure: float(structure.parameter_count())
+    return latency_table(recipe).seconds
+
+
+def latency_table(recipe: Recipe) -> LatencyTable:
+    """The recipe's table. Raises UsageError when there is none, or it cannot be read."""
+    if recipe.latency_table is None:
+        raise UsageError("--budget-latency needs --latency-table, which `python -m validate.latency` measures")
+    return LatencyTable.read(Path(recipe.latency_table))
+
+
+def uses_leading_mix(recipe: Recipe) -> bool:
+    """Whether the mix of each Kronecker sum is absorbed in the rotation, so that only kept widths are to choose."""
+    return "kron" in kinds_of(recipe) and recipe.rotation != "none" and recipe.ties
+
+
+def kinds_of(recipe: Recipe) -> tuple[str, ...]:
+    """The structures that each linear may choose from."""
+    if recipe.structure == "auto":
+        return recipe.menu or (("lowrank",) if recipe.rotation == "none" else ("lowrank", "kron"))
+    return (recipe.structure,)
