@@ -20,6 +20,7 @@ from compress.progress import log
 from validate.timing import Paired, paired
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
 
     from compress.structures import Structure
@@ -80,20 +81,31 @@ class Row:
         }
 
 
-def choose(name: str, shape: Shape, kept: float = KEPT) -> Structure:
-    """The structure of that name at `kept` of the layer's weights, chosen as the compressor chooses it."""
-    from compress.structures import GroupShuffleStructure, KroneckerStructure
+KNOWN = (*STRUCTURES, "lowrank", "compot", "compot24")
 
+
+def choose(name: str, shape: Shape, kept: float = KEPT) -> Structure:
+    """The structure of that name at `kept` of the layer's weights, chosen as the compressor chooses it.
+
+    Raises UsageError for a name that is not in `KNOWN`.
+    """
+    from compress.structures import KroneckerStructure, registry
+
+    if name not in KNOWN:
+        raise UsageError(f"the layer benchmark does not know {name!r}; it has {', '.join(KNOWN)}")
     n, m = shape.out_features, shape.in_features
     side: Any = shape.side
-    if name == "gs":
-        return GroupShuffleStructure.for_ratio(m, n, side, kept, UNIT)
+    if not name.startswith("kron"):
+        return registry()[name].for_ratio(m, n, side, kept, UNIT)
     mix: Any = "leading" if "leading" in name else "explicit"
     return KroneckerStructure.for_ratio(m, n, side, kept, UNIT, mix=mix)
 
 
 def layer_model(structure: Structure, seed: int = 0) -> onnx.ModelProto:
-    """x (tokens, in) -> y (tokens, out): one layer, random weights, no bias, as the exporter lowers it."""
+    """x (tokens, in) -> y (tokens, out): one layer, random weights, no bias, as the exporter lowers it.
+
+    Raises UsageError for a selection: what lies between its kept features is a layer of its own.
+    """
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper
 
@@ -101,13 +113,11 @@ def layer_model(structure: Structure, seed: int = 0) -> onnx.ModelProto:
     from export.ops import DOMAIN, DOMAIN_VERSION, OPSET, op
     from export.writer import IR_VERSION
 
-    generator = np.random.default_rng(seed)
-    shapes = structure.shapes()
-    weights = {
-        name: (generator.standard_normal(shape, np.float32) / math.sqrt(shape[-1])) for name, shape in shapes.items()
-    }
+    weights = random_factors(structure, np.random.default_rng(seed))
     nodes, functions, value = [], {}, "x"
     calls = lower(structure, bias=False)
+    if any(call.constants for call in calls):
+        raise UsageError(f"a {structure.name} structure is measured by what lies between its kept features")
     for i, call in enumerate(calls):
         result = "y" if i == len(calls) - 1 else f"inner_{i}"
         attributes: dict[str, Any] = dict(call.attributes)
@@ -126,19 +136,39 @@ def layer_model(structure: Structure, seed: int = 0) -> onnx.ModelProto:
     return helper.make_model(graph, ir_version=IR_VERSION, opset_imports=opsets, functions=list(functions.values()))
 
 
+def random_factors(structure: Structure, generator: np.random.Generator) -> dict[str, Any]:
+    """Random float32 factors as a graph holds them: of a dictionary structure the coefficients S with their zeros,
+    `kept` in every row in its pattern (a dense engine multiplies with the zeros as well)."""
+    import numpy as np
+
+    from compress.structures import CompotStructure
+    from export.lowering import COEFFICIENTS
+
+    def normal(shape: tuple[int, ...]) -> Any:
+        return generator.standard_normal(shape, np.float32) / np.float32(math.sqrt(shape[-1]))
+
+    if not isinstance(structure, CompotStructure):
+        return {name: normal(shape) for name, shape in structure.shapes().items()}
+    n, atoms = structure.out_features, structure.atoms
+    group, kept = (4, 2) if structure.pattern == "2:4" else (atoms, structure.kept)
+    order = generator.random((n, atoms // group, group)).argsort(-1).argsort(-1)  # a permutation of each group
+    support = (order < kept).reshape(n, atoms)
+    return {"D": normal((atoms, structure.in_features)), COEFFICIENTS: normal((n, atoms)) * support}
+
+
 class Copies:
     """Sessions over the same layer, each with weights of its own, run in turn."""
 
     def __init__(self, structure: Structure, threads: int = 1, working_set: int = WORKING_SET) -> None:
         import onnxruntime
-        import torch
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         # Weights are packed once for the kernel, as in a real session.
-        model = layer_model(structure).SerializeToString()
-        size = structure.bytes(torch.float32)
+        made = layer_model(structure)
+        size = sum(4 * math.prod(weight.dims) for weight in made.graph.initializer)
+        model = made.SerializeToString()
         self.structure = structure
         self.sessions = [
             onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -235,6 +265,8 @@ def sizes(config: dict[str, Any]) -> str:
         return f"kron {config['terms']}/{config['blocks']} {config['mix']}"
     if name == "gs":
         return f"gs {config['left_blocks']}x{config['right_blocks']} rank {config['rank']}"
+    if "atoms" in config:
+        return f"{name} {config['kept']} of {config['atoms']}"
     return f"{name} {config['rank']}" if "rank" in config else str(name)
 
 
