@@ -66,18 +66,21 @@ METHODS: tuple[Method, ...] = (
         "kron, block rotations, Householder skips",
         {"structure": "kron", "rotation": "block", "skip": "householder"},
     ),
-    Method("inner-vo", "best recipe, inner: V-O truncation", {**BEST, "inner": ["vo"]}),
-    Method("inner-neurons", "best recipe, inner: neurons", {**BEST, "inner": ["neurons"]}),
-    Method("inner-bias", "best recipe, inner: bias correction", {**BEST, "inner": ["bias"]}),
+    Method("kron-neurons", "kron and selected neurons", {"structure": "kron", "inner": ["neurons"]}),
+    Method(
+        "auto-kron",
+        "best recipe with kron on the menu",
+        {**BEST, "menu": ["lowrank", "kron"], "rotation": "shared", "inner": ["neurons"]},
+    ),
+    Method("inner-vo", "best recipe and V-O truncation", {**BEST, "inner": ["neurons", "vo"]}),
+    Method("inner-bias", "best recipe and bias correction", {**BEST, "inner": ["neurons", "bias"]}),
     Method("embedding", "best recipe, embedding at 0.75", {**BEST, "embedding": 0.75}),
     # One thing of the best recipe switched off at a time. A line that changes nothing is left out.
     Method("no-metric", "one-sided metric", {**BEST, "sensitivity": "none"}, group="ablation"),
     Method("no-allocation", "uniform allocation", {**BEST, "allocation": "uniform"}, group="ablation"),
-    Method("no-rotation", "no rotation", {**BEST, "rotation": "none", "skip": "none"}, group="ablation"),
     Method("no-correction", "no sequential recalibration", {**BEST, "correction": 0.0}, group="ablation"),
     Method("no-ties", "kron without ties", {"structure": "kron", "ties": False}, group="ablation"),
     Method("no-inner", "no inner freedoms", {**BEST, "inner": []}, group="ablation"),
-    Method("no-joint", "no shared factors", {**BEST, "joint": False}, group="ablation"),
 )
 
 
