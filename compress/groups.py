@@ -133,7 +133,7 @@ class LayerMenus:
         self, structures: Mapping[str, Structure], rotations: StreamRotations, index: int
     ) -> Iterator[tuple[StreamTerm, int]]:
         """(term, kept coordinates) of each linear that keeps leading coordinates at rotation `index`."""
-        for layer in range(self.model.arch.num_layers):
+        for layer in rotations.layers(index):
             names = {role: f"layers.{layer}.{role}" for role in self.model.arch.linears()}
             if not any(isinstance(_core(structures[name]), KroneckerStructure) for name in names.values()):
                 continue

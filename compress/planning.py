@@ -328,7 +328,7 @@ def _pooled(model: FoldedModel, recipe: Recipe, unit: int) -> dict[str, Structur
 
 def _terms(menus: LayerMenus, rotations: StreamRotations, index: int) -> Iterator[StreamTerm]:
     """One term for every linear at a rotation, for its closed-form start."""
-    for layer in range(menus.model.arch.num_layers):
+    for layer in rotations.layers(index):
         for role, linear in menus.linears(layer).items():
             if rotations.index(position_of(layer, role)) == index:
                 yield linear.term()

@@ -39,7 +39,7 @@ class StreamRotations:
     """
 
     def __init__(self, arch: Architecture, kind: str) -> None:
-        self.kind, self.width = kind, arch.hidden_size
+        self.kind, self.width, self.num_layers = kind, arch.hidden_size, arch.num_layers
         self.count = 1 if kind == "shared" else 2 * arch.num_layers + 1
         self.basis: Tensor | None = None  # (d, d - 1): of the stream without its mean, 1 / sqrt(d)
         if arch.norm == "layernorm":
@@ -76,6 +76,12 @@ class StreamRotations:
     def index(self, position: int) -> int:
         """Which of the matrices serves a position of the stream."""
         return 0 if self.count == 1 else position
+
+    def layers(self, index: int) -> range:
+        """The layers that have linears at one of the matrices, so that a search over all of them is linear in layers."""
+        if self.count == 1:
+            return range(self.num_layers)
+        return range(max(0, (index - 1) // 2), min(self.num_layers, index // 2 + 1))
 
     def result(self) -> Rotations:
         """As the rest of the program knows them."""
