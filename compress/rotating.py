@@ -78,7 +78,7 @@ class StreamRotations:
         return 0 if self.count == 1 else position
 
     def layers(self, index: int) -> range:
-        """The layers that have linears at one of the matrices, so that a search over all of them is linear in layers."""
+        """Layers with linears at one of the matrices: a search over all matrices is then linear in layers."""
         if self.count == 1:
             return range(self.num_layers)
         return range(max(0, (index - 1) // 2), min(self.num_layers, index // 2 + 1))
