@@ -19,7 +19,15 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 COMMAND = re.compile(r"python -m ((?:compress|export|trt_plugins|validate)\.[a-z_.]+)((?:[^\n`\\]|\\\n)*)")
-MODULES = ["compress.run", "export.build", "validate.quality", "validate.run", "validate.speed", "validate.tasks"]
+MODULES = [
+    "compress.run",
+    "export.build",
+    "validate.latency",
+    "validate.quality",
+    "validate.run",
+    "validate.speed",
+    "validate.tasks",
+]
 HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "matplotlib", "datasets", "pyarrow", "pydantic"}
 
 
