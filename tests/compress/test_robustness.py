@@ -466,6 +466,18 @@ def test_numbers_that_allow_no_fit(structure: Structure, what: str) -> None:
     assert torch.equal(fit.structure.dense(fit.factors), expected.float())
 
 
+@pytest.mark.parametrize("structure", [DenseStructure(24, 32), SelectStructure(24, 32, 8, 2, "out")], ids=str)
+def test_a_dense_linear_needs_no_fit_but_a_finite_target(structure: Structure) -> None:
+    """It takes the corrected target in any metric, and stays what it was where that is not finite."""
+    W, G, _ = problem(32, 24)
+    stay = structure.features() if isinstance(structure, SelectStructure) else torch.arange(32)
+    [fit] = fit_linears([Linear(structure, W, 2 * W, None)], -G)
+    assert torch.equal(fit.factors["weight"], (2 * W)[stay].float())
+    [fit] = fit_linears([Linear(structure, W, W * torch.inf, None)], G)
+    assert (fit.failed, fit.structure) == (True, structure)
+    assert torch.equal(fit.factors["weight"], W[stay].float())
+
+
 def test_a_wrong_request_is_no_failed_fit() -> None:
     """Only what numbers do is caught: a matrix of another shape is a bug."""
     W, G, _ = problem(32, 24)
