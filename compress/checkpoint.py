@@ -106,11 +106,12 @@ def write_config(folder: Path, config: ProcrustesConfig, dtype: torch.dtype, gen
 
 def write_rotations(folder: Path, rotations: Rotations) -> None:
     """rotation.safetensors: float64 (d, d) matrices "q.{position}", none for an unrotated stream; its metadata name the
-    forms of the skips where they are not dense."""
+    kind, or the forms of the skips where they are not dense, which only kind "block" has."""
     tensors = {f"q.{i}": q.contiguous() for i, q in enumerate(rotations.matrices)}
+    # One entry only: safetensors writes several in random order, and equal requests give equal bytes.
     metadata = {"kind": rotations.kind}
     if rotations.skips:
-        metadata["skips"] = json.dumps([form.to_config() for form in rotations.skips])
+        metadata = {"skips": json.dumps([form.to_config() for form in rotations.skips])}
     save_file(tensors, folder / ROTATION, metadata=metadata)
 
 
@@ -122,7 +123,8 @@ def read_rotations(folder: Path) -> Rotations:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        kind, forms = metadata.get("kind", "none"), json.loads(metadata.get("skips", "[]"))
+        kind = metadata.get("kind", "block" if "skips" in metadata else "none")
+        forms = json.loads(metadata.get("skips", "[]"))
         tensors = load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); compress the model again") from error

@@ -68,15 +68,15 @@ def same_files(a: Artifact, b: Artifact) -> None:
     assert parse_recipe(read_yaml(a.path("recipe.yaml")), "a") == parse_recipe(read_yaml(b.path("recipe.yaml")), "b")
 
 
-def interrupted_at(monkeypatch: pytest.MonkeyPatch, place: type, method: str, call: int) -> list[int]:
+def interrupted_at(monkeypatch: pytest.MonkeyPatch, place: Any, method: str, call: int) -> list[int]:
     """Raise KeyboardInterrupt at that call of a method; the list's entry counts its calls."""
     original, calls = getattr(place, method), [0]
 
-    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def counting(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
         if calls[0] == call:
             raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
+        return original(*args, **kwargs)
 
     monkeypatch.setattr(place, method, counting)
     return calls
