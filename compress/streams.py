@@ -113,26 +113,39 @@ def embed(ends: Weights, arch: Architecture, tokens: Tensor) -> Tensor:
     return x
 
 
+SYMMETRIC_BLOCK = 384  # columns of a second moment at a time: 1536 features take 5/8 of the products
+
+
 class GramSum:
     """Accumulates sum of x^T y / tokens: float32 products of each batch, a float64 sum. (rows, columns)."""
 
     def __init__(self, rows: int, columns: int, device: torch.device) -> None:
         self.total = torch.zeros(rows, columns, dtype=torch.float64, device=device)
         self.sums = torch.zeros(rows, dtype=torch.float64, device=device)
-        self.tokens = 0
+        self.tokens, self.symmetric = 0, False
 
     def add(self, x: Tensor, y: Tensor | None = None) -> None:
         """x (..., rows) and y (..., columns), y = x when not given."""
         left = _at_least_float32(x.reshape(-1, x.shape[-1]))
         right = left if y is None else _at_least_float32(y.reshape(-1, y.shape[-1]))
         with torch.autocast(left.device.type, enabled=False):
-            self.total += (left.T @ right).double()
+            if y is None:  # symmetric: the lower blocks are enough
+                for start in range(0, left.shape[1], SYMMETRIC_BLOCK):
+                    block = slice(start, start + SYMMETRIC_BLOCK)
+                    self.total[start:, block] += (left[:, start:].T @ left[:, block]).double()
+            else:
+                self.total += (left.T @ right).double()
+        self.symmetric = y is None
         self.sums += left.sum(0, dtype=torch.float64)
         self.tokens += len(left)
 
     def mean(self) -> Tensor:
         """The second moment per token, float64."""
-        return self.total / max(self.tokens, 1)
+        whole = self.total
+        if self.symmetric:
+            lower = whole.tril()
+            whole = lower + lower.T - lower.diagonal().diag()
+        return whole / max(self.tokens, 1)
 
     def first(self) -> Tensor:
         """The mean of x (rows,), float64."""
