@@ -42,6 +42,10 @@ class LatencyTable:
 
     def __init__(self, points: Mapping[Key, list[Point]], tokens: int) -> None:
         self.points, self.tokens = points, tokens
+        # Measured shapes that differ in one side only: (kind, "in" | "out", the other side) -> {that side: key}.
+        self._lines: dict[tuple[str, str, int], dict[int, Key]] = defaultdict(dict)
+        for kind, m, n in points:
+            self._lines[kind, "in", n][m] = self._lines[kind, "out", m][n] = (kind, m, n)
 
     @classmethod
     def of(cls, entries: Iterable[Mapping[str, Any]], tokens: int) -> LatencyTable:
@@ -104,10 +108,9 @@ class LatencyTable:
 
         Where both sides could be the one, the closer pair of shapes counts.
         """
-        inputs = {key[1]: key for key in self.points if key[0] == kind and key[2] == n}
-        outputs = {key[2]: key for key in self.points if key[0] == kind and key[1] == m}
         found: list[tuple[float, float]] = []
-        for wanted, line in ((m, inputs), (n, outputs)):
+        for wanted, side, other in ((m, "in", n), (n, "out", m)):
+            line = self._lines.get((kind, side, other), {})
             widths = sorted(line)
             at = bisect_left(widths, wanted)
             if 0 < at < len(widths):  # equal ones were found before

@@ -187,8 +187,8 @@ def selected_menu(
             n, m = linear.weight.shape
             select = SelectStructure(m, n, kept, groups[role], "out" if linear.side == "in" else "in")
             parts.append([_around(select, choice) for choice in menu_of(role, select)])
-        base, first = float(curve[kept]), next(iter(linears))
-        menu += [Choice(_charged(c.label, first, base), c.cost, c.loss + base) for c in merged(parts)]
+        base, writer = float(curve[kept]), next(role for role, linear in linears.items() if linear.side == "out")
+        menu += [Choice(_charged(c.label, writer, base), c.cost, c.loss + base) for c in merged(parts)]
     return convex_hull(menu)
 
 

@@ -302,7 +302,12 @@ def test_an_interrupted_run_remembers_the_fall_back(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, true = tiny_source(tiny_model, "tiny_llama"), LayerFitter._fit
-    method = {"structure": "lowrank", "ratio": 0.6, "inner": ["neurons"]}
+    layers: dict[str, Structure] = {"attn.q": LowRankStructure(64, 64, 8)}
+    for role in ("gate", "up"):
+        layers[f"mlp.{role}"] = SelectStructure(64, 160, 100, 1, "out", LowRankStructure(64, 100, 8))
+    layers["mlp.down"] = SelectStructure(160, 64, 100, 1, "in", LowRankStructure(100, 64, 8))
+    given = {f"layers.0.{role}": structure.to_config() for role, structure in layers.items()}
+    method = {"structure": "lowrank", "ratio": 0.6, "layers": given}
 
     def stop(self: LayerFitter, layer: int) -> Any:
         if layer == 1:
@@ -317,8 +322,10 @@ def test_an_interrupted_run_remembers_the_fall_back(
     artifact = compressed(source, tmp_path, **method)
     records, reader = records_of(artifact), CheckpointReader(artifact.path("checkpoint"))
     failed = {name for name, r in records.items() if r["failed"]}
-    assert failed
+    assert failed >= set(given)
     assert all(name.startswith("layers.0.") for name in failed)
+    assert isinstance(reader.structure("layers.0.attn.q"), DenseStructure)
+    assert reader.structure("layers.0.mlp.down") == SelectStructure(160, 64, 100)
     for name in reader.linears():
         assert reader.structure(name).name == records[name]["structure"]
         assert reader.structure(name).parameter_count() == records[name]["parameters"]
