@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,13 @@ import pytest
 from compress.aliases import PACKAGED
 from compress.models import ModelSource, resolve
 from tests import tiny
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of a run of the tests see; see `tests.compress.helpers.once`."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent / "shared" if "PYTEST_XDIST_WORKER" in os.environ else base / "shared"
 
 
 @pytest.fixture(scope="session")

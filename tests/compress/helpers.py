@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,20 @@ def logits_of(model: torch.nn.Module, ids: Tensor) -> Tensor:
 def relative(seen: Tensor, expected: Tensor) -> float:
     """Largest difference over largest value."""
     return float((seen - expected).abs().max() / expected.abs().max())
+
+
+def once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """`folder`, made and filled by `make` in the first of the processes (pytest-xdist) that ask for it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    done = folder.parent / f"{folder.name}.done"
+    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
 
 
 def same_files(a: Artifact, b: Artifact) -> None:

@@ -17,7 +17,7 @@ from compress.errors import UsageError
 from compress.pipeline import compress_model, has_checkpoint
 from tests import tiny
 from tests.compress import helpers
-from tests.compress.helpers import TinyModel, logits_of, relative, text_file, tiny_source
+from tests.compress.helpers import TinyModel, logits_of, once, relative, text_file, tiny_source
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("tiny_llama", {"rotation": "shared"}),
@@ -40,20 +40,28 @@ IDS = tiny.token_ids(2, 24)
 
 
 @pytest.fixture(scope="module")
-def artifacts(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> list[Artifact]:
+def artifacts(tiny_model: TinyModel, shared_folder: Path) -> list[Artifact]:
     """One artefact per case, with OUT/dense."""
-    found = []
-    for i, (name, changes) in enumerate(CASES):
-        folder = tmp_path_factory.mktemp(f"dense-{i}")
-        wanted = helpers.recipe(text_file(folder), **changes)
-        found.append(compress_model(tiny_source(tiny_model, name), wanted, folder / "out", materialize_dense=True))
-    return found
+
+    def run(folder: Path) -> None:
+        for i, (name, changes) in enumerate(CASES):
+            wanted = helpers.recipe(text_file(folder), **changes)
+            compress_model(tiny_source(tiny_model, name), wanted, folder / f"out-{i}", materialize_dense=True)
+
+    folder = once(shared_folder / "materialize", run)
+    return [Artifact(folder / f"out-{i}") for i in range(len(CASES))]
 
 
 @pytest.fixture(scope="module")
-def plain_logits(artifacts: list[Artifact], tmp_path_factory: pytest.TempPathFactory) -> list[torch.Tensor]:
+def plain_logits(artifacts: list[Artifact], shared_folder: Path) -> list[torch.Tensor]:
     """Logits of every OUT/dense, computed by a process that never sees this project."""
-    folder = tmp_path_factory.mktemp("plain")
+    folder = once(shared_folder / "plain", lambda folder: run_plain(artifacts, folder))
+    logits: list[torch.Tensor] = torch.load(folder / "logits.pt")
+    return logits
+
+
+def run_plain(artifacts: list[Artifact], folder: Path) -> None:
+    """Write FOLDER/logits.pt."""
     script = (
         "import sys, torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
         "ids, out = torch.load(sys.argv[1]), []\n"
@@ -69,8 +77,6 @@ def plain_logits(artifacts: list[Artifact], tmp_path_factory: pytest.TempPathFac
     command = [sys.executable, "-I", "-c", script, *map(str, paths)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    logits: list[torch.Tensor] = torch.load(folder / "logits.pt")
-    return logits
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{n}-{'-'.join(c.values())}" for n, c in CASES])

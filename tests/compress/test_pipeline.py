@@ -28,6 +28,7 @@ from tests.compress.helpers import (
     compressed,
     interrupted_at,
     logits_of,
+    once,
     relative,
     same_files,
     text_file,
@@ -49,15 +50,14 @@ Build = Callable[[str, str], Artifact]
 
 
 @pytest.fixture(scope="module")
-def build(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Build:
+def build(tiny_model: TinyModel, shared_folder: Path) -> Build:
     """(model, variant) -> its artefact, made at the first call. Not to be changed."""
-    done: dict[tuple[str, str], Artifact] = {}
 
     def make(name: str, variant: str) -> Artifact:
-        if (name, variant) not in done:
-            folder = tmp_path_factory.mktemp(f"{name}-{variant}")
-            done[name, variant] = compressed(tiny_source(tiny_model, name), folder, ratio=RATIO, **VARIANTS[variant])
-        return done[name, variant]
+        def run(folder: Path) -> None:
+            compressed(tiny_source(tiny_model, name), folder, ratio=RATIO, **VARIANTS[variant])
+
+        return Artifact(once(shared_folder / "pipeline" / f"{name}-{variant}", run) / "out")
 
     return make
 
