@@ -13,6 +13,8 @@ from compress.inner import extra_biases
 from compress.latency import LatencyTable
 from compress.menus import Cost
 from compress.recipe import Recipe
+from compress.skips import parameters_of
+from compress.widths import UNIT, kept_for_ratio
 
 
 def default_unit(arch: Architecture) -> int:
@@ -43,14 +45,32 @@ def ratio_of_weights(arch: Architecture, recipe: Recipe) -> float:
     return ratio_of(arch, recipe) - _added_biases(arch, recipe) / arch.projection_parameters()
 
 
+def kept_width(arch: Architecture, recipe: Recipe) -> int:
+    """The kept width of a recipe whose whole stream has one (skips cs and householder, structure slice).
+
+    Raises UsageError when even the smallest is too much.
+    """
+    reflections = recipe.reflections if recipe.skip == "householder" else None
+    unit = UNIT if recipe.structure == "slice" and not recipe.unit else unit_of(arch, recipe)
+    return kept_for_ratio(arch, ratio_of_weights(arch, recipe), recipe.skip, unit=unit, reflections=reflections)
+
+
+def overhead_of(arch: Architecture, recipe: Recipe) -> int:
+    """Parameters of the skips in their form, of the map before a tied head, and of the biases that are added."""
+    skips = None
+    if recipe.skip in ("cs", "householder", "slice"):
+        kept, reflections = kept_width(arch, recipe), recipe.reflections
+        skips = parameters_of(recipe.skip, arch.hidden_size, arch.num_layers, kept=kept, reflections=reflections)
+    return overhead_parameters(arch, recipe.rotation, skips) + _added_biases(arch, recipe)
+
+
 def budget_parameters(arch: Architecture, recipe: Recipe) -> float:
     """What the projections may cost, in parameters, so that they and what a rotation and bias correction add keep to
     `ratio` or `budget_bytes`.
 
     Raises UsageError when the overhead alone exceeds the budget.
     """
-    biases = _added_biases(arch, recipe)
-    overhead = overhead_parameters(arch, recipe.rotation) + biases
+    overhead = overhead_of(arch, recipe)
     allowed = recipe.ratio * arch.projection_parameters()
     asked = f"--ratio {recipe.ratio}"
     if recipe.budget_bytes is not None:
@@ -58,9 +78,10 @@ def budget_parameters(arch: Architecture, recipe: Recipe) -> float:
         asked = f"--budget-bytes {recipe.budget_bytes}"
     budget = allowed - overhead
     if budget <= 0:
+        biases = "and inner bias " if "bias" in recipe.inner else ""
         raise UsageError(
-            f"{asked} keeps {allowed:,.0f} projection parameters, but rotation {recipe.rotation!r} "
-            f"{'and inner bias ' if biases else ''}alone adds {overhead:,}: raise it or choose --rotation shared"
+            f"{asked} keeps {allowed:,.0f} projection parameters, but rotation {recipe.rotation!r} {biases}alone adds "
+            f"{overhead:,}: raise it or choose --rotation shared"
         )
     return budget
 

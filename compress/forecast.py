@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from compress.accounting import model_size, overhead_parameters
+from compress.accounting import model_size
 from compress.architecture import Architecture
-from compress.budgets import budget_parameters, unit_of
+from compress.budgets import budget_parameters, overhead_of, ratio_of, unit_of
 from compress.planning import check_recipe
 from compress.recipe import Recipe
 
@@ -19,7 +19,7 @@ def forecast(arch: Architecture, recipe: Recipe) -> dict[str, Any]:
     check_recipe(arch, recipe)
     size = model_size(arch, {}, recipe.rotation)
     budget = budget_parameters(arch, recipe) if recipe.structure != "dense" else float(size.dense_projections)
-    overhead = overhead_parameters(arch, recipe.rotation)
+    overhead = overhead_of(arch, recipe)
     head = arch.vocab_size * arch.hidden_size
     ends = recipe.embedding * size.dense_embeddings
     read = budget + overhead + recipe.embedding * head
@@ -34,7 +34,7 @@ def forecast(arch: Architecture, recipe: Recipe) -> dict[str, Any]:
         "structure": recipe.structure,
         "rotation": recipe.rotation,
         "unit": unit_of(arch, recipe),
-        "ratio_asked": recipe.ratio,
+        "ratio_asked": ratio_of(arch, recipe),
         "dense_projection_parameters": size.dense_projections,
         "projection_budget": int(budget),
         "rotation_overhead": overhead,

@@ -13,10 +13,10 @@ from compress.budgets import (
     budget_of,
     budget_parameters,
     cost_of,
+    kept_width,
     kinds_of,
     latency_table,
     ratio_of,
-    ratio_of_weights,
     unit_of,
     uses_leading_mix,
 )
@@ -44,7 +44,7 @@ from compress.structures import (
 )
 from compress.structures.base import Side
 from compress.structures.joint import leader_of
-from compress.widths import UNIT, kept_for_ratio, leading_structures
+from compress.widths import leading_structures
 
 ROUNDS = 2
 """Of rotation and allocation, after the closed-form start. The second took the predicted loss from 0.494 to 0.483."""
@@ -83,7 +83,7 @@ def make_plan(
     elif recipe.has_menus():
         plan = _plan_allocated(menus, recipe, unit)
     elif recipe.skip in ("cs", "householder"):
-        plan = _plan_one_width(menus, recipe, unit)
+        plan = _plan_one_width(menus, recipe)
     elif issubclass(registry()[recipe.structure], CompotStructure) and recipe.allocation == "global":
         plan = Plan(Rotations.none(), _pooled(model, recipe, unit), {})
     else:
@@ -144,9 +144,7 @@ def check_recipe(arch: Architecture, recipe: Recipe) -> None:
     if not recipe.needs_text():
         structures_without_text(arch, recipe)
     elif recipe.structure == "slice" or recipe.skip in ("cs", "householder"):
-        reflections = recipe.reflections if recipe.skip == "householder" else None
-        unit = UNIT if recipe.structure == "slice" and not recipe.unit else unit_of(arch, recipe)
-        width = kept_for_ratio(arch, ratio_of_weights(arch, recipe), recipe.skip, unit=unit, reflections=reflections)
+        width = kept_width(arch, recipe)
         if recipe.structure == "slice":
             _check_fixed(arch, recipe, leading_structures(arch, width, arch.hidden_size))
     elif recipe.fit == "paper":
@@ -281,11 +279,11 @@ def _uniform(arch: Architecture, recipe: Recipe, unit: int) -> dict[str, Structu
     return {f"layers.{i}.{role}": structure for i in range(arch.num_layers) for role, structure in chosen.items()}
 
 
-def _plan_one_width(menus: LayerMenus, recipe: Recipe, unit: int) -> Plan:
+def _plan_one_width(menus: LayerMenus, recipe: Recipe) -> Plan:
     """One rotation at each position, one kept width for the whole stream, and skips in a cheap exact form."""
     arch = menus.model.arch
     reflections = recipe.reflections if recipe.skip == "householder" else None
-    kept = kept_for_ratio(arch, ratio_of_weights(arch, recipe), recipe.skip, unit=unit, reflections=reflections)
+    kept = kept_width(arch, recipe)
     rotations = StreamRotations(arch, "block")
     rotations.start([_terms(menus, rotations, index) for index in range(rotations.count)])
     for index in track(range(rotations.count), description="rotate"):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compress.accounting import ModelSize, model_size
 from compress.architecture import Architecture
-from compress.budgets import ratio_of, unit_of
+from compress.budgets import kept_width, ratio_of, unit_of
 from compress.checkpoint import structured_state
 from compress.embedding import EmbeddingRanks, compress_embedding, token_counts
 from compress.errors import UsageError
@@ -123,10 +123,8 @@ def _ends(
 
 def _sliced(model: FoldedModel, recipe: Recipe, tokens: Tensor, runner: Runner, state: Path) -> Fitted:
     from compress.slicing import slice_model
-    from compress.widths import UNIT, kept_for_ratio
 
-    kept = kept_for_ratio(model.arch, ratio_of(model.arch, recipe), "slice", unit=recipe.unit or UNIT)
-    found = slice_model(model, tokens, kept, runner, state)
+    found = slice_model(model, tokens, kept_width(model.arch, recipe), runner, state)
     ends, ranks = _ends(model, recipe, found.rotations, tokens, {})
     return Fitted(found.rotations, found.structures, ends, found.files, found.records, ranks)
 

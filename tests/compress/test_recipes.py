@@ -14,6 +14,7 @@ from compress import streams
 from compress.artifact import Artifact
 from compress.checkpoint import CheckpointReader, load_model
 from compress.errors import UsageError
+from compress.forecast import forecast
 from compress.materialize import write_plain
 from compress.models import ModelSource
 from compress.pipeline import compress_model, folded, rewritten_model
@@ -119,6 +120,11 @@ def test_the_budget_holds_and_the_model_speaks(name: str, kind: str, build: Buil
         assert 0.8 * budget < projections + facts["overhead"] * dtype.itemsize <= budget
     else:
         assert 0.75 * asked["ratio"] < facts["ratio"] <= asked["ratio"]
+    foretold = forecast(source.architecture(), parse_recipe(read_yaml(artifact.path("recipe.yaml")), "recipe.yaml"))
+    # A skip of form cs turns no more planes than there are angles.
+    assert facts["overhead"] <= foretold["rotation_overhead"] <= facts["overhead"] * (1.1 if "cs" in kind else 1)
+    assert facts["projections"] <= foretold["projection_budget"]
+    assert foretold["model_ratio"] - 0.15 < facts["model_ratio"] <= foretold["model_ratio"] + 1e-4
     ends = facts["embeddings"] / facts["dense_embeddings"]
     assert ends <= asked["embedding"] if "embedding" in asked else ends == 1
     # Closer to the dense model, in KL divergence on calibration text, than a model that knows nothing.
