@@ -104,6 +104,16 @@ def attention_mask_bool(
     return visible
 
 
+def mask_unless_causal(
+    given: Tensor | None, batch: int, past: int, length: int, window: int | None, device: torch.device
+) -> Tensor | None:
+    """`attention_mask_bool`, or None where it is the plain causal one: attention then skips what nobody sees."""
+    everything = given is None and (window is None or window >= past + length)
+    if everything and (past == 0 or length == 1):
+        return None
+    return attention_mask_bool(given, batch, past, length, window, device)
+
+
 def positions_from_mask(attention_mask: Tensor) -> Tensor:
     """Position of each token counted from the first one that is not padding; (batch, total) -> the same shape."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -214,8 +224,8 @@ class Attention(nn.Module):
             self.k_norm = HeadNorm(arch.head_dim, arch.norm_eps)
         _share(self, arch, structures, layer, "attn")
 
-    def inner(self, h: Tensor, rotary: Rotary | None, mask: Tensor, cache: Cache | None = None) -> Tensor:
-        """What `o` reads: the heads' mixed values, (batch, length, heads * head_dim)."""
+    def inner(self, h: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: Cache | None = None) -> Tensor:
+        """What `o` reads: the heads' mixed values, (batch, length, heads * head_dim); mask as `mask_unless_causal`."""
         batch, length, _ = h.shape
 
         def heads(x: Tensor, count: int) -> Tensor:
@@ -232,7 +242,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
         grouped = self.arch.num_heads != self.arch.num_kv_heads
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        causal = mask is None and length > 1  # one query sees all keys
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
         return mixed.transpose(1, 2).reshape(batch, length, self.arch.num_heads * self.arch.head_dim)
 
 
@@ -288,11 +299,11 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rotary: Rotary | None,
-        mask: Tensor,
+        mask: Tensor | None,
         cache: Cache | None = None,
         tap: Tap | None = None,
     ) -> Tensor:
-        """x: (batch, length, d) -> the same shape; mask as `attention_mask_bool`."""
+        """x: (batch, length, d) -> the same shape; mask as `mask_unless_causal`."""
         say = tap or _silent
         say("attn.in", h := rms_normalise(x, self.eps))
         say("attn.o", inner := self.attn.inner(h, rotary, mask, cache))

@@ -176,7 +176,7 @@ class LayerFitter:
     def _reader_moments(self, x_f: Tensor, x_c: Tensor) -> FitMoments:
         """r = h_f - h_c."""
         d, eps = self.shape[-1], self.model.arch.norm_eps
-        gram, gap = GramSum(d, d, self.runner.device), GramSum(d, d, self.runner.device)
+        gram, gap = self.runner.gram(d), self.runner.gram(d)
         for _, (f, c) in self.runner.batches(x_f, x_c):
             h_f, h_c = rms_normalise(f, eps), rms_normalise(c, eps)
             gram.add(h_c)
@@ -185,16 +185,17 @@ class LayerFitter:
 
     def _require_finite(self, layer: int, sub: str, seen: FitMoments, x_f: Tensor) -> None:
         """Raise UsageError when the dense model, or the compressed one so far, has overflown."""
+        if all(bool(torch.isfinite(moment).all()) for moment in (seen.gram, seen.gap)):
+            return
         if not torch.isfinite(x_f).all():
             raise UsageError(
                 f"the activations of the source model are NaN or infinite at layers.{layer}.{sub}: its weights are "
                 f"damaged or it overflows float32; check the model"
             )
-        if not all(bool(torch.isfinite(moment).all()) for moment in (seen.gram, seen.gap)):
-            raise UsageError(
-                f"the activations of the compressed model are NaN or infinite at layers.{layer}.{sub}, those of the "
-                f"source model are not: raise --ratio, or set --correction 0"
-            )
+        raise UsageError(
+            f"the activations of the compressed model are NaN or infinite at layers.{layer}.{sub}, those of the "
+            f"source model are not: raise --ratio, or set --correction 0"
+        )
 
     def _inner(self, sub: str, block: Block, x: Tensor) -> Tensor:
         h = rms_normalise(x, self.model.arch.norm_eps)
@@ -215,8 +216,7 @@ class LayerFitter:
         On the way a_c is kept in `inner` and x_f is taken past the sub-block, in place: neither is computed twice.
         """
         skip, writer = self._parts(sub, dense)
-        gram = GramSum(inner.shape[-1], inner.shape[-1], self.runner.device)
-        gap = GramSum(self.shape[-1], inner.shape[-1], self.runner.device)
+        gram, gap = self.runner.gram(inner.shape[-1]), self.runner.gram(self.shape[-1], inner.shape[-1])
         for part, (f, c) in self.runner.batches(x_f, x_c):
             with self.runner.computing():
                 a_c = self._inner(sub, block, c)

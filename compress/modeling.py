@@ -17,7 +17,7 @@ from compress.blocks import (
     ACTIVATIONS,
     Block,
     Rotary,
-    attention_mask_bool,
+    mask_unless_causal,
     positions_from_mask,
     rms_normalise,
     rotary_for,
@@ -222,7 +222,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         batch, length = input_ids.shape
         past = cache.get_seq_length() if cache is not None else 0
-        mask = attention_mask_bool(attention_mask, batch, past, length, self.arch.sliding_window, input_ids.device)
+        mask = mask_unless_causal(attention_mask, batch, past, length, self.arch.sliding_window, input_ids.device)
         x, rotary = self.embed(input_ids, position_ids), self.rotary(position_ids)
         for block in self.layers:
             x = block(x, rotary, mask, cache)

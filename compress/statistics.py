@@ -135,7 +135,7 @@ def _forward(model: FoldedModel, tokens: Tensor, runner: Runner, folder: Path) -
                 {place: total.mean().float().cpu() for place, total in sums.items()}, _forward_file(folder, layer)
             )
         stream = following
-    final = GramSum(arch.hidden_size, arch.hidden_size, runner.device)
+    final = runner.gram(arch.hidden_size)
     for _, (x,) in runner.batches(stream):
         final.add(rms_normalise(x, arch.norm_eps))
     save_whole({"gram": final.mean().float().cpu()}, folder / FINAL)
@@ -150,7 +150,7 @@ def _run_forward(
     for sub, writer in WRITERS.items():
         d, inner = arch.linears()[writer]
         for place, tapped, width in (("in", f"{sub}.in", d), ("inner", writer, inner)):
-            sums[f"{sub}.{place}"] = GramSum(width, width, runner.device)
+            sums[f"{sub}.{place}"] = runner.gram(width)
             places[tapped] = f"{sub}.{place}"
 
     def tap(place: str, value: Tensor) -> None:
@@ -172,7 +172,7 @@ def _backward(model: FoldedModel, tokens: Tensor, seed: int, runner: Runner, fol
     for layer in track(range(arch.num_layers - 1, -1, -1), description="sensitivity"):
         block = runner.block(layer, model.block(layer), {}, skips=False)
         seen: dict[str, Tensor] = {}
-        sums = {role: GramSum(n, n, runner.device) for role, (n, _) in arch.linears().items()}
+        sums = {role: runner.gram(n) for role, (n, _) in arch.linears().items()}
         for role in sums:
             block.get_submodule(role).register_forward_hook(_keep(seen, role))
         stream = mapped(_stream_file(folder, layer), shape)

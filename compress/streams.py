@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.architecture import Architecture
-from compress.blocks import Block, Rotary, attention_mask_bool, rotary_for
+from compress.blocks import Block, Rotary, mask_unless_causal, rotary_for
 from compress.files import named, os_error_of
 from compress.invariance import Weights
 from compress.skips import SkipForm
@@ -61,7 +62,7 @@ class Runner:
         self.arch, self.length, self.device, self.batch, self.fast = arch, length, device, batch, fast
         positions = torch.arange(length, device=device)[None]
         self._rotary = rotary_for(arch, positions)
-        self._mask = attention_mask_bool(None, 1, 0, length, arch.sliding_window, device)
+        self._mask = mask_unless_causal(None, 1, 0, length, arch.sliding_window, device)
 
     @property
     def rotary(self) -> Rotary | None:
@@ -69,13 +70,17 @@ class Runner:
         return self._rotary
 
     @property
-    def mask(self) -> Tensor:
-        """The causal mask (1, 1, length, length)."""
+    def mask(self) -> Tensor | None:
+        """The mask of `mask_unless_causal`: (1, 1, length, length), or None for the plain causal one."""
         return self._mask
 
     def computing(self) -> torch.autocast:
         """The context in which blocks are run."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.fast)
+
+    def gram(self, rows: int, columns: int | None = None) -> GramSum:
+        """A sum of second moments of what runs here, (rows, columns); columns = rows when not given."""
+        return GramSum(rows, rows if columns is None else columns, self.device, self.fast)
 
     def batches(self, *streams: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
         """Slices of the sequences with the streams' parts on the device."""
@@ -117,18 +122,23 @@ SYMMETRIC_BLOCK = 384  # columns of a second moment at a time: 1536 features tak
 
 
 class GramSum:
-    """Accumulates sum of x^T y / tokens: float32 products of each batch, a float64 sum. (rows, columns)."""
+    """Accumulates sum of x^T y / tokens: float32 products of each batch, a float64 sum. (rows, columns).
 
-    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+    fast: the numbers are rounded to bfloat16, as where a product of `Runner.computing` reads them, so that G is exactly
+    the one of what the linears see; the products of such numbers are exact and are still summed in float32.
+    """
+
+    def __init__(self, rows: int, columns: int, device: torch.device, fast: bool = False) -> None:
+        self.fast = fast
         self.total = torch.zeros(rows, columns, dtype=torch.float64, device=device)
         self.sums = torch.zeros(rows, dtype=torch.float64, device=device)
         self.tokens, self.symmetric = 0, False
 
     def add(self, x: Tensor, y: Tensor | None = None) -> None:
         """x (..., rows) and y (..., columns), y = x when not given."""
-        left = _at_least_float32(x.reshape(-1, x.shape[-1]))
-        right = left if y is None else _at_least_float32(y.reshape(-1, y.shape[-1]))
-        with torch.autocast(left.device.type, enabled=False):
+        left = self._rows(x)
+        right = left if y is None else self._rows(y)
+        with torch.autocast(left.device.type, enabled=False), float32_products(exact=self.fast):
             if y is None:  # symmetric: the lower blocks are enough
                 for start in range(0, left.shape[1], SYMMETRIC_BLOCK):
                     block = slice(start, start + SYMMETRIC_BLOCK)
@@ -151,6 +161,20 @@ class GramSum:
         """The mean of x (rows,), float64."""
         return self.sums / max(self.tokens, 1)
 
+    def _rows(self, x: Tensor) -> Tensor:
+        """(tokens, features), float32 at the least."""
+        x = x.reshape(-1, x.shape[-1])
+        x = x.bfloat16() if self.fast else x
+        return x.float() if x.dtype.itemsize < 4 else x
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype.itemsize < 4 else x
+
+@contextmanager
+def float32_products(exact: bool) -> Iterator[None]:
+    """Products of float32 matrices. `exact`: of numbers that bfloat16 holds, so that its units may multiply them: the
+    products are the same, and their sums are float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if exact else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from compress.errors import ArtifactError
 from compress.progress import log
+from compress.streams import float32_products
 from validate.data import Windows
 
 if TYPE_CHECKING:
@@ -63,7 +64,9 @@ class TorchLogits:
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         hidden = self.model.model(ids, None, positions, None)  # (batch, length, d)
         for part in torch.split(hidden, POSITIONS_AT_ONCE, dim=1):
-            yield self._head(part.float() if self._wide else part)
+            with float32_products(exact=part.dtype == torch.bfloat16):
+                logits = self._head(part.float() if self._wide else part)
+            yield logits
 
 
 class HiddenLogits:
@@ -77,6 +80,7 @@ class HiddenLogits:
 
     def __init__(self, windows: Windows, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         self._hidden, self._weight, self._bias = hidden, weight.float(), bias if bias is None else bias.float()
+        self._exact = weight.dtype == torch.bfloat16  # and then the hidden states are of that type, too
         # Found by their tokens, not by their order: another text, or other windows of it, cannot be scored by mistake.
         self._index = {ids.numpy().tobytes(): w for w, ids in windows.batches(1)}
 
@@ -86,7 +90,9 @@ class HiddenLogits:
         if None in rows:
             raise ValueError("these tokens are not a window that the hidden states were computed for")
         for part in torch.split(self._hidden[rows], POSITIONS_AT_ONCE, dim=1):
-            yield F.linear(part.float(), self._weight, self._bias)
+            with float32_products(self._exact):
+                logits = F.linear(part.float(), self._weight, self._bias)
+            yield logits
 
 
 class OrtLogits:

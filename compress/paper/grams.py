@@ -39,7 +39,7 @@ def position_grams(model: FoldedModel, tokens: Tensor, position: int, runner: Ru
         if 2 * layer + 2 >= position:
             for sub, writer in WRITERS.items():
                 d, inner = arch.linears()[writer]
-                sums |= {f"{sub}.in": GramSum(d, d, runner.device), writer: GramSum(inner, inner, runner.device)}
+                sums |= {f"{sub}.in": runner.gram(d), writer: runner.gram(inner)}
 
         def tap(place: str, value: Tensor, sums: dict[str, GramSum] = sums) -> None:
             if place in sums:

@@ -204,6 +204,21 @@ def test_gram_sum() -> None:
     assert float(GramSum(2, 2, torch.device("cpu")).mean().abs().max()) == 0
 
 
+def test_gram_sum_of_bfloat16_numbers_is_exact() -> None:
+    x = torch.randn(4, 500, 40, generator=torch.Generator().manual_seed(0)) * 100 + 50
+    total = GramSum(40, 40, torch.device("cpu"), fast=True)
+    cross = GramSum(40, 7, torch.device("cpu"), fast=True)
+    for part in x:
+        total.add(part)
+        cross.add(part, part[:, :7])
+    rounded = x.bfloat16().double().flatten(0, 1)
+    expected = rounded.T @ rounded / len(rounded)
+    assert relative(total.mean(), expected) < 1e-5
+    assert relative(cross.mean(), expected[:, :7]) < 1e-5
+    assert relative(total.mean(), x.double().flatten(0, 1).T @ x.double().flatten(0, 1) / len(rounded)) > 2e-5
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 # ---- streams on the disk
 
 
