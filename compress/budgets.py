@@ -127,5 +127,5 @@ def uses_leading_mix(recipe: Recipe) -> bool:
 def kinds_of(recipe: Recipe) -> tuple[str, ...]:
     """The structures that each linear may choose from."""
     if recipe.structure == "auto":
-        return recipe.menu or (("lowrank",) if recipe.rotation == "none" else ("lowrank", "kron"))
+        return recipe.menu or (("pifa",) if recipe.rotation == "none" else ("pifa", "kron"))
     return (recipe.structure,)

@@ -70,8 +70,8 @@ class ShardWriter:
         # The float32 mix of a Kronecker structure is tiny and stays float32 (op contract).
         if name.endswith(".A") and tensor.dtype == torch.float32:
             return torch.float32
-        # The bits of a sparsity mask are bytes, even where the factors were cast together on their way here.
-        return torch.uint8 if name.endswith(".mask") else self.dtype
+        # Masks and orders stay integers.
+        return self.dtype if tensor.is_floating_point() else tensor.dtype
 
     def _flush(self) -> None:
         number = len(self._shards) + 1
@@ -258,7 +258,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> ProcrustesFo
     with torch.device("meta"):
         model = ProcrustesForCausalLM(reader.config)
     state = {name: reader.get(name) for name in reader.names()}
-    state = {n: t if n.endswith((".A", ".mask")) else t.to(dtype) for n, t in state.items()}
+    state = {n: t if n.endswith(".A") or not t.is_floating_point() else t.to(dtype) for n, t in state.items()}
     if reader.config.tie_word_embeddings:
         tied = {n: t for n, t in state.items() if n.startswith("model.embed_tokens.")}
         state |= {n.replace("model.embed_tokens", "lm_head"): t for n, t in tied.items()}

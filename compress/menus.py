@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -22,6 +23,7 @@ from compress.structures import (
     GroupShuffleStructure,
     KroneckerStructure,
     LowRankStructure,
+    PivotedStructure,
     SelectStructure,
     Structure,
 )
@@ -98,10 +100,12 @@ def leading_menu(linear: Linear, curve: Tensor, unit: int, cost: Cost) -> list[C
     return [Choice({linear.role: (s, loss := float(curve[s.kept]))}, cost(s), loss) for s in sizes]
 
 
-def _low_rank_curve(linear: Linear, unit: int) -> Iterable[tuple[Structure, float]]:
+def _rank_curve(
+    kind: type[LowRankStructure | PivotedStructure], linear: Linear, unit: int
+) -> Iterable[tuple[Structure, float]]:
     n, m = linear.weight.shape
     losses = tails(whitened_spectrum(linear.weight, linear.gram, linear.metric))
-    return [(s, float(losses[s.rank])) for s in LowRankStructure.menu(m, n, linear.side, unit=unit)]
+    return [(s, float(losses[s.rank])) for s in kind.menu(m, n, linear.side, unit=unit)]
 
 
 def _group_shuffle_curve(linear: Linear, unit: int) -> Iterable[tuple[Structure, float]]:
@@ -128,7 +132,8 @@ def _diagonal_blocks(moment: Tensor, count: int) -> Tensor:
 
 
 _CURVES: dict[str, Callable[[Linear, int], Iterable[tuple[Structure, float]]]] = {
-    "lowrank": _low_rank_curve,
+    "lowrank": partial(_rank_curve, LowRankStructure),
+    "pifa": partial(_rank_curve, PivotedStructure),
     "gs": _group_shuffle_curve,
 }
 

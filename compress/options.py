@@ -23,11 +23,14 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to compress into")
     what.add_argument(
         "--structure",
-        choices=["auto", "kron", "gs", "lowrank", "jrk", "compot", "compot24", "slice", "dense"],
+        choices=["auto", "kron", "gs", "lowrank", "pifa", "jrk", "compot", "compot24", "slice", "dense"],
         help="structured matrix; auto lets every matrix choose (default: kron)",
     )
     what.add_argument(
-        "--menu", type=_names, metavar="A,B", help="what --structure auto chooses from beside dense: lowrank, kron, gs"
+        "--menu",
+        type=_names,
+        metavar="A,B",
+        help="what --structure auto chooses from beside dense: pifa (default), lowrank, kron, gs",
     )
     what.add_argument(
         "--ratio",

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compress.errors import UsageError
 
-StructureName = Literal["auto", "kron", "gs", "lowrank", "jrk", "compot", "compot24", "slice", "dense"]
+StructureName = Literal["auto", "kron", "gs", "lowrank", "pifa", "jrk", "compot", "compot24", "slice", "dense"]
 Fit = Literal["loss-aware", "paper"]
 Allocation = Literal["global", "uniform"]
 SkipName = Literal["none", "dense", "cs", "householder", "slice"]
@@ -26,6 +26,7 @@ DEFAULT_ROTATION: dict[str, RotationName] = {
     "auto": "none",
     "gs": "none",
     "lowrank": "none",
+    "pifa": "none",
     "slice": "block",
     "dense": "none",
 }
@@ -49,7 +50,7 @@ class Recipe(_Strict):
 
     version: Literal[1] = 1
     structure: StructureName = "kron"
-    menu: tuple[Literal["kron", "gs", "lowrank"], ...] = ()
+    menu: tuple[Literal["kron", "gs", "lowrank", "pifa"], ...] = ()
     fit: Fit = "loss-aware"
     ratio: float = Field(default=0.75, gt=0, le=1)
     budget_bytes: int | None = Field(default=None, gt=0)
@@ -103,7 +104,7 @@ class Recipe(_Strict):
                 f"fit 'paper' with structure {self.structure!r}, rotation {self.rotation!r}, skip {self.skip!r}: the "
                 f"paper has kron and gs, with rotation 'block' and skip 'dense'"
             )
-        if self.structure in ("dense", "jrk", "lowrank", "compot", "compot24") and self.rotation != "none":
+        if self.structure in ("dense", "jrk", "lowrank", "pifa", "compot", "compot24") and self.rotation != "none":
             raise ValueError(
                 f"structure {self.structure!r} with rotation {self.rotation!r}: low rank is the same in every "
                 f"rotation, compot has dictionaries of its own, and a dense model is not rotated"
@@ -124,8 +125,8 @@ class Recipe(_Strict):
         if set(self.inner) & {"neurons", "vo"} and not self.has_menus():
             raise ValueError(
                 f"inner {list(self.inner)}: neurons and value coordinates are dropped where sizes are chosen by "
-                f"predicted loss: structures auto, lowrank, kron (with a rotation, ties, and no cheap skip) and gs "
-                f"(without a rotation), each with fit loss-aware"
+                f"predicted loss: structures auto, pifa, lowrank, kron (with a rotation, ties, and no cheap skip) and "
+                f"gs (without a rotation), each with fit loss-aware"
             )
         if "bias" in self.inner and (self.fit == "paper" or self.structure in ("jrk", "slice")):
             raise ValueError(f"inner 'bias' with structure {self.structure!r}, fit {self.fit!r}, which correct no bias")
@@ -145,7 +146,7 @@ class Recipe(_Strict):
             return False
         if self.structure == "kron":
             return self.rotation != "none" and self.ties and self.skip not in ("cs", "householder")
-        return self.structure in ("auto", "lowrank") or (self.structure == "gs" and self.rotation == "none")
+        return self.structure in ("auto", "lowrank", "pifa") or (self.structure == "gs" and self.rotation == "none")
 
     def needs_text(self) -> bool:
         """Whether any calibration text is read: a dense copy has nothing to fit, joint rank-k fits without data."""

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from compress.checkpoint import CheckpointReader
 from compress.errors import ArtifactError, UsageError
-from compress.structures import CompotStructure, SelectStructure, Structure
+from compress.structures import CompotStructure, PivotedStructure, SelectStructure, Structure
 from export.attention import Shared, attend, shared_values, split_heads
 from export.external import ExternalData
-from export.lowering import COEFFICIENTS, Fused, fuse, lower, packed
+from export.lowering import COEFFICIENTS, STORED_TYPES, Fused, core_of, fuse, lower, packed
 from export.memory import peak_rss, reset_peak
 from export.narrow import narrow_width
 from export.ops import DOMAIN, OPSET
@@ -334,13 +334,15 @@ class _DecoderGraph:
                 if factor == "bias":
                     yield self._bias(layer, role, size)
                     continue
-                yield self._read(f"model.layers.{layer}.{role}.{factor}", (size, *shape[1:]) if stacked else shape)
+                part = self._read(f"model.layers.{layer}.{role}.{factor}", (size, *shape[1:]) if stacked else shape)
+                if factor == "order" and isinstance(core := core_of(fused.structure), PivotedStructure):
+                    core.check_order(part)
+                yield part
                 if not stacked:
                     return
 
         name = "_".join(role.partition(".")[2] for role in fused.roles)
-        mixing = torch.float32 if factor == "A" else None
-        return Weight(f"layers.{layer}.{block}.{name}.{factor}", shape, parts, mixing)
+        return Weight(f"layers.{layer}.{block}.{name}.{factor}", shape, parts, STORED_TYPES.get(factor))
 
     def _coefficients(self, layer: int, role: str, structure: CompotStructure) -> Weight:
         """The coefficients of a sparse dictionary, unpacked when they are written."""

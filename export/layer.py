@@ -11,7 +11,7 @@ from torch import Tensor
 from compress.structures import Structure
 from export.external import ExternalData
 from export.graph import MODEL_NAME, check
-from export.lowering import COEFFICIENTS, lower, packed
+from export.lowering import COEFFICIENTS, STORED_TYPES, lower, packed
 from export.writer import GraphWriter, Weight
 
 
@@ -48,4 +48,4 @@ def export_linear(
 
 
 def _weight(name: str, tensor: Tensor) -> Weight:
-    return Weight(name, tuple(tensor.shape), lambda: [tensor], torch.float32 if name == "A" else None)
+    return Weight(name, tuple(tensor.shape), lambda: [tensor], STORED_TYPES.get(name))

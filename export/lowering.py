@@ -15,6 +15,7 @@ from compress.structures import (
     GroupShuffleStructure,
     KroneckerStructure,
     LowRankStructure,
+    PivotedStructure,
     SelectStructure,
     Structure,
 )
@@ -23,6 +24,10 @@ from export.ops import BIAS_SUFFIX, DOMAIN, GROUP_SHUFFLE_GRIDS, PLUGIN_VERSION,
 COEFFICIENTS = "S"
 """The one factor that is not stored as it is multiplied: a graph holds S with its zeros, so that an engine sees their
 pattern along the reduction dimension (2:4), a checkpoint its values and mask. See `packed`."""
+
+
+STORED_TYPES = {"A": torch.float32, "order": torch.int32}
+"""Factors whose type is not that of the graph."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,21 @@ def lower(structure: Structure, bias: bool) -> tuple[Call, ...]:
         return (_kronecker(structure, bias),)
     if isinstance(structure, GroupShuffleStructure):
         return (_group_shuffle(structure, bias),)
+    if isinstance(structure, PivotedStructure):
+        return (_pivoted(structure, bias),)
     if isinstance(structure, SelectStructure):
         return _select(structure, bias)
-    raise ArtifactError(f"structure {structure.name!r} has no ONNX op; compress with kron, gs, lowrank or dense")
+    raise ArtifactError(f"structure {structure.name!r} has no ONNX op; compress with pifa, kron, gs, lowrank or dense")
+
+
+def core_of(structure: Structure) -> Structure:
+    """Whose factors those of a lowered structure are: its own, or those of its core."""
+    return structure.reduced if isinstance(structure, SelectStructure) else structure
 
 
 def packed(structure: Structure) -> CompotStructure:
-    """Whose `coefficients` the factor COEFFICIENTS of a lowered structure is: its own, or those of its core."""
-    core = structure.reduced if isinstance(structure, SelectStructure) else structure
+    """Whose `coefficients` the factor COEFFICIENTS of a lowered structure is."""
+    core = core_of(structure)
     if not isinstance(core, CompotStructure):
         raise ArtifactError(f"structure {core.name!r} has no sparse coefficients; this is a bug, please report it")
     return core
@@ -151,6 +163,13 @@ def _group_shuffle(s: GroupShuffleStructure, bias: bool) -> Call:
         "flat": [-1, left * right * s.rank],
     }
     return _custom(f"GroupShuffleLinear_{left}x{right}", s, ("L", "R"), bias, attributes)
+
+
+def _pivoted(s: PivotedStructure, bias: bool) -> Call:
+    if s.side == "out":
+        return _custom("PivotedLinear", s, ("V", "C", "order"), bias, {"rank": s.rank})
+    ends: Attributes = {"rank": s.rank, "pivots": [s.rank], "rest": [s.in_features]}
+    return _custom("PivotedLinearIn", s, ("C", "U", "order"), bias, ends)
 
 
 # --- Fusion: linears that read the same input become one node where their structures allow it. ---

@@ -14,10 +14,12 @@ optional input), hence one op_type for every variant:
 | KroneckerLinearGeneral         | x, B, A | x @ (sum_i kron(A_i, B_i)).T, B contracted first              |
 | KroneckerLinearGeneralMixFirst | x, B, A | the same, A contracted first                                  |
 | GroupShuffleLinear_{l}x{r}     | x, L, R | block diagonal L, shuffle, block diagonal R                   |
+| PivotedLinear                  | x, V, C, order | z = x @ V.T, then entries `order` of [z, z @ C.T]      |
+| PivotedLinearIn                | x, C, U, order | [p, q] = entries `order` of x, (p + q @ C.T) @ U.T     |
 
 and each followed by `Bias`, with `bias` (out_features,) as last input. The grid is part of the name of
 GroupShuffleLinear because its fast body has one Gemm a block; only `GROUP_SHUFFLE_GRIDS` exist. Dense and low
-rank matrices need no op of ours: they are Gemm nodes.
+rank matrices need no op of ours: they are Gemm nodes. `order` is int32.
 
 Every node carries `plugin_version`, `plugin_namespace`, `in_features`, `out_features`, the structure's own
 sizes (terms, blocks, side; left_blocks, right_blocks, rank), and the shape constants that its body reads.
@@ -207,6 +209,22 @@ def _group_shuffle(left: int, right: int) -> Writer:
     return write
 
 
+def _pivoted(body: Body, bias: tuple[str, ...]) -> None:
+    z = body.gemm("x", "V")  # (tokens, rank)
+    y = body.op("Concat", z, body.gemm(z, "C"), axis=1)
+    y = body.op("Gather", y, "order", output=None if bias else "y", axis=1)  # (tokens, n)
+    if bias:
+        body.op("Add", y, *bias, output="y")
+
+
+def _pivoted_in(body: Body, bias: tuple[str, ...]) -> None:
+    x = body.op("Gather", "x", "order", axis=1)  # (tokens, m)
+    pivots, rest, axis = body.attribute("pivots"), body.attribute("rest"), body.ints([1])
+    p = body.op("Slice", x, body.ints([0]), pivots, axis)  # (tokens, rank)
+    q = body.op("Slice", x, pivots, rest, axis)  # (tokens, m - rank)
+    body.gemm(body.op("Add", p, body.gemm(q, "C")), "U", *bias, output="y")
+
+
 def _finish(body: Body, z: str, bias: tuple[str, ...], flat: str) -> None:
     """View z as (tokens, n) and add the bias."""
     y = body.op("Reshape", z, flat, output=None if bias else "y")
@@ -247,6 +265,16 @@ def _dense_group_shuffle(p: Arrays, attributes: Attributes) -> Array:
     return np.concatenate(rows, axis=0)
 
 
+def _dense_pivoted(p: Arrays, attributes: Attributes) -> Array:
+    return np.asarray(np.concatenate([p["V"], p["C"] @ p["V"]])[p["order"].astype(np.int64)])
+
+
+def _dense_pivoted_in(p: Arrays, attributes: Attributes) -> Array:
+    W = np.empty((_int(attributes, "out_features"), _int(attributes, "in_features")))
+    W[:, p["order"].astype(np.int64)] = np.concatenate([p["U"], p["U"] @ p["C"]], axis=1)
+    return W
+
+
 def _int(attributes: Attributes, name: str) -> int:
     value = attributes[name]
     assert isinstance(value, int)
@@ -258,6 +286,7 @@ def _int(attributes: Attributes, name: str) -> int:
 _SIZES = ("in_features", "out_features")
 _KRON = (*_SIZES, "terms", "blocks", "side")
 _GENERAL = (*_SIZES, "terms", "side", "a_shape", "b_shape", "grid", "inner", "flat", "a_rows", "b_rows")
+_PIVOTS = ("rank", "pivots", "rest")
 _FAMILIES = (
     Op("KroneckerLinear", ("x", "B", "A"), (*_KRON, "grid", "flat"), _in, _dense_in),
     Op("KroneckerLinearOut", ("x", "B", "A"), (*_KRON, "grid", "flat"), _out, _dense_out),
@@ -265,6 +294,10 @@ _FAMILIES = (
     Op("KroneckerLeadingLinearOut", ("x", "B"), (*_KRON, "padding"), _leading_out, _dense_out),
     Op("KroneckerLinearGeneral", ("x", "B", "A"), _GENERAL, _general, _dense_general),
     Op("KroneckerLinearGeneralMixFirst", ("x", "B", "A"), _GENERAL, _general_mix_first, _dense_general),
+    Op("PivotedLinear", ("x", "V", "C", "order"), (*_SIZES, "rank"), _pivoted, _dense_pivoted),
+    Op(
+        "PivotedLinearIn", ("x", "C", "U", "order"), (*_SIZES, "rank", "pivots", "rest"), _pivoted_in, _dense_pivoted_in
+    ),
 )
 _GROUP_SHUFFLE_ATTRIBUTES = (*_SIZES, "left_blocks", "right_blocks", "rank", "grid", "flat")
 _GROUP_SHUFFLE_NAME = re.compile(r"GroupShuffleLinear_([1-9]\d*)x([1-9]\d*)")

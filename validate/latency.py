@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from validate.layers import Copies, Shape
     from validate.timing import Paired
 
-STRUCTURES = ("lowrank", "kron", "gs", "compot", "compot24")
+STRUCTURES = ("pifa", "lowrank", "kron", "gs", "compot", "compot24")
 INNER = ("neurons", "vo")
 SIZES = 4  # of each structure and shape, from the smallest of its menu to the largest
 EMPTY = 64  # sessions of 1 x 1 matrices, as cold as those of small layers
@@ -194,7 +194,7 @@ def build_table(
     model: str,
     *,
     tokens: int = 1,
-    structures: Sequence[str] = ("lowrank", "kron", "gs"),
+    structures: Sequence[str] = ("pifa", "lowrank", "kron", "gs"),
     inner: Sequence[str] = ("neurons",),
     unit: int | None = None,
     threads: int = 1,
@@ -247,7 +247,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tokens", type=int, default=1, metavar="N", help="rows of one call, see above (default: 1)")
     p.add_argument(
         "--structures",
-        default="lowrank,kron,gs",
+        default="pifa,lowrank,kron,gs",
         metavar="A,B",
         help=f"of {', '.join(STRUCTURES)} (default: %(default)s)",
     )

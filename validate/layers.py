@@ -81,7 +81,7 @@ class Row:
         }
 
 
-KNOWN = (*STRUCTURES, "lowrank", "compot", "compot24")
+KNOWN = (*STRUCTURES, "pifa", "lowrank", "compot", "compot24")
 
 
 def choose(name: str, shape: Shape, kept: float = KEPT) -> Structure:
@@ -138,17 +138,20 @@ def layer_model(structure: Structure, seed: int = 0) -> onnx.ModelProto:
 
 def random_factors(structure: Structure, generator: np.random.Generator) -> dict[str, Any]:
     """Random float32 factors as a graph holds them: of a dictionary structure the coefficients S with their zeros,
-    `kept` in every row in its pattern (a dense engine multiplies with the zeros as well)."""
+    `kept` in every row in its pattern (a dense engine multiplies with the zeros as well); an order is int32."""
     import numpy as np
 
-    from compress.structures import CompotStructure
+    from compress.structures import CompotStructure, PivotedStructure
     from export.lowering import COEFFICIENTS
 
     def normal(shape: tuple[int, ...]) -> Any:
         return generator.standard_normal(shape, np.float32) / np.float32(math.sqrt(shape[-1]))
 
     if not isinstance(structure, CompotStructure):
-        return {name: normal(shape) for name, shape in structure.shapes().items()}
+        factors = {name: normal(shape) for name, shape in structure.shapes().items()}
+        if isinstance(structure, PivotedStructure):
+            factors["order"] = generator.permutation(structure.cut).astype(np.int32)
+        return factors
     n, atoms = structure.out_features, structure.atoms
     group, kept = (4, 2) if structure.pattern == "2:4" else (atoms, structure.kept)
     order = generator.random((n, atoms // group, group)).argsort(-1).argsort(-1)  # a permutation of each group

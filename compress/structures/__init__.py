@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from compress.structures.kron import KroneckerStructure
     from compress.structures.linalg import weighted_error
     from compress.structures.lowrank import LowRankStructure
+    from compress.structures.pifa import PivotedStructure
     from compress.structures.select import SelectStructure
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "GroupShuffleStructure",
     "KroneckerStructure",
     "LowRankStructure",
+    "PivotedStructure",
     "SelectStructure",
     "Structure",
     "register",
@@ -40,6 +42,7 @@ _HOME = {
     "GroupShuffleStructure": "gs",
     "KroneckerStructure": "kron",
     "LowRankStructure": "lowrank",
+    "PivotedStructure": "pifa",
     "SelectStructure": "select",
     "Structure": "base",
     "register": "base",

@@ -120,7 +120,8 @@ class SelectStructure(Structure):
             factors = self.reduced.fit(target.T, other, moment)
         else:
             factors = self.reduced.fit(target, moment, other)
-        return {name: factor.to(result_dtype(weight)).contiguous() for name, factor in factors.items()}
+        dtype = result_dtype(weight)
+        return {n: f.to(dtype).contiguous() if f.is_floating_point() else f for n, f in factors.items()}
 
     def apply(self, factors: Mapping[str, Tensor], x: Tensor) -> Tensor:
         lead, kept, size = x.shape[:-1], self.kept, self.group_size

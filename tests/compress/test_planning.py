@@ -31,6 +31,7 @@ VARIANTS = [
     ("gs", "none"),
     ("gs", "shared"),
     ("lowrank", "none"),
+    ("pifa", "none"),
     ("auto", "none"),
     ("auto", "shared"),
     ("auto", "block"),
@@ -82,7 +83,7 @@ def test_budget_holds(name: str, structure: str, rotation: str, tiny_model: Tiny
     assert plan.rotations.kind == rotation
     assert 0.8 * ratio < size.ratio <= ratio
     assert size.structured_linears == len(plan.structures) > 0
-    kinds = {"lowrank", "kron", "select"} if structure == "auto" else {structure}
+    kinds = {"pifa", "kron", "select"} if structure == "auto" else {structure}
     assert {s.name for s in plan.structures.values()} <= kinds
     assert len(plan.rotations.matrices) == {"none": 0, "shared": 1, "block": 2 * arch.num_layers + 1}[rotation]
     assert orthogonality_error(plan.rotations.matrices) < 1e-10
@@ -92,7 +93,7 @@ def test_budget_holds(name: str, structure: str, rotation: str, tiny_model: Tiny
         assert spec.parameter_count() < n * m
 
 
-@pytest.mark.parametrize("structure", ["gs", "lowrank", "kron", "compot"])
+@pytest.mark.parametrize("structure", ["gs", "lowrank", "pifa", "kron", "compot"])
 def test_budget_holds_where_some_linears_must_stay_dense(structure: str, tiny_model: TinyModel) -> None:
     """Large steps: the narrow k and v have no size that fits, and the others pay for them."""
     source = tiny_source(tiny_model, "tiny_llama")

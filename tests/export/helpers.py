@@ -89,6 +89,8 @@ def write_checkpoint(
             if name.endswith(".mask") and isinstance(structure, CompotStructure):
                 size = torch.rand(structure.out_features, structure.atoms, generator=generator)
                 value = pack(structure._support(size))
+            elif name.endswith(".order"):
+                value = torch.randperm(shape[0], generator=generator, dtype=torch.int32)
             else:
                 value = _random(name, shape, generator)
             writer.add(name, value if override is None else override.get(name, value))

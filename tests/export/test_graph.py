@@ -20,6 +20,7 @@ from compress.structures import (
     GroupShuffleStructure,
     KroneckerStructure,
     LowRankStructure,
+    PivotedStructure,
     Structure,
 )
 from export.engines.ort import OrtRunner, executed_nodes, left_pad
@@ -71,6 +72,10 @@ def low_rank(name: str, n: int, m: int, side: str) -> Structure:
     return LowRankStructure(m, n, 5 if name.endswith("attn.k") else 9)
 
 
+def pivoted(name: str, n: int, m: int, side: str) -> Structure:
+    return PivotedStructure(m, n, 5 if name.endswith("attn.k") else 9, "in" if m < n else "out")
+
+
 def joint(name: str, n: int, m: int, side: str) -> Structure | None:
     """q, k, v share a V that is wider than k and v; gate and up share one in the second layer only."""
     layer, role = name[7:].split(".", 1)
@@ -98,7 +103,7 @@ def two_sided(name: str, n: int, m: int, side: str) -> Structure:
 
 def mixture(name: str, n: int, m: int, side: str) -> Structure | None:
     """Every structure in one model."""
-    kinds: list[Chooser] = [kron("leading"), kron("explicit"), gs, low_rank, two_sided, lambda *_: None]
+    kinds: list[Chooser] = [kron("leading"), kron("explicit"), gs, low_rank, pivoted, two_sided, lambda *_: None]
     return kinds[sum(map(ord, name)) % len(kinds)](name, n, m, side)
 
 
@@ -136,6 +141,7 @@ CASES = {
     "kron both sides": Case(llama(), two_sided),
     "gs": Case(llama(), gs),
     "lowrank": Case(llama(), low_rank),
+    "pifa": Case(llama(attention_bias=True), pivoted),
     "joint": Case(llama(), joint),
     "joint, biased": Case(llama(attention_bias=True, qk_norm=True), joint),
     "joint, one of three biased": Case(llama(), joint, {"extra_biases": ["layers.0.attn.v", "layers.1.mlp.gate"]}),

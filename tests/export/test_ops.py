@@ -21,6 +21,7 @@ from compress.structures import (
     GroupShuffleStructure,
     KroneckerStructure,
     LowRankStructure,
+    PivotedStructure,
     Structure,
 )
 from export.layer import export_linear
@@ -61,6 +62,12 @@ def low_rank(draw: Draw) -> Structure:
     return LowRankStructure(m, n, draw(st.integers(1, min(n, m))))
 
 
+@st.composite
+def pivoted(draw: Draw, side: str) -> Structure:
+    m, n = draw(st.integers(2, 9)), draw(st.integers(2, 9))
+    return PivotedStructure(m, n, draw(st.integers(1, min(m, n, (m if side == "in" else n) - 1))), side)
+
+
 STRUCTURES = {
     "dense": st.builds(DenseStructure, st.integers(1, 9), st.integers(1, 9)),
     "in explicit": one_sided("in", "explicit"),
@@ -70,16 +77,21 @@ STRUCTURES = {
     "both": two_sided(),
     "gs": group_shuffle(),
     "lowrank": low_rank(),
+    "pivots out": pivoted("out"),
+    "pivots in": pivoted("in"),
 }
 
 
 def random_factors(structure: Structure, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {
+    factors = {
         # An explicit mix is float32 in every graph, so its values are float32 numbers here too.
         name: torch.randn(shape, generator=generator).double()
         for name, shape in structure.shapes().items()
     }
+    if isinstance(structure, PivotedStructure):
+        factors["order"] = torch.randperm(structure.cut, generator=generator, dtype=torch.int32)
+    return factors
 
 
 def run(path: Path, x: np.ndarray) -> np.ndarray:
@@ -131,7 +143,7 @@ def test_body_equals_reference_equals_torch(kind: str, data: st.DataObject) -> N
 @pytest.mark.parametrize("kind", STRUCTURES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_types(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Strict inference accepts the body, the output is half precision, and only A is float32."""
+    """Strict inference accepts the body, the output is half precision, and only A is float32 and orders int32."""
     structure = {
         "dense": DenseStructure(8, 6),
         "in explicit": KroneckerStructure(8, 6, 4, 3),
@@ -141,13 +153,15 @@ def test_half_precision_types(kind: str, dtype: torch.dtype, tmp_path: Path) -> 
         "both": KroneckerStructure(8, 6, 4, 3, side="both", n1=2, m1=2),
         "gs": GroupShuffleStructure(8, 6, 4, 2, 2),
         "lowrank": LowRankStructure(8, 6, 3),
+        "pivots out": PivotedStructure(8, 6, 3),
+        "pivots in": PivotedStructure(8, 6, 3, "in"),
     }[kind]
     factors = random_factors(structure, 0)
     path = export_linear(structure, factors, tmp_path, bias=torch.ones(structure.out_features), dtype=dtype)
     model = onnx.load(path)
     half = {torch.float16: onnx.TensorProto.FLOAT16, torch.bfloat16: onnx.TensorProto.BFLOAT16}[dtype]
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    assert {name for name, t in types.items() if t != half} == {"A"} & set(factors)
+    assert {name for name, t in types.items() if t != half} == {"A", "order"} & set(factors)
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
     assert inferred.graph.output[0].type.tensor_type.elem_type == half
     if dtype == torch.float16:
@@ -168,6 +182,8 @@ def test_table_is_complete_and_calls_match_it() -> None:
         KroneckerStructure(8, 32, 4, 3, side="both", n1=1, m1=4),
         KroneckerStructure(8, 32, 4, 3, side="both", n1=4, m1=1),
         GroupShuffleStructure(8, 6, 4, 2, 2),
+        PivotedStructure(8, 6, 3),
+        PivotedStructure(8, 6, 3, "in"),
     ):
         for bias in (False, True):
             (call,) = lower(structure, bias)

@@ -17,7 +17,7 @@ import pytest
 from compress.architecture import Architecture
 from compress.structures import Structure
 from tests.export.helpers import llama
-from tests.export.test_graph import CASES, Case, Chooser, export, gs, kron, low_rank, two_sided
+from tests.export.test_graph import CASES, Case, Chooser, export, gs, kron, low_rank, pivoted, two_sided
 from tests.export.test_select import around_cores, both, unlike
 
 SCRIPT = Path(__file__).with_name("rtx_parse.py")
@@ -62,6 +62,7 @@ MODELS = {
     "kron both sides": Case(llama(), two_sided),
     "gs": Case(llama(), gs),
     "lowrank": Case(llama(), low_rank),
+    "pifa": Case(llama(attention_bias=True), pivoted),
     "opt mixture": CASES["opt mixture"],
     "narrow selections": Case(llama(), selecting(llama(), both)),
     "padded selections": Case(llama(attention_bias=True), selecting(llama(), unlike)),

@@ -180,7 +180,7 @@ def test_json_and_tokens(tiny_model: Any, tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--structures", "slice"), "'slice' is not among lowrank, kron, gs"),
+        (("--structures", "slice"), "'slice' is not among pifa, lowrank, kron, gs"),
         (("--inner", "heads"), "'heads' is not among neurons, vo"),
         (("--tokens", "0"), "--tokens must be at least 1"),
         (("--working-set", "0"), "--working-set must be at least 1"),

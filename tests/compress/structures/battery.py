@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress.errors import ArtifactError, UsageError
-from compress.structures import CompotStructure, Structure, structure_from_config, weighted_error
+from compress.structures import CompotStructure, PivotedStructure, Structure, structure_from_config, weighted_error
 from compress.structures.compot import pack
 
 bounded = settings(
@@ -45,7 +45,11 @@ def random_factors(spec: Structure, seed: int = 0, dtype: torch.dtype = torch.fl
         name: (torch.randn(shape, generator=g, dtype=torch.float64) / shape[-1] ** 0.5).to(dtype)
         for name, shape in spec.shapes().items()
     }
-    return {**factors, "mask": random_mask(spec, seed)} if isinstance(spec, CompotStructure) else factors
+    if isinstance(spec, CompotStructure):
+        factors["mask"] = random_mask(spec, seed)
+    if isinstance(spec, PivotedStructure):
+        factors["order"] = torch.randperm(spec.cut, generator=g, dtype=torch.int32)
+    return factors
 
 
 def random_mask(spec: CompotStructure, seed: int = 0) -> Tensor:
@@ -53,7 +57,7 @@ def random_mask(spec: CompotStructure, seed: int = 0) -> Tensor:
 
 
 def floating(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The factors but for masks: those that can be cast and have gradients."""
+    """The factors but for masks and orders: those that can be cast and have gradients."""
     return {name: f for name, f in factors.items() if f.is_floating_point()}
 
 
@@ -183,8 +187,8 @@ class StructureBattery:
             with FlopCounterMode(display=False) as counter:
                 spec.apply(factors, torch.empty(tokens, spec.in_features, device="meta"))
             assert counter.get_total_flops() == 2 * spec.macs(tokens)
-        masks = sum(f.nbytes for f in factors.values() if not f.is_floating_point())
-        assert spec.parameter_count() == sum(f.numel() for f in floating(factors).values()) + math.ceil(masks / 2)
+        integers = sum(f.nbytes for f in factors.values() if not f.is_floating_point())
+        assert spec.parameter_count() == sum(f.numel() for f in floating(factors).values()) + math.ceil(integers / 2)
         for dtype in (torch.float32, torch.bfloat16):
             stored = spec.storage_dtypes(dtype)
             assert spec.bytes(dtype) == sum(f.to(stored[name]).nbytes for name, f in factors.items())

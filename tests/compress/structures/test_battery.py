@@ -31,7 +31,7 @@ class TestDense(StructureBattery):
 
 
 def test_registry_knows_every_structure() -> None:
-    assert list(registry()) == ["compot", "compot24", "dense", "gs", "kron", "lowrank", "select"]
+    assert list(registry()) == ["compot", "compot24", "dense", "gs", "kron", "lowrank", "pifa", "select"]
     for name, cls in registry().items():
         assert cls.name == name
     with pytest.raises(ValueError, match="two structures"):
@@ -60,7 +60,7 @@ def test_refusals_name_the_field() -> None:
         structure_from_config({**config, "rank": "2"})
     with pytest.raises(ArtifactError, match="not valid: rank 7"):
         structure_from_config({**config, "rank": 7})
-    with pytest.raises(ArtifactError, match="dense, gs, kron, lowrank, select"):
+    with pytest.raises(ArtifactError, match="dense, gs, kron, lowrank, pifa, select"):
         structure_from_config({**config, "structure": "lowrnk"})
 
 
