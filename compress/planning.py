@@ -22,7 +22,7 @@ from compress.budgets import (
 )
 from compress.errors import ArtifactError, UsageError
 from compress.gauge import with_skips
-from compress.groups import LayerMenus
+from compress.groups import CORES, LayerMenus
 from compress.inner import InnerRewrites, selection
 from compress.invariance import FoldedModel, Rotations
 from compress.jrk import jrk_structures
@@ -203,8 +203,8 @@ def _check_table(arch: Architecture, recipe: Recipe) -> None:
         if option is not None and option in recipe.inner:
             part = selection(arch, role, (arch.head_dim if option == "vo" else arch.intermediate_size) // 4).reduced
             sizes.append(part)
-            if uses_leading_mix(recipe):
-                sizes += KroneckerStructure.menu(part.in_features, part.out_features, arch.side(role), unit=unit)
+            for kind in (*(k for k in kinds_of(recipe) if k in CORES), *(["kron"] if uses_leading_mix(recipe) else [])):
+                sizes += registry()[kind].menu(part.in_features, part.out_features, arch.side(role), unit=unit)
         for structure in sizes:
             table.seconds(structure)
 

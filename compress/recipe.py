@@ -68,8 +68,8 @@ class Recipe(_Strict):
     sensitivity_samples: int = Field(default=32, ge=1)
     rotation_iterations: int = Field(default=30, ge=0)
     correction: float = Field(default=0.5, ge=0, le=1)
-    gram_damping: float = Field(default=1e-2, gt=0, lt=1)
-    metric_damping: float = Field(default=1e-2, gt=0, lt=1)
+    gram_damping: float = Field(default=0.1, gt=0, lt=1)
+    metric_damping: float = Field(default=0.1, gt=0, lt=1)
     unit: int = Field(default=0, ge=0)
     calibration_dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoint_dtype: Literal["float32", "float16", "bfloat16"] = "float32"

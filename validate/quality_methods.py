@@ -54,6 +54,7 @@ METHODS: tuple[Method, ...] = (
     Method("lowrank-uniform", "low rank, two-sided, uniform", {"structure": "lowrank", "allocation": "uniform"}),
     Method("lowrank", "low rank, two-sided, global", {"structure": "lowrank"}),
     Method("lowrank-joint", "low rank, joint q,k,v and gate,up", {"structure": "lowrank", "joint": True}),
+    Method("pifa", "pivoted low rank (PIFA), two-sided, global", {"structure": "pifa"}),
     Method("jrk", "joint rank-k, data-free", {"structure": "jrk"}),
     Method("compot", "COMPOT", {"structure": "compot"}),
     Method("compot24", "COMPOT, 2:4", {"structure": "compot24"}),
@@ -70,13 +71,14 @@ METHODS: tuple[Method, ...] = (
     Method(
         "auto-kron",
         "best recipe with kron on the menu",
-        {**BEST, "menu": ["lowrank", "kron"], "rotation": "shared", "inner": ["neurons"]},
+        {**BEST, "menu": ["pifa", "kron"], "rotation": "shared", "inner": ["neurons"]},
     ),
     Method("inner-vo", "best recipe and V-O truncation", {**BEST, "inner": ["neurons", "vo"]}),
     Method("inner-bias", "best recipe and bias correction", {**BEST, "inner": ["neurons", "bias"]}),
     Method("embedding", "best recipe, embedding at 0.75", {**BEST, "embedding": 0.75}),
     # One thing of the best recipe switched off at a time. A line that changes nothing is left out.
     Method("no-metric", "one-sided metric", {**BEST, "sensitivity": "none"}, group="ablation"),
+    Method("no-pivots", "plain low rank in place of PIFA", {**BEST, "menu": ["lowrank"]}, group="ablation"),
     Method("no-allocation", "uniform allocation", {**BEST, "allocation": "uniform"}, group="ablation"),
     Method("no-correction", "no sequential recalibration", {**BEST, "correction": 0.0}, group="ablation"),
     Method("no-ties", "kron without ties", {"structure": "kron", "ties": False}, group="ablation"),

@@ -29,6 +29,7 @@ from compress.structures import (
     GroupShuffleStructure,
     KroneckerStructure,
     LowRankStructure,
+    PivotedStructure,
     SelectStructure,
     Structure,
     weighted_error,
@@ -92,19 +93,20 @@ def is_hull(menu: Sequence[Choice]) -> bool:
 
 
 @pytest.mark.parametrize(("n", "m"), [(24, 16), (16, 24), (16, 16)])
-def test_low_rank_is_as_good_as_its_fit(n: int, m: int) -> None:
+@pytest.mark.parametrize("kind", [LowRankStructure, PivotedStructure], ids=lambda kind: kind.name)
+def test_a_rank_is_as_good_as_its_fit(kind: type[Structure], n: int, m: int) -> None:
     x = linear(n, m, seed=n)
-    menu = linear_menu(x, ("lowrank",), 2, parameters)
+    menu = linear_menu(x, (kind.name,), 2, parameters)
     assert is_hull(menu)
     assert menu[-1].label == {"mlp.up": (DenseStructure(m, n), 0.0)}
     ranks = []
     for choice in menu[:-1]:
         structure, loss = only(choice)
-        assert isinstance(structure, LowRankStructure)
+        assert isinstance(structure, kind)
         assert loss == pytest.approx(fitted_error(x, structure), rel=1e-9)
-        ranks.append(structure.rank)
+        ranks.append(structure.rank)  # type: ignore[attr-defined]
     assert ranks == list(range(2, ranks[-1] + 1, 2))
-    assert len(ranks) >= 3
+    assert len(ranks) >= 3 + 2 * (kind is PivotedStructure)
 
 
 @pytest.mark.parametrize("side", ["in", "out"])
@@ -297,14 +299,14 @@ def mlp(seed: int, inner: int = 24, d: int = 10) -> dict[str, Linear]:
     return found
 
 
-@pytest.mark.parametrize("core", ["dense", "lowrank"])
+@pytest.mark.parametrize("core", ["dense", "lowrank", "pifa"])
 @pytest.mark.parametrize("seed", [40, 60])
 def test_dropped_neurons_are_as_good_as_the_fits(core: str, seed: int) -> None:
     """Rows that stay in gate and up, fitted by themselves, and a down that is refitted to what is left to read."""
     linears, unit = mlp(seed), 4
     down = linears["mlp.down"]
     _, curve = neuron_order(down.weight, down.gram, 2 * down.metric)
-    kinds = () if core == "dense" else ("lowrank",)
+    kinds = () if core == "dense" else (core,)
 
     def menu_of(role: str, select: SelectStructure | None) -> list[Choice]:
         return linear_menu(linears[role] if select is None else reduced(linears[role], select), kinds, 2, parameters)

@@ -18,7 +18,7 @@ from compress.architecture import Architecture
 from compress.structures import Structure
 from tests.export.helpers import llama
 from tests.export.test_graph import CASES, Case, Chooser, export, gs, kron, low_rank, pivoted, two_sided
-from tests.export.test_select import around_cores, both, unlike
+from tests.export.test_select import around_cores, around_pivots, both, unlike
 
 SCRIPT = Path(__file__).with_name("rtx_parse.py")
 TYPES = {"float32": "DataType.FLOAT", "float16": "DataType.HALF", "bfloat16": "DataType.BF16"}
@@ -67,6 +67,7 @@ MODELS = {
     "narrow selections": Case(llama(), selecting(llama(), both)),
     "padded selections": Case(llama(attention_bias=True), selecting(llama(), unlike)),
     "selections around cores": Case(llama(), selecting(llama(), around_cores)),
+    "selections around pivots": Case(llama(), selecting(llama(), around_pivots)),
     "sliding window, llama3 rope": Case(llama(sliding_window=4, rope=CASES["llama3 rope"].arch.rope)),
 }
 

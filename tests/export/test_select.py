@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from compress.architecture import WRITERS, Architecture
-from compress.structures import KroneckerStructure, LowRankStructure, SelectStructure, Structure
+from compress.structures import KroneckerStructure, LowRankStructure, PivotedStructure, SelectStructure, Structure
 from compress.structures.select import with_core
 from export.engines.ort import OrtRunner, left_pad
 from export.graph import export_onnx
@@ -68,6 +68,15 @@ def around_cores(arch: Architecture, layer: int, role: str) -> Structure | None:
     return with_core(plain, KroneckerStructure(m, n, 4, 3, "out" if plain.side == "in" else "in", "leading"))
 
 
+def around_pivots(arch: Architecture, layer: int, role: str) -> Structure | None:
+    """Pivoted low rank between what is kept, the pivots on either side."""
+    plain = both(arch, layer, role)
+    if not isinstance(plain, SelectStructure):
+        return None
+    n, m = plain.reduced.out_features, plain.reduced.in_features
+    return with_core(plain, PivotedStructure(m, n, 4, "in" if m < n else "out"))
+
+
 def every(arch: Architecture, choose: Chooser) -> dict[str, Structure]:
     found = {f"layers.{i}.{r}": choose(arch, i, r) for i in range(arch.num_layers) for r in arch.linears()}
     return {name: structure for name, structure in found.items() if structure is not None}
@@ -83,6 +92,7 @@ CASES: dict[str, tuple[Architecture, Chooser, dict[str, Any]]] = {
     "one layer": (llama(), one_layer, {}),
     "unlike": (llama(), unlike, {}),
     "around cores": (llama(), around_cores, {}),
+    "around pivots": (llama(attention_bias=True), around_pivots, {}),
     "opt": (opt(), both, {"center_embedding": True, "head_map": True}),
     "opt unlike": (opt(), unlike, {"center_embedding": True, "head_map": True}),
     "opt around cores": (opt(), around_cores, {"rotation": "block", "skip": "dense"}),

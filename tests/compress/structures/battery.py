@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress.errors import ArtifactError, UsageError
-from compress.structures import CompotStructure, PivotedStructure, Structure, structure_from_config, weighted_error
+from compress.structures import CompotStructure, Structure, structure_from_config, weighted_error
 from compress.structures.compot import pack
 
 bounded = settings(
@@ -47,8 +47,8 @@ def random_factors(spec: Structure, seed: int = 0, dtype: torch.dtype = torch.fl
     }
     if isinstance(spec, CompotStructure):
         factors["mask"] = random_mask(spec, seed)
-    if isinstance(spec, PivotedStructure):
-        factors["order"] = torch.randperm(spec.cut, generator=g, dtype=torch.int32)
+    if "order" in factors:
+        factors["order"] = torch.randperm(len(factors["order"]), generator=g, dtype=torch.int32)
     return factors
 
 

@@ -15,6 +15,7 @@ from compress.errors import ArtifactError, UsageError
 from compress.structures import (
     KroneckerStructure,
     LowRankStructure,
+    PivotedStructure,
     SelectStructure,
     Structure,
     structure_from_config,
@@ -40,7 +41,10 @@ def structured_selections(draw: Draw) -> Structure:
     plain = draw(selections())
     reduced = plain.reduced
     n, m = reduced.out_features, reduced.in_features
-    if draw(st.booleans()):
+    kind = draw(st.sampled_from(["lowrank", "pifa", "kron"]))
+    if kind == "pifa" and n > 1:
+        return with_core(plain, PivotedStructure(m, n, draw(st.integers(1, min(n - 1, m)))))
+    if kind != "kron":
         return with_core(plain, LowRankStructure(m, n, draw(st.integers(1, min(n, m)))))
     side = "out" if plain.side == "in" else "in"
     stream = n if side == "out" else m
