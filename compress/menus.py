@@ -132,8 +132,8 @@ def _diagonal_blocks(moment: Tensor, count: int) -> Tensor:
 
 
 _CURVES: dict[str, Callable[[Linear, int], Iterable[tuple[Structure, float]]]] = {
-    "lowrank": partial(_rank_curve, LowRankStructure),
     "pifa": partial(_rank_curve, PivotedStructure),
+    "lowrank": partial(_rank_curve, LowRankStructure),
     "gs": _group_shuffle_curve,
 }
 
