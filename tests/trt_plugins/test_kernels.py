@@ -1,0 +1,99 @@
+"""The CUDA kernels on CPU threads against float64: plain, under ThreadSanitizer, under AddressSanitizer and UBSan."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+KERNELS = HERE.parents[1] / "trt_plugins" / "csrc" / "kernels"
+SANITIZERS = {
+    "plain": ["-O1"],
+    "threads": ["-O1", "-fsanitize=thread"],
+    "addresses": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+}
+
+
+def cuda_include() -> Path | None:
+    """The headers of a toolkit (CUDA_HOME, nvcc on PATH), or of the pip packages."""
+    nvcc = shutil.which("nvcc")
+    places = [Path(os.environ["CUDA_HOME"])] if "CUDA_HOME" in os.environ else []
+    places += [Path(nvcc).resolve().parents[1]] if nvcc else []
+    places += [Path("/usr/local/cuda")]
+    if (found := importlib.util.find_spec("nvidia")) is not None and found.submodule_search_locations:
+        places += [Path(place) / "cu13" for place in found.submodule_search_locations]
+    return next((p / "include" for p in places if (p / "include" / "cuda_fp16.h").is_file()), None)
+
+
+def compiled(kernels: Path, out: Path, flags: list[str]) -> Path:
+    compiler, include = shutil.which("g++"), cuda_include()
+    if compiler is None or include is None:
+        pytest.skip(f"needs g++ and the CUDA headers: found {compiler} and {include}")
+    program = out / "kernels_test"
+    command = [compiler, "-std=c++20", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags, "-pthread"]
+    command += [
+        "-isystem",
+        str(include),
+        f"-I{HERE}",
+        f"-I{kernels}",
+        str(HERE / "kernels_test.cpp"),
+        "-o",
+        str(program),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return program
+
+
+def run(program: Path, cases: int) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1 exitcode=66"}
+    return subprocess.run(
+        [str(program), str(cases)], capture_output=True, text=True, check=False, env=environment, timeout=600
+    )
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_every_op_in_every_type(sanitizer: str, tmp_path: Path) -> None:
+    done = run(compiled(KERNELS, tmp_path, SANITIZERS[sanitizer]), 3 if sanitizer == "plain" else 1)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "0 failures"
+    assert len(lines) == 1 + 21 * (3 if sanitizer == "plain" else 1)
+
+
+def planted(tmp_path: Path, old: str, new: str) -> Path:
+    """A copy of the kernels with a defect."""
+    copy = tmp_path / "kernels"
+    shutil.copytree(KERNELS, copy)
+    text = (copy / "skinny.cuh").read_text()
+    assert old in text
+    (copy / "skinny.cuh").write_text(text.replace(old, new))
+    return copy
+
+
+def test_a_missing_barrier_is_reported(tmp_path: Path) -> None:
+    """The barrier between filling shared memory and reading it."""
+    old = "  __syncthreads();\n\n  T const* const weight"
+    kernels = planted(tmp_path, old, old.replace("__syncthreads();", ""))
+    done = run(compiled(kernels, tmp_path, SANITIZERS["threads"]), 1)
+    assert done.returncode == 66
+    assert "data race" in done.stderr
+
+
+def test_an_index_out_of_shared_memory_is_reported(tmp_path: Path) -> None:
+    kernels = planted(tmp_path, "z[t * columns + c + i]", "z[t * columns + c + i + 4096]")
+    done = run(compiled(kernels, tmp_path, SANITIZERS["addresses"]), 1)
+    assert done.returncode != 0
+    assert "AddressSanitizer" in done.stderr
+
+
+def test_wrong_sums_are_seen(tmp_path: Path) -> None:
+    kernels = planted(tmp_path, "distance > 0; distance /= 2) values", "distance > 1; distance /= 2) values")
+    done = run(compiled(kernels, tmp_path, SANITIZERS["plain"]), 1)
+    assert done.returncode == 1
+    assert "FAIL" in done.stdout
