@@ -40,6 +40,11 @@ $(VENV)/.ready-demo: $(VENV)/.ready requirements-demo.txt
 	$(pip) --no-deps --require-hashes --requirement requirements-demo.txt
 	@touch $@
 
+# The compiler of the TensorRT plugins, where NVIDIA has one.
+$(VENV)/.ready-plugins: $(VENV)/.ready requirements-plugins.txt
+	test "$$(uname -sm)" != 'Linux x86_64' || $(pip) --no-deps --require-hashes --requirement requirements-plugins.txt
+	@touch $@
+
 demo: $(VENV)/.ready-demo
 	$(patient) $(bin)/python -m export.build --model smollm2-135m --structure kron --ratio 0.75 --engine ort --out $(OUT)
 	$(one_thread) $(bin)/python -m validate.run $(OUT) --max-windows 16
@@ -49,7 +54,7 @@ quality: venv
 	$(bin)/ruff format --check .
 	$(bin)/mypy
 
-test: quality
+test: quality $(VENV)/.ready-plugins
 	$(one_thread) $(offline) $(bin)/python -m pytest -q --numprocesses $(WORKERS)
 
 test-slow: $(VENV)/.ready-demo

@@ -210,7 +210,7 @@ def test_relative_errors_are_those_of_the_checkpoint(
 def test_writers_are_fitted_in_the_loss_metric(rotation: str, tiny_model: TinyModel, tmp_path: Path) -> None:
     """The best B of K B, K the leading coordinates, in the metric H of the rotated stream: K^T H (W - K B) = 0."""
     source = tiny_source(tiny_model, "tiny_llama")
-    fit = Fit(source, tmp_path / "fit", rotation=rotation, correction=0, ratio=0.7)
+    fit = Fit(source, tmp_path / "fit", rotation=rotation, correction=0, ratio=0.6)
     arch, model, seen = source.architecture(), folded(source), 0
     for layer, file in enumerate(fit.files):
         weights, factors = rotate_block(model.block(layer), arch, layer, fit.plan.rotations), load_file(file)

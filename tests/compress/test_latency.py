@@ -45,7 +45,9 @@ def linear_time(structure: Structure) -> float:
     return CALL + 1e-9 * structure.parameter_count() * (1 if structure.name == "dense" else 2)
 
 
-def table_file(folder: Path, arch: Architecture, unit: int, kinds: tuple[str, ...] = ("lowrank", "kron", "gs")) -> Path:
+def table_file(
+    folder: Path, arch: Architecture, unit: int, kinds: tuple[str, ...] = ("pifa", "lowrank", "kron", "gs")
+) -> Path:
     """What validate.latency would write on such a machine, with `variant`."""
     entries = []
     for job in jobs_of(arch, kinds, ("neurons", "vo"), unit):
@@ -191,7 +193,8 @@ def test_the_plan_meets_the_budget(
     reader = CheckpointReader(artifact.path("checkpoint"))
     seconds = spent(table, reader)
     assert seconds <= budget * (1 + 1e-12)
-    assert seconds > 0.85 * budget  # and makes use of it
+    # And makes use of it, as far as one fraction for all can.
+    assert seconds > (0.6 if method.get("allocation") == "uniform" else 0.85) * budget
     if method.get("allocation") != "uniform" and "joint" not in method:
         assert f"projections take {seconds:.4g} of {budget:g} seconds" in capsys.readouterr().err
     records = json.loads((artifact.path("checkpoint") / "fit.json").read_text())

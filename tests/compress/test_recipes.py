@@ -37,9 +37,9 @@ from tests.compress.helpers import (
 RATIO = 0.8
 KINDS: dict[str, dict[str, Any]] = {
     "auto": {"structure": "auto"},
-    "auto with kron": {"structure": "auto", "menu": ["lowrank", "kron"], "rotation": "shared", "ratio": 0.6},
+    "auto with kron": {"structure": "auto", "menu": ["kron"], "rotation": "shared", "ratio": 0.6},
     "auto with block rotations": {"structure": "auto", "rotation": "block", "ratio": 0.9},
-    "auto with all structures": {"structure": "auto", "menu": ["lowrank", "kron", "gs"], "rotation": "shared"},
+    "auto with all structures": {"structure": "auto", "menu": ["pifa", "lowrank", "kron", "gs"], "rotation": "shared"},
     "auto, vo, bias": {"structure": "auto", "inner": ["vo", "bias"]},
     "auto, vo": {"structure": "auto", "inner": ["vo"], "ratio": 0.6},
     "auto, joint": {"structure": "auto", "joint": True, "inner": ["neurons", "vo"]},
@@ -58,6 +58,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "gs, rotated": {"structure": "gs", "rotation": "shared"},
     "gs, paper": {"structure": "gs", "fit": "paper", "ratio": 0.9},
     "lowrank, uniform": {"structure": "lowrank", "allocation": "uniform", "sensitivity": "none", "correction": 0.0},
+    "pifa, bias": {"structure": "pifa", "inner": ["bias"]},
     "lowrank, joint": {"structure": "lowrank", "joint": True},
     "lowrank, bias": {"structure": "lowrank", "inner": ["bias"], "embedding": 0.75},
     "compot": {"structure": "compot"},
@@ -140,7 +141,7 @@ def test_the_budget_holds_and_the_model_speaks(name: str, kind: str, build: Buil
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("auto, vo", {"lowrank", "select"}),
+        ("auto, vo", {"pifa", "select"}),
         ("auto with kron", {"kron", "select"}),
         ("lowrank, joint", {"lowrank"}),
         ("compot24, uniform", {"compot24"}),

@@ -1,4 +1,5 @@
 """Run in a process of its own: parse one ONNX file with TensorRT-RTX, with --build make a plan; print JSON.
+`--plugins LIBRARY` loads a plugin library into the registry first.
 
 A defect in the parser ends the process, and its bindings want their library under an unversioned name on
 LD_LIBRARY_PATH before the process starts; both are the caller's business.
@@ -37,6 +38,8 @@ def build(builder, network) -> int:
 
 
 logger = trt.Logger(trt.Logger.ERROR)
+if "--plugins" in sys.argv:
+    trt.get_plugin_registry().load_library(sys.argv[sys.argv.index("--plugins") + 1])
 builder = trt.Builder(logger)
 network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
 parser = trt.OnnxParser(network, logger)
@@ -46,6 +49,7 @@ result = {
     "parsed": bool(parsed),
     "errors": [str(parser.get_error(i)) for i in range(parser.num_errors)],
     "layers": sorted({str(layer.type) for layer in layers}),
+    "plugins": sum(layer.type == trt.LayerType.PLUGIN_V3 for layer in layers),
     "outputs": [str(network.get_output(i).dtype) for i in range(network.num_outputs)],
 }
 if "--build" in sys.argv:

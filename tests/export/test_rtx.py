@@ -48,7 +48,7 @@ def parse(path: Path, environment: dict[str, str], *options: str) -> dict[str, A
     )
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return {**result, "said": done.stderr}
 
 
 def selecting(arch: Architecture, choose: Callable[[Architecture, int, str], Structure | None]) -> Chooser:
