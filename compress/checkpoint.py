@@ -70,7 +70,10 @@ class ShardWriter:
         # The float32 mix of a Kronecker structure is tiny and stays float32 (op contract).
         if name.endswith(".A") and tensor.dtype == torch.float32:
             return torch.float32
-        # Masks and orders stay integers.
+        # Integers stay what they are, and the bits of a sparsity mask bytes, even where the factors were cast together on
+        # their way here.
+        if name.endswith(".mask"):
+            return torch.uint8
         return self.dtype if tensor.is_floating_point() else tensor.dtype
 
     def _flush(self) -> None:
@@ -258,7 +261,9 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> ProcrustesFo
     with torch.device("meta"):
         model = ProcrustesForCausalLM(reader.config)
     state = {name: reader.get(name) for name in reader.names()}
-    state = {n: t if n.endswith(".A") or not t.is_floating_point() else t.to(dtype) for n, t in state.items()}
+    state = {
+        n: t if n.endswith((".A", ".mask")) or not t.is_floating_point() else t.to(dtype) for n, t in state.items()
+    }
     if reader.config.tie_word_embeddings:
         tied = {n: t for n, t in state.items() if n.startswith("model.embed_tokens.")}
         state |= {n.replace("model.embed_tokens", "lm_head"): t for n, t in tied.items()}
