@@ -70,8 +70,8 @@ class ShardWriter:
         # The float32 mix of a Kronecker structure is tiny and stays float32 (op contract).
         if name.endswith(".A") and tensor.dtype == torch.float32:
             return torch.float32
-        # Integers stay what they are, and the bits of a sparsity mask bytes, even where the factors were cast together on
-        # their way here.
+        # Integers stay what they are, and the bits of a sparsity mask bytes, even where the factors were cast together
+        # on their way here.
         if name.endswith(".mask"):
             return torch.uint8
         return self.dtype if tensor.is_floating_point() else tensor.dtype
