@@ -109,12 +109,12 @@ class PivotedStructure(Structure):
         return {**{name: f.to(dtype).contiguous() for name, f in factors.items()}, "order": order.to(INDEX)}
 
     def apply(self, factors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        order = factors["order"].long()
+        order = factors["order"]
         if self.side == "in":
-            pivots, rest = torch.split(x[..., order], [self.rank, self.cut - self.rank], dim=-1)
+            pivots, rest = torch.split(x.index_select(-1, order), [self.rank, self.cut - self.rank], dim=-1)
             return linear(pivots + linear(rest, factors["C"]), factors["U"])
         z = linear(x, factors["V"])
-        return torch.cat((z, linear(z, factors["C"])), dim=-1)[..., order]
+        return torch.cat((z, linear(z, factors["C"])), dim=-1).index_select(-1, order)
 
     def dense(self, factors: Mapping[str, Tensor]) -> Tensor:
         order = factors["order"].long()
