@@ -93,7 +93,7 @@ def test_an_index_out_of_shared_memory_is_reported(tmp_path: Path) -> None:
 
 
 def test_wrong_sums_are_seen(tmp_path: Path) -> None:
-    kernels = planted(tmp_path, "distance > 0; distance /= 2) values", "distance > 1; distance /= 2) values")
+    kernels = planted(tmp_path, "fold<0, Distance / 2>(values, lane);", "")
     done = run(compiled(kernels, tmp_path, SANITIZERS["plain"]), 1)
     assert done.returncode == 1
     assert "FAIL" in done.stdout

@@ -73,21 +73,27 @@ struct Product {
 // The sum over all lanes of one of the `Count` values: of value lane / (32 / Count). Each exchange hands half of what a lane
 // still holds to the lane that will finish it: Count - 1 exchanges and one for each halving that is left, in place of
 // 5 Count.
+// Recursive, and not a loop: an index that is not known when it is compiled would put `values` into memory.
+template <int Held, int Distance, int Count>
+__device__ void fold(float (&values)[Count], int lane) {
+  if constexpr (Held > 0) {
+    bool const upper = lane & Distance;
+#pragma unroll
+    for (int i = 0; i < Held; ++i) {
+      float const kept = upper ? values[i + Held] : values[i], given = upper ? values[i] : values[i + Held];
+      values[i] = kept + __shfl_xor_sync(0xffffffffu, given, Distance);
+    }
+    fold<Held / 2, Distance / 2>(values, lane);
+  } else if constexpr (Distance > 0) {
+    values[0] += __shfl_xor_sync(0xffffffffu, values[0], Distance);
+    fold<0, Distance / 2>(values, lane);
+  }
+}
+
 template <int Count>
 __device__ float sum_of_lane(float (&values)[Count], int lane) {
   static_assert(Count <= kWarp && (Count & (Count - 1)) == 0);
-  int distance = kWarp / 2;
-#pragma unroll
-  for (int held = Count / 2; held > 0; held /= 2, distance /= 2) {
-    bool const upper = lane & distance;
-#pragma unroll
-    for (int i = 0; i < held; ++i) {
-      float const kept = upper ? values[i + held] : values[i], given = upper ? values[i] : values[i + held];
-      values[i] = kept + __shfl_xor_sync(0xffffffffu, given, distance);
-    }
-  }
-#pragma unroll
-  for (; distance > 0; distance /= 2) values[0] += __shfl_xor_sync(0xffffffffu, values[0], distance);
+  fold<Count / 2, kWarp / 2>(values, lane);
   return values[0];
 }
 
