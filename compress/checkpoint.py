@@ -261,9 +261,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> ProcrustesFo
     with torch.device("meta"):
         model = ProcrustesForCausalLM(reader.config)
     state = {name: reader.get(name) for name in reader.names()}
-    state = {
-        n: t if n.endswith((".A", ".mask")) or not t.is_floating_point() else t.to(dtype) for n, t in state.items()
-    }
+    state = {n: t.to(dtype) if t.is_floating_point() and not n.endswith(".A") else t for n, t in state.items()}
     if reader.config.tie_word_embeddings:
         tied = {n: t for n, t in state.items() if n.startswith("model.embed_tokens.")}
         state |= {n.replace("model.embed_tokens", "lm_head"): t for n, t in tied.items()}

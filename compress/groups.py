@@ -28,7 +28,7 @@ from compress.recipe import Recipe
 from compress.rotating import StreamRotations, position_of
 from compress.selection import neuron_order, value_output_basis
 from compress.statistics import SUB_BLOCKS, StreamMoments
-from compress.structures import KroneckerStructure, SelectStructure, Structure
+from compress.structures import KroneckerStructure, SelectStructure, Structure, core_of
 
 CORES = ("pifa",)
 """Structures that may lie between what a selection keeps, beside sums of Kronecker products. Pivoted low rank took the
@@ -100,15 +100,12 @@ class LayerMenus:
         arch, linears = self.model.arch, self.linears(layer)
         curves = self._curves[layer]
 
-        steps = dict.fromkeys(("attn.v", "attn.o"), self.head_unit)
-        steps |= dict.fromkeys(("mlp.gate", "mlp.up", "mlp.down"), self.neuron_unit)
-
         def menu_of(role: str, select: SelectStructure | None) -> list[Choice]:
             key = (layer, role, 0 if select is None else select.kept)
             if key not in self._fixed:
                 if select is None:
                     self._fixed[key] = linear_menu(linears[role], self.kinds, self.unit, self.cost)
-                elif select.kept % _core_step(select.group_size, steps[role]) == 0 and self.cores:
+                elif self.cores and select.kept % self._core_step(role, select.group_size) == 0:
                     self._fixed[key] = linear_menu(reduced(linears[role], select), self.cores, self.unit, self.cost)
                 else:
                     self._fixed[key] = [dense_choice(role, *select.reduced_sizes, self.cost)]
@@ -138,17 +135,22 @@ class LayerMenus:
                     found.append(((layer, f"{sub} readers"), menu))
         return found + [((layer, role), menu_of(role, None)) for role in alone]
 
+    def _core_step(self, role: str, size: int) -> int:
+        """Selections of multiples of this many of `size` features may have a structure of their own in between."""
+        unit = self.head_unit if role.startswith("attn.") else self.neuron_unit
+        return unit * max(1, size // (CORE_SIZES * unit))
+
     def leading_terms(
         self, structures: Mapping[str, Structure], rotations: StreamRotations, index: int
     ) -> Iterator[tuple[StreamTerm, int]]:
         """(term, kept coordinates) of each linear that keeps leading coordinates at rotation `index`."""
         for layer in rotations.layers(index):
             names = {role: f"layers.{layer}.{role}" for role in self.model.arch.linears()}
-            if not any(isinstance(_core(structures[name]), KroneckerStructure) for name in names.values()):
+            if not any(isinstance(core_of(structures[name]), KroneckerStructure) for name in names.values()):
                 continue
             for role, linear in self.linears(layer).items():
                 structure = structures[names[role]]
-                core = _core(structure)
+                core = core_of(structure)
                 if isinstance(core, KroneckerStructure) and rotations.index(position_of(layer, role)) == index:
                     kept = reduced(linear, structure) if isinstance(structure, SelectStructure) else linear
                     yield replace(kept.term(), name=names[role]), core.kept
@@ -168,12 +170,3 @@ class LayerMenus:
                         self.linears(layer)
                     needed[layer] = known[layer]
         return InnerRewrites(orders, bases)
-
-
-def _core_step(size: int, unit: int) -> int:
-    """Selections of multiples of this many of `size` features may have a structure of their own in between."""
-    return unit * max(1, size // (CORE_SIZES * unit))
-
-
-def _core(structure: Structure) -> Structure:
-    return structure.reduced if isinstance(structure, SelectStructure) else structure

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from compress.errors import UsageError
-from compress.structures import DenseStructure, GroupShuffleStructure, KroneckerStructure, SelectStructure, Structure
+from compress.structures import DenseStructure, GroupShuffleStructure, KroneckerStructure, Structure, core_of
 
 Key = tuple[str, int, int]
 Point = tuple[float, float]
@@ -83,7 +83,7 @@ class LatencyTable:
         A selection costs what lies between its kept features, at that shape: its cut or padding moves activations
         only. A follower that shares a V has its own U alone to multiply, and is looked up by its parameters.
         """
-        core = structure.reduced if isinstance(structure, SelectStructure) else structure
+        core = core_of(structure)
         m, n = core.in_features, core.out_features
         size = core.parameter_count() / (m * n)
         kinds = dict.fromkeys((variant_of(core), core.name))  # a table made by hand need not tell variants apart

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from compress.checkpoint import CheckpointReader
 from compress.errors import ArtifactError, UsageError
-from compress.structures import CompotStructure, PivotedStructure, SelectStructure, Structure
+from compress.structures import CompotStructure, PivotedStructure, SelectStructure, Structure, core_of
 from export.attention import Shared, attend, shared_values, split_heads
 from export.external import ExternalData
-from export.lowering import COEFFICIENTS, STORED_TYPES, Fused, core_of, fuse, lower, packed
+from export.lowering import COEFFICIENTS, STORED_TYPES, Fused, fuse, lower, packed
 from export.memory import peak_rss, reset_peak
 from export.narrow import narrow_width
 from export.ops import DOMAIN, OPSET

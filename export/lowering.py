@@ -18,6 +18,7 @@ from compress.structures import (
     PivotedStructure,
     SelectStructure,
     Structure,
+    core_of,
 )
 from export.ops import BIAS_SUFFIX, DOMAIN, GROUP_SHUFFLE_GRIDS, PLUGIN_VERSION, Attributes
 
@@ -62,11 +63,6 @@ def lower(structure: Structure, bias: bool) -> tuple[Call, ...]:
     if isinstance(structure, SelectStructure):
         return _select(structure, bias)
     raise ArtifactError(f"structure {structure.name!r} has no ONNX op; compress with pifa, kron, gs, lowrank or dense")
-
-
-def core_of(structure: Structure) -> Structure:
-    """Whose factors those of a lowered structure are: its own, or those of its core."""
-    return structure.reduced if isinstance(structure, SelectStructure) else structure
 
 
 def packed(structure: Structure) -> CompotStructure:

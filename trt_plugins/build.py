@@ -13,7 +13,7 @@ from pathlib import Path
 
 from compress.errors import MissingDependencyError, UsageError, run_cli
 from compress.progress import log
-from trt_plugins.toolchain import Toolchain, find
+from trt_plugins.toolchain import find
 
 SOURCES = Path(__file__).resolve().parent / "csrc"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
@@ -25,13 +25,13 @@ EXAMPLES = """examples:
 """
 
 
-def build(out: Path, architectures: Sequence[str], toolchain: Toolchain | None = None) -> tuple[Path, Path]:
+def build(out: Path, architectures: Sequence[str]) -> tuple[Path, Path]:
     """Compile both libraries into `out`; returns (plugin library, autoload library).
 
     architectures: compute capabilities as nvcc writes them, "90"; the newest is compiled to PTX as well, for GPUs that
     come later. Raises MissingDependencyError where a compiler or a header is missing or does not compile.
     """
-    tools, out = toolchain or find(), out.resolve()
+    tools, out = find(), out.resolve()
     work = out / "build"
     work.mkdir(parents=True, exist_ok=True)
     newest = max(architectures, key=int)

@@ -51,7 +51,8 @@ def find() -> Toolchain:
 
 
 def _cuda() -> tuple[Path, bool]:
-    """A toolkit (CUDA_HOME, then nvcc on PATH), or the compiler of the pip packages."""
+    """(the folder with bin/nvcc and include, whether it came from pip packages): a toolkit (CUDA_HOME, then nvcc on
+    PATH), or those packages. Raises MissingDependencyError."""
     if "CUDA_HOME" in os.environ:
         home = Path(os.environ["CUDA_HOME"])
         if not (home / "bin" / "nvcc").is_file():

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from compress.structures.linalg import weighted_error
     from compress.structures.lowrank import LowRankStructure
     from compress.structures.pifa import PivotedStructure
-    from compress.structures.select import SelectStructure
+    from compress.structures.select import SelectStructure, core_of
 
 __all__ = [
     "Compot24Structure",
@@ -29,6 +29,7 @@ __all__ = [
     "PivotedStructure",
     "SelectStructure",
     "Structure",
+    "core_of",
     "register",
     "registry",
     "structure_from_config",
@@ -45,6 +46,7 @@ _HOME = {
     "PivotedStructure": "pifa",
     "SelectStructure": "select",
     "Structure": "base",
+    "core_of": "select",
     "register": "base",
     "registry": "base",
     "structure_from_config": "base",

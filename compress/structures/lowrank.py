@@ -51,10 +51,8 @@ class LowRankStructure(Structure):
         return own if self.shares else {"V": (self.rank, self.in_features), **own}
 
     def fit(self, weight: Tensor, gram: Tensor | None = None, metric: Tensor | None = None) -> dict[str, Tensor]:
-        """The optimum in closed form (derived here; with H = I it is the whitened SVD of SVD-LLM).
+        """See `Structure.fit`: the optimum, `best_factors`.
 
-        With G = C_G C_G^T and H = C_H C_H^T, tr(H E G E^T) = |C_H^T E C_G|^2, so the best What is
-        C_H^{-T} T_k C_G^{-1}, T_k the truncated SVD of T = C_H^T W C_G. U and V have equal norms term by term.
         Raises UsageError for a follower, which only `joint.joint_fit` can fit, together with its leader.
         """
         if self.shares:
@@ -63,12 +61,7 @@ class LowRankStructure(Structure):
                 f"fit the group as one (joint_fit), or leave out `shares`"
             )
         problem = Problem.of(weight, gram, metric, self.in_features, self.out_features)
-        U, V = low_rank(problem.whiten(problem.weight), self.rank)
-        if problem.metric is not None:
-            U = torch.linalg.solve_triangular(problem.metric.factor.T, U, upper=True)
-        if problem.gram is not None:
-            V = torch.linalg.solve_triangular(problem.gram.factor, V, upper=False, left=False)
-        U, V = balance(U, V)
+        U, V = best_factors(problem, self.rank)
         dtype = result_dtype(weight)
         return {"V": V.to(dtype).contiguous(), "U": U.to(dtype).contiguous()}
 
@@ -84,6 +77,21 @@ class LowRankStructure(Structure):
         ranks = range(unit, min(in_features, out_features) + 1, unit)
         saving = [r for r in ranks if r * (in_features + out_features) < in_features * out_features]
         return [cls(in_features, out_features, r) for r in saving]
+
+
+def best_factors(problem: Problem, rank: int) -> tuple[Tensor, Tensor]:
+    """U (out, rank) and V (rank, in), float64, that minimise tr(H E G E^T), E = W - U V, in closed form.
+
+    With G = C_G C_G^T and H = C_H C_H^T that is |C_H^T E C_G|^2, so the best U V is C_H^{-T} T_k C_G^{-1}, T_k the
+    truncated SVD of T = C_H^T W C_G. U and V have equal norms term by term. Derived here; with H = I it is the whitened
+    SVD of SVD-LLM (arXiv 2403.07378).
+    """
+    U, V = low_rank(problem.whiten(problem.weight), rank)
+    if problem.metric is not None:
+        U = torch.linalg.solve_triangular(problem.metric.factor.T, U, upper=True)
+    if problem.gram is not None:
+        V = torch.linalg.solve_triangular(problem.gram.factor, V, upper=False, left=False)
+    return balance(U, V)
 
 
 def error_by_rank(weight: Tensor, gram: Tensor | None = None, metric: Tensor | None = None) -> Tensor:

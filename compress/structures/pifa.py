@@ -21,7 +21,7 @@ from typing_extensions import Self
 from compress.errors import ArtifactError, UsageError
 from compress.structures.base import Side, Structure, register
 from compress.structures.linalg import Problem, result_dtype
-from compress.structures.lowrank import LowRankStructure
+from compress.structures.lowrank import best_factors
 
 INDEX = torch.int32
 INDEX_SIZE = 2  # in parameters of 16 bits
@@ -83,7 +83,7 @@ class PivotedStructure(Structure):
         return sum(math.prod(shape) for name, shape in self.shapes().items() if name != "order")
 
     def fit(self, weight: Tensor, gram: Tensor | None = None, metric: Tensor | None = None) -> dict[str, Tensor]:
-        """The optimum of `LowRankStructure.fit` in other coordinates: exact.
+        """`best_factors` in other coordinates: exact.
 
         Pivots come from an LU factorisation with partial pivoting of What C_G (side "out": as large and as independent
         as outputs can be on what the linear reads, G = C_G C_G^T) or of (C_H^T What)^T. Entries of C are then about 1
@@ -91,9 +91,7 @@ class PivotedStructure(Structure):
         error of a typical rank or less.
         """
         problem = Problem.of(weight, gram, metric, self.in_features, self.out_features)
-        low_rank = LowRankStructure(self.in_features, self.out_features, self.rank)
-        fitted = low_rank.fit(weight.double(), gram, metric)
-        U, V = fitted["U"], fitted["V"]
+        U, V = best_factors(problem, self.rank)
         if self.side == "in":
             factor = None if problem.metric is None else problem.metric.factor.T
             left, right = V.T, U if factor is None else factor @ U  # rows of `left`: inputs

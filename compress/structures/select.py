@@ -170,3 +170,8 @@ def refit(weight: Tensor, gram: Tensor, stay: Tensor) -> Tensor:
 def with_core(structure: SelectStructure, core: Structure) -> SelectStructure:
     """The same selection around another structure of the kept features."""
     return replace(structure, core=core)
+
+
+def core_of(structure: Structure) -> Structure:
+    """Whose factors those of `structure` are: its own, or those of what lies between the features that it keeps."""
+    return structure.reduced if isinstance(structure, SelectStructure) else structure

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from compress.errors import MissingDependencyError
+from trt_plugins import toolchain
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "trt_plugins" / "csrc" / "kernels"
@@ -19,32 +21,15 @@ SANITIZERS = {
 }
 
 
-def cuda_include() -> Path | None:
-    """The headers of a toolkit (CUDA_HOME, nvcc on PATH), or of the pip packages."""
-    nvcc = shutil.which("nvcc")
-    places = [Path(os.environ["CUDA_HOME"])] if "CUDA_HOME" in os.environ else []
-    places += [Path(nvcc).resolve().parents[1]] if nvcc else []
-    places += [Path("/usr/local/cuda")]
-    if (found := importlib.util.find_spec("nvidia")) is not None and found.submodule_search_locations:
-        places += [Path(place) / "cu13" for place in found.submodule_search_locations]
-    return next((p / "include" for p in places if (p / "include" / "cuda_fp16.h").is_file()), None)
-
-
 def compiled(kernels: Path, out: Path, flags: list[str]) -> Path:
-    compiler, include = shutil.which("g++"), cuda_include()
-    if compiler is None or include is None:
-        pytest.skip(f"needs g++ and the CUDA headers: found {compiler} and {include}")
+    try:
+        tools = toolchain.find()
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
     program = out / "kernels_test"
-    command = [compiler, "-std=c++20", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags, "-pthread"]
-    command += [
-        "-isystem",
-        str(include),
-        f"-I{HERE}",
-        f"-I{kernels}",
-        str(HERE / "kernels_test.cpp"),
-        "-o",
-        str(program),
-    ]
+    command = [str(tools.host), *["-std=c++20", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread"], *flags]
+    command += ["-isystem", str(tools.cuda / "include"), f"-I{HERE}", f"-I{kernels}", str(HERE / "kernels_test.cpp")]
+    command += ["-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return program

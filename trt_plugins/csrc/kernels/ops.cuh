@@ -111,6 +111,17 @@ cudaError_t product(Product<T> const& p, Source<T> const& source, Sink<T> sink, 
   return cudaGetLastError();
 }
 
+// Ops of two products have what is between them at the start of the workspace, and then the partial sums of either.
+template <typename T>
+int64_t between_and_partial(int64_t numbers, int64_t first, int64_t second) {
+  return aligned(numbers * sizeof(T)) + (first > second ? first : second);
+}
+
+template <typename T>
+float* partial_after(void* workspace, int64_t numbers) {
+  return reinterpret_cast<float*>(static_cast<char*>(workspace) + aligned(numbers * sizeof(T)));
+}
+
 template <typename T>
 Source<T> plain(T const* x, int64_t stride, int columns) {
   return Source<T>{x, stride, 1, columns, 0, 0, nullptr, nullptr, 0};
@@ -169,7 +180,7 @@ template <typename T>
 int64_t group_shuffle_workspace(int tokens, int in, int out, int left, int right, int rank) {
   int64_t const first = partial_bytes<T>(tokens, right * rank, left, 1, in / left, 0, false);
   int64_t const second = partial_bytes<T>(tokens, out / right, right, 1, left * rank, 0, false);
-  return aligned(int64_t(tokens) * left * right * rank * sizeof(T)) + (first > second ? first : second);
+  return between_and_partial<T>(int64_t(tokens) * left * right * rank, first, second);
 }
 
 template <typename T>
@@ -177,8 +188,7 @@ cudaError_t group_shuffle(T const* x, T const* L, T const* R, T const* bias, T* 
                           int left, int right, int rank, void* workspace, cudaStream_t stream) {
   int const inner = left * right * rank;
   T* const z = static_cast<T*>(workspace);  // (tokens, left, right, rank)
-  float* const partial = reinterpret_cast<float*>(static_cast<char*>(workspace) +
-                                                  aligned(int64_t(tokens) * inner * sizeof(T)));
+  float* const partial = partial_after<T>(workspace, int64_t(tokens) * inner);
   int const m = in / left, rows = right * rank;
   Product<T> first{L, rows, m, left, m, int64_t(rows) * m, rows, nullptr, 0, tokens, 0, 0};
   cudaError_t const error = product(first, plain(x, in, m), into<T>(z, inner, nullptr), partial, stream);
@@ -195,15 +205,14 @@ template <typename T>
 int64_t pivoted_workspace(int tokens, int in, int out, int rank) {
   int64_t const first = partial_bytes<T>(tokens, rank, 1, 1, in, 0, false);
   int64_t const second = partial_bytes<T>(tokens, out, 1, 1, rank, 0, false);
-  return aligned(int64_t(tokens) * rank * sizeof(T)) + (first > second ? first : second);
+  return between_and_partial<T>(int64_t(tokens) * rank, first, second);
 }
 
 template <typename T>
 cudaError_t pivoted(T const* x, T const* V, T const* C, int const* order, T const* bias, T* y, int tokens, int in,
                     int out, int rank, void* workspace, cudaStream_t stream) {
   T* const z = static_cast<T*>(workspace);
-  float* const partial = reinterpret_cast<float*>(static_cast<char*>(workspace) +
-                                                  aligned(int64_t(tokens) * rank * sizeof(T)));
+  float* const partial = partial_after<T>(workspace, int64_t(tokens) * rank);
   cudaError_t const error =
       product(dense(V, rank, in, tokens), plain(x, in, in), into<T>(z, rank, nullptr), partial, stream);
   if (error != cudaSuccess) return error;
@@ -218,15 +227,14 @@ template <typename T>
 int64_t pivoted_in_workspace(int tokens, int in, int out, int rank) {
   int64_t const first = partial_bytes<T>(tokens, rank, 1, 1, in - rank, 0, false);
   int64_t const second = partial_bytes<T>(tokens, out, 1, 1, rank, 0, false);
-  return aligned(int64_t(tokens) * rank * sizeof(T)) + (first > second ? first : second);
+  return between_and_partial<T>(int64_t(tokens) * rank, first, second);
 }
 
 template <typename T>
 cudaError_t pivoted_in(T const* x, T const* C, T const* U, int const* order, T const* bias, T* y, int tokens, int in,
                        int out, int rank, void* workspace, cudaStream_t stream) {
   T* const sum = static_cast<T*>(workspace);
-  float* const partial = reinterpret_cast<float*>(static_cast<char*>(workspace) +
-                                                  aligned(int64_t(tokens) * rank * sizeof(T)));
+  float* const partial = partial_after<T>(workspace, int64_t(tokens) * rank);
   Source<T> const rest{x, in, 1, in - rank, 0, 0, order + rank, nullptr, 0};
   Sink<T> const sink{sum, rank, nullptr, x, in, order, in, nullptr, 0};
   cudaError_t const error = product(dense(C, rank, in - rank, tokens), rest, sink, partial, stream);

@@ -108,7 +108,6 @@ std::vector<std::vector<int64_t>> factor_shapes(Linear const& l) {
 class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuild, public IPluginV3OneRuntime {
  public:
   Plugin(Op const& op, Linear const& linear) : op_(op), linear_(linear) {}
-  Plugin(Plugin const&) = default;
 
   // --- IPluginV3
 
@@ -150,14 +149,9 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
   int32_t getOutputShapes(DimsExprs const* inputs, int32_t count, DimsExprs const*, int32_t, DimsExprs* outputs,
                           int32_t made, IExprBuilder& builder) noexcept override {
     if (made != 1 || count != op_.inputs()) return refuse_counts(count, made);
+    auto const known = [](IDimensionExpr const* d) { return d->isConstant() ? d->getConstantValue() : kAny; };
     for (int32_t i = 0; i < count; ++i) {
-      std::vector<int64_t> const expected = shape_of(i);
-      bool good = inputs[i].nbDims == int32_t(expected.size());
-      for (size_t d = 0; good && d < expected.size(); ++d) {
-        IDimensionExpr const& found = *inputs[i].d[d];
-        good = expected[d] < 0 || !found.isConstant() || found.getConstantValue() == expected[d];
-      }
-      if (!good) return refuse_shape(i, expected);
+      if (int32_t const code = check(i, inputs[i].nbDims, [&](int32_t d) { return known(inputs[i].d[d]); })) return code;
     }
     outputs[0].nbDims = 2;
     outputs[0].d[0] = inputs[0].d[0];
@@ -178,11 +172,7 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
 
   int32_t configurePlugin(DynamicPluginTensorDesc const* inputs, int32_t count, DynamicPluginTensorDesc const*,
                           int32_t outputs) noexcept override {
-    if (outputs != 1 || count != op_.inputs()) return refuse_counts(count, outputs);
-    for (int32_t i = 0; i < count; ++i) {
-      if (int32_t const code = check(i, inputs[i].desc.dims)) return code;
-    }
-    return 0;
+    return check_all(count, outputs, [&](int32_t i) -> Dims const& { return inputs[i].desc.dims; });
   }
 
   size_t getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t, DynamicPluginTensorDesc const*,
@@ -201,11 +191,7 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
 
   int32_t onShapeChange(PluginTensorDesc const* inputs, int32_t count, PluginTensorDesc const*,
                         int32_t outputs) noexcept override {
-    if (outputs != 1 || count != op_.inputs()) return refuse_counts(count, outputs);
-    for (int32_t i = 0; i < count; ++i) {
-      if (int32_t const code = check(i, inputs[i].dims)) return code;
-    }
-    return 0;
+    return check_all(count, outputs, [&](int32_t i) -> Dims const& { return inputs[i].dims; });
   }
 
   int32_t enqueue(PluginTensorDesc const* inputs, PluginTensorDesc const*, void const* const* in, void* const* out,
@@ -229,9 +215,11 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
   }
 
  private:
-  // Dimensions of input i; -1: any.
+  static constexpr int64_t kAny = -1;
+
+  // Dimensions of input i; kAny: of any size.
   std::vector<int64_t> shape_of(int32_t i) const {
-    if (i == 0) return {-1, linear_.in};
+    if (i == 0) return {kAny, linear_.in};
     if (op_.bias && i == op_.inputs() - 1) return {linear_.out};
     return factor_shapes(linear_)[i - 1];
   }
@@ -247,13 +235,26 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
     return type == DataType::kFLOAT ? Type::kFloat : type == DataType::kHALF ? Type::kHalf : Type::kBfloat16;
   }
 
-  int32_t check(int32_t i, Dims const& dims) const {
+  // `size_of(d)`: dimension d of input i, kAny where it is not known yet.
+  template <typename SizeOf>
+  int32_t check(int32_t i, int32_t dimensions, SizeOf const& size_of) const {
     std::vector<int64_t> const expected = shape_of(i);
-    bool good = dims.nbDims == int32_t(expected.size());
-    for (size_t d = 0; good && d < expected.size(); ++d) {
-      good = expected[d] < 0 || dims.d[d] < 0 || dims.d[d] == expected[d];
+    bool good = dimensions == int32_t(expected.size());
+    for (int32_t d = 0; good && d < dimensions; ++d) {
+      int64_t const found = size_of(d);
+      good = expected[d] == kAny || found == kAny || found == expected[d];
     }
     return good ? 0 : refuse_shape(i, expected);
+  }
+
+  template <typename DimsOf>
+  int32_t check_all(int32_t inputs, int32_t outputs, DimsOf const& dims_of) const {
+    if (outputs != 1 || inputs != op_.inputs()) return refuse_counts(inputs, outputs);
+    for (int32_t i = 0; i < inputs; ++i) {
+      Dims const& dims = dims_of(i);
+      if (int32_t const code = check(i, dims.nbDims, [&](int32_t d) { return int64_t(dims.d[d]); })) return code;
+    }
+    return 0;
   }
 
   int32_t refuse_counts(int32_t inputs, int32_t outputs) const {
