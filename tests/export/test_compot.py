@@ -17,7 +17,8 @@ from torch import Tensor
 from compress.checkpoint import CheckpointReader, ShardWriter, load_model
 from compress.errors import ArtifactError
 from compress.structures import Compot24Structure, CompotStructure, SelectStructure, Structure
-from export.engines.ort import OrtRunner, left_pad
+from export.engines.ort import OrtRunner
+from export.engines.runner import left_pad
 from export.graph import export_onnx
 from export.layer import export_linear
 from tests.export.helpers import VOCABULARY, llama, write_checkpoint

@@ -23,7 +23,8 @@ from compress.structures import (
     PivotedStructure,
     Structure,
 )
-from export.engines.ort import OrtRunner, executed_nodes, left_pad
+from export.engines.ort import OrtRunner, executed_nodes
+from export.engines.runner import left_pad
 from export.graph import ExportInfo, export_onnx
 from export.ops import DOMAIN
 from tests.export.helpers import VOCABULARY, llama, opt, write_checkpoint

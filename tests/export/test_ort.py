@@ -12,7 +12,8 @@ import torch
 
 from compress.errors import ArtifactError, MissingDependencyError, ProcrustesError, UsageError
 from export.engines import ort
-from export.engines.ort import OrtRunner, left_pad
+from export.engines.ort import OrtRunner
+from export.engines.runner import left_pad
 from export.engines.sampling import Sampler
 from export.graph import export_onnx
 from tests.export.helpers import llama, opt, write_checkpoint

@@ -16,7 +16,8 @@ import torch
 from compress.architecture import WRITERS, Architecture
 from compress.structures import KroneckerStructure, LowRankStructure, PivotedStructure, SelectStructure, Structure
 from compress.structures.select import with_core
-from export.engines.ort import OrtRunner, left_pad
+from export.engines.ort import OrtRunner
+from export.engines.runner import left_pad
 from export.graph import export_onnx
 from export.layer import export_linear
 from tests.export.helpers import VOCABULARY, llama, opt, write_checkpoint

@@ -27,7 +27,11 @@ def compiled(kernels: Path, out: Path, flags: list[str]) -> Path:
     except MissingDependencyError as error:
         pytest.skip(str(error))
     program = out / "kernels_test"
-    command = [str(tools.host), *["-std=c++20", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread"], *flags]
+    command = [
+        str(tools.host),
+        *["-std=c++20", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread"],
+        *flags,
+    ]
     command += ["-isystem", str(tools.cuda / "include"), f"-I{HERE}", f"-I{kernels}", str(HERE / "kernels_test.cpp")]
     command += ["-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
