@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from compress.recipe import Recipe
 
 
-def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
+def add_compress_arguments(parser: argparse.ArgumentParser, *, model_required: bool = True) -> None:
     """Model, recipe and run-time flags. Defaults are None: what is not given is decided by the recipe."""
     parser.add_argument(
         "--model",
-        required=True,
+        required=model_required,
         metavar="M",
         help="folder, .gguf file, ORG/NAME on the hub, or an alias such as smollm2-135m or opt-13b",
     )
@@ -126,7 +126,9 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run = parser.add_argument_group("how to run")
     run.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    run.add_argument("--batch", type=int, default=4, help="calibration sequences at a time (default: 4)")
+    run.add_argument(
+        "--calibration-batch", type=int, default=4, metavar="N", help="calibration sequences at a time (default: 4)"
+    )
     run.add_argument(
         "--statistics",
         type=Path,

@@ -112,7 +112,7 @@ def compress_model(
     which the calibration's second moments are kept, for other runs with the same model and text (not two at a time).
     """
     if batch < 1:
-        raise UsageError(f"--batch {batch} runs nothing: give 1 or more calibration sequences at a time")
+        raise UsageError(f"--calibration-batch {batch} runs nothing: give 1 or more calibration sequences at a time")
     artifact = Artifact(out)
     arch = source.architecture()
     check_recipe(arch, recipe)

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe,
         args.out,
         device=args.device,
-        batch=args.batch,
+        batch=args.calibration_batch,
         materialize_dense=args.materialize_dense,
         statistics=args.statistics,
     )

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import ArtifactError, MissingDependencyError, UsageError, run_cli
@@ -16,18 +17,23 @@ if TYPE_CHECKING:
     from compress.artifact import Artifact
     from compress.models import ModelSource
     from compress.recipe import Recipe
+    from export.engines.trt import Options
 
 EXAMPLES = """\
 examples:
   python -m export.build --model smollm2-135m --structure kron --ratio 0.75 --engine ort --out out/demo
   python -m export.build --model ./my-llama --structure lowrank --dtype float16 --engine none --out out/half
+  python -m export.build --model opt-13b --structure kron --engine trt --batch 1,8,64 --cache 1,1024,2047 --out out/opt
+  python -m export.build --model ./my-llama --engine trt-rtx --compute-capability 8.9,12.0 --out out/rtx
+  python -m export.build --resume --engine trt --out out/opt
   python -m export.build --model facebook/opt-1.3b --structure gs --dry-run --out out/opt
 
-What OUT already holds is used again when model, recipe and options are the same, so an interrupted build is
-continued by giving the same command again.
+--engine trt needs a GPU at its last step only: without one everything else is made, and OUT/build_engine.sh, which
+builds the engine where there is a GPU. What OUT already holds is used again when model, recipe and options are the
+same, so an interrupted build is continued by giving the same command again.
 """
 ENGINES = ("ort", "trt", "trt-rtx", "none")
-LATER = ("trt", "trt-rtx")
+TENSORRT = ("trt", "trt-rtx")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -39,21 +45,51 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_compress_arguments(p)
+    add_compress_arguments(p, model_required=False)
     add_output_arguments(p)
+    p.add_argument(
+        "--resume", action="store_true", help="build the engine of OUT's graph as it is; needs no --model and no recipe"
+    )
     what = p.add_argument_group("what to build")
     what.add_argument(
         "--engine",
         choices=ENGINES,
         default="ort",
-        help="ONNX Runtime, TensorRT or TensorRT-RTX (both in a later release), or the ONNX file alone (default: ort)",
+        help="ONNX Runtime, TensorRT, TensorRT-RTX, or the ONNX file alone (default: ort)",
     )
-    what.add_argument("--dtype", choices=DTYPES, default="float32", help="of the graph (default: float32)")
+    what.add_argument(
+        "--dtype", choices=DTYPES, help="of the graph (default: float16 for TensorRT and TensorRT-RTX, else float32)"
+    )
     what.add_argument(
         "--logits",
         choices=("all", "last"),
         default="all",
         help="of all positions, as validation needs them, or of the last one, for serving (default: all)",
+    )
+    trt = p.add_argument_group("TensorRT and TensorRT-RTX")
+    sizes = "(default: %s, as far as the model's positions allow)"
+    trt.add_argument("--batch", metavar="MIN,OPT,MAX", help=f"sequences at a time {sizes % '1,1,8'}")
+    trt.add_argument("--prompt", metavar="MIN,OPT,MAX", help=f"new tokens of a prefill {sizes % '1,256,1024'}")
+    trt.add_argument("--cache", metavar="MIN,OPT,MAX", help=f"tokens in the cache at decode {sizes % '1,512,2048'}")
+    trt.add_argument(
+        "--plugin",
+        choices=("auto", "native", "cpp"),
+        default="auto",
+        help="run custom ops by their function bodies, by our plugins, or time both and keep the faster, which needs a "
+        "GPU (default: auto; for trt-rtx that is native)",
+    )
+    trt.add_argument(
+        "--plugin-libraries", type=Path, metavar="DIR", help="made by python -m trt_plugins.build, not compiled again"
+    )
+    trt.add_argument(
+        "--compute-capability",
+        metavar="A.B,C.D",
+        help="GPUs to build a TensorRT-RTX engine for (default: 8.0,8.6,8.9,12.0)",
+    )
+    trt.add_argument("--opt-level", type=int, choices=range(6), metavar="0-5", help="of the builder (default: its own)")
+    trt.add_argument("--workspace", type=int, metavar="MIB", help="memory that a layer may use (default: all)")
+    trt.add_argument(
+        "--timing-cache", type=Path, metavar="FILE", help="of TensorRT (default: one for all builds of this user)"
     )
     return p
 
@@ -61,22 +97,18 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, compress if need be, export, prepare the engine, print."""
     args = parser().parse_args(argv)
-    if args.engine in LATER:
-        raise MissingDependencyError(
-            f"--engine {args.engine}: TensorRT engines come in a later release of procrustes-llm; "
-            "use --engine ort to run the model now, or --engine none for its ONNX file"
-        )
-    if args.engine == "ort" and args.dtype == "bfloat16":
-        raise UsageError(
-            "ONNX Runtime has no bfloat16 matrix product on the CPU: use --dtype float32, or --engine none"
-        )
-    recipe = recipe_from(args)
+    _check(args)
     from compress.artifact import Artifact
-    from compress.models import resolve
 
-    source = resolve(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
     artifact = Artifact(args.out)
-    result = _dry_run(args, artifact, source, recipe) if args.dry_run else _build(args, artifact, source, recipe)
+    if args.resume:
+        result = _resume(args, artifact)
+    else:
+        from compress.models import resolve
+
+        recipe = recipe_from(args)
+        source = resolve(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
+        result = _dry_run(args, artifact, source, recipe) if args.dry_run else _build(args, artifact, source, recipe)
     if args.json:
         print(json.dumps(result))
     else:
@@ -86,10 +118,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Fill in the type, and refuse flags that contradict each other, before any work."""
+    if args.dtype is None:
+        args.dtype = "float16" if args.engine in TENSORRT else "float32"
+    if args.engine == "ort" and args.dtype == "bfloat16":
+        raise UsageError(
+            "ONNX Runtime has no bfloat16 matrix product on the CPU: use --dtype float32, or --engine none"
+        )
+    if args.resume and (args.model is not None or args.recipe is not None or args.dry_run):
+        raise UsageError("--resume takes OUT as it is: leave out --model, --recipe and --dry-run")
+    if not args.resume and args.model is None:
+        raise UsageError("say which model with --model, or go on with OUT's graph with --resume")
+    if args.compute_capability is not None and args.engine != "trt-rtx":
+        raise UsageError("--compute-capability is for --engine trt-rtx; TensorRT builds for the GPU that is there")
+    if args.workspace is not None and args.workspace < 1:
+        raise UsageError(f"--workspace must be at least 1 MiB, not {args.workspace}")
+    if args.plugin == "native" and args.plugin_libraries is not None:
+        raise UsageError("--plugin native uses no --plugin-libraries")
+
+
 def _build(args: argparse.Namespace, artifact: Artifact, source: ModelSource, recipe: Recipe) -> dict[str, Any]:
     from compress.pipeline import compress_model
-    from export.stages import build_onnx, build_ort
+    from export.stages import build_onnx
 
+    positions = source.architecture().max_positions
+    engine = _tensorrt(args, positions) if args.engine in TENSORRT else None
     with artifact.lock():
         if _has_checkpoint(args, artifact, source, recipe):
             log(f"re-using {artifact.path('checkpoint')}: same model and recipe")
@@ -99,13 +153,12 @@ def _build(args: argparse.Namespace, artifact: Artifact, source: ModelSource, re
                 recipe,
                 args.out,
                 device=args.device,
-                batch=args.batch,
+                batch=args.calibration_batch,
                 materialize_dense=args.materialize_dense,
                 statistics=args.statistics,
             )
         graph = build_onnx(artifact, dtype=args.dtype, logits=args.logits)
-        if args.engine == "ort":
-            build_ort(artifact)
+        built = _build_engine(args, artifact, engine)
     facts = artifact.read_manifest()["stages"]["checkpoint"]
     return {
         "out": str(args.out),
@@ -113,12 +166,89 @@ def _build(args: argparse.Namespace, artifact: Artifact, source: ModelSource, re
         "rotation": recipe.rotation,
         "ratio": facts["ratio"],
         "model_ratio": facts["model_ratio"],
-        "engine": args.engine,
+        **built,
         "dtype": graph["dtype"],
         "nodes": sum(graph["nodes"].values()),
         "structured_nodes": graph["structured_nodes"],
         "weight_bytes": graph["initializer_bytes"],
         "export_peak_rss_bytes": graph["peak_rss_bytes"],
+    }
+
+
+def _resume(args: argparse.Namespace, artifact: Artifact) -> dict[str, Any]:
+    from compress.checkpoint import CheckpointReader
+    from export.stages import build_info
+
+    with artifact.lock():
+        checkpoint = artifact.require_stage("checkpoint")
+        artifact.require_stage("onnx")
+        artifact.verify(["checkpoint/config.json", "onnx"])
+        positions = CheckpointReader(checkpoint).architecture.max_positions
+        engine = _tensorrt(args, positions) if args.engine in TENSORRT else None
+        built = _build_engine(args, artifact, engine)
+    return {"out": str(args.out), **built, "dtype": build_info(artifact, "onnx")["dtype"]}
+
+
+def _tensorrt(args: argparse.Namespace, positions: int) -> tuple[Options, tuple[int, ...]]:
+    """The options of a TensorRT build, and the compute capabilities of one by TensorRT-RTX; says what is missing."""
+    from export.engines import trt, trt_rtx
+    from export.engines.profiles import Spans
+
+    capabilities = trt_rtx.parse_capabilities(args.compute_capability)
+    options = trt.Options(
+        Spans.parse(args.batch, args.prompt, args.cache, positions),
+        args.plugin,
+        args.opt_level,
+        None if args.workspace is None else args.workspace << 20,
+        args.timing_cache,
+    )
+    try:
+        trt.require() if args.engine == "trt" else trt_rtx.require()
+    except MissingDependencyError as error:
+        log(f"{error}; going on with everything before the engine")
+    return options, capabilities
+
+
+def _build_engine(
+    args: argparse.Namespace, artifact: Artifact, engine: tuple[Options, tuple[int, ...]] | None
+) -> dict[str, Any]:
+    """What OUT/onnx runs on. Raises MissingDependencyError for what is not here, after all that goes before it."""
+    if engine is None:
+        if args.engine == "ort":
+            from export.stages import build_ort
+
+            build_ort(artifact)
+        return {"engine": args.engine}
+    from export.engines import plugins, trt, trt_rtx
+
+    options, capabilities = engine
+    ahead = args.engine == "trt-rtx"
+    without = None
+    if plugins.wants_plugins(artifact) and options.plugin != "native" and (options.plugin == "cpp" or not ahead):
+        try:
+            plugins.build_plugins(artifact, libraries=args.plugin_libraries, keep=args.resume)
+        except MissingDependencyError as error:
+            if options.plugin == "cpp":
+                raise
+            without = error
+            log(f"without plugins: {error}")
+    if ahead:
+        info = trt_rtx.build_rtx(artifact, options, capabilities)
+    else:
+        script = trt.write_script(artifact, options)
+        try:
+            info = trt.build_trt(artifact, options)
+        except MissingDependencyError as error:
+            rest = "" if without is None else f" (and the plugins were not compiled: {without})"
+            raise MissingDependencyError(
+                f"{error}{rest}. All that goes before is complete in {artifact.out}: run {script} where that is there"
+            ) from error
+    return {
+        "engine": args.engine,
+        "plugin": info["plugin"],
+        "plan_bytes": info["plan_bytes"],
+        "plugin_layers": info["plugin_layers"],
+        "engine_seconds": info["seconds"],
     }
 
 
@@ -146,8 +276,14 @@ def _dry_run(args: argparse.Namespace, artifact: Artifact, source: ModelSource, 
     result = forecast(source.architecture(), recipe)
     item, stored = (4 if kind == "float32" else 2 for kind in (args.dtype, recipe.checkpoint_dtype))
     result["onnx_bytes_about"] = result["checkpoint_bytes_about"] * item // stored
-    stages = ["reuse checkpoint" if kept else "compress", f"export onnx ({args.dtype}, {args.logits} logits)"]
-    result["steps"] = stages if args.engine == "none" else [*stages, f"prepare {args.engine}"]
+    steps = ["reuse checkpoint" if kept else "compress", f"export onnx ({args.dtype}, {args.logits} logits)"]
+    if args.engine in TENSORRT:
+        options, _ = _tensorrt(args, source.architecture().max_positions)
+        steps += [] if options.plugin == "native" else ["compile the plugins, where the graph has ops for them"]
+        steps.append(f"build {args.engine} engine ({' '.join(options.flags())})")
+    elif args.engine != "none":
+        steps.append(f"prepare {args.engine}")
+    result["steps"] = steps
     return result
 
 

@@ -382,5 +382,6 @@ class _DecoderGraph:
             "eos_token_id": arch.eos_token_id,
             "pad_token_id": arch.pad_token_id,
             "max_positions": arch.max_positions,
+            "sliding_window": arch.sliding_window,
         }
         return {f"procrustes.{name}": json.dumps(value) for name, value in values.items()}

@@ -320,6 +320,12 @@ def op(op_type: str) -> Op:
     return Op(op_type, (*found.inputs, "bias"), found.attributes, found.write, found.dense)
 
 
+def is_ours(op_type: str) -> bool:
+    """Whether the contract has an op of that name."""
+    base = op_type.removesuffix(BIAS_SUFFIX)
+    return _GROUP_SHUFFLE_NAME.fullmatch(base) is not None or any(family.op_type == base for family in _FAMILIES)
+
+
 def op_types() -> tuple[str, ...]:
     """Every op_type but those of GroupShuffleLinear, which `GROUP_SHUFFLE_GRIDS` enumerates."""
     return tuple(family.op_type + suffix for family in _FAMILIES for suffix in ("", BIAS_SUFFIX))

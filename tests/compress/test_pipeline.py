@@ -378,7 +378,7 @@ def test_another_batch_size_gives_nearly_the_same(source: ModelSource, build: Bu
 
 @pytest.mark.parametrize("batch", [0, -1])
 def test_batches_of_nothing(batch: int, source: ModelSource, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=f"--batch {batch} runs nothing"):
+    with pytest.raises(UsageError, match=f"--calibration-batch {batch} runs nothing"):
         compress_model(source, helpers.recipe(text_file(tmp_path)), tmp_path / "out", batch=batch)
     assert not (tmp_path / "out").exists()
 

@@ -117,7 +117,7 @@ def test_dry_run_foretells_the_checkpoint(command: Command, tmp_path: Path, caps
         (["--unit", "48"], 2, "--unit 48 does not divide"),
         (["--device", "gpu"], 2, "--device 'gpu'"),
         (["--device", "cuda:99"], 4, "use --device cpu"),
-        (["--batch", "0"], 2, "--batch 0"),
+        (["--calibration-batch", "0"], 2, "--calibration-batch 0"),
         (["--dry-run", "--unit", "48"], 2, "--unit 48 does not divide"),
     ],
 )

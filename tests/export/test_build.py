@@ -91,15 +91,6 @@ def test_another_recipe_compresses_again(
     assert Artifact(tmp_path / "out").stage_digest("checkpoint") != first
 
 
-@pytest.mark.parametrize("engine", ["trt", "trt-rtx"])
-def test_tensorrt_is_not_there_yet(engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Said before any work: not even the model's name is looked at."""
-    arguments = ["--model", "no such model", "--engine", engine, "--out", str(tmp_path / "out")]
-    assert run_cli(main, arguments) == 4
-    assert "later release" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
 def test_bfloat16_does_not_run_in_onnx_runtime(
     command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,19 +20,6 @@ from tests.export.test_select import around_cores, around_pivots, both, unlike
 
 SCRIPT = Path(__file__).with_name("rtx_parse.py")
 TYPES = {"float32": "DataType.FLOAT", "float16": "DataType.HALF", "bfloat16": "DataType.BF16"}
-
-
-@pytest.fixture(scope="module")
-def rtx_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment in which the wheel's parser finds its own library under the name that it looks for."""
-    found = importlib.util.find_spec("tensorrt_rtx_libs")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("tensorrt-rtx-cu13 is not installed")
-    (library,) = Path(found.submodule_search_locations[0]).glob("libtensorrt_rtx.so.*")
-    folder = tmp_path_factory.mktemp("rtx")
-    (folder / "libtensorrt_rtx.so").symlink_to(library)
-    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")]))
-    return {**os.environ, "LD_LIBRARY_PATH": path}
 
 
 def parse(path: Path, environment: dict[str, str], *options: str) -> dict[str, Any]:

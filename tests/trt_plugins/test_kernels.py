@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from compress.errors import MissingDependencyError
+from tests.tools import unavailable
 from trt_plugins import toolchain
 
 HERE = Path(__file__).parent
@@ -25,7 +26,7 @@ def compiled(kernels: Path, out: Path, flags: list[str]) -> Path:
     try:
         tools = toolchain.find()
     except MissingDependencyError as error:
-        pytest.skip(str(error))
+        unavailable(str(error))
     program = out / "kernels_test"
     command = [
         str(tools.host),

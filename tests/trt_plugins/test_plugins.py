@@ -9,16 +9,11 @@ from pathlib import Path
 import onnx
 import pytest
 
-from compress.errors import MissingDependencyError
-from tests.compress.helpers import once
 from tests.export.helpers import llama
 from tests.export.test_graph import CASES, Case, export, gs, kron, pivoted, two_sided
-from tests.export.test_rtx import parse, rtx_environment, selecting
+from tests.export.test_rtx import parse, selecting
 from tests.export.test_select import around_pivots
-from trt_plugins.build import AUTOLOAD, PLUGINS, build
-from trt_plugins.toolchain import find
-
-__all__ = ["rtx_environment"]  # a fixture
+from trt_plugins.build import AUTOLOAD, PLUGINS
 
 MODELS = {
     "kron explicit": Case(llama(), kron("explicit")),
@@ -29,16 +24,6 @@ MODELS = {
     "opt mixture": CASES["opt mixture"],
 }
 GENERAL = "KroneckerLinearGeneral"  # has no plugin: the parser takes its body
-
-
-@pytest.fixture(scope="module")
-def libraries(shared_folder: Path) -> Path:
-    """The folder of both libraries, compiled once for one architecture."""
-    try:
-        find()
-    except MissingDependencyError as missing:
-        pytest.skip(str(missing))
-    return once(shared_folder / "plugins", lambda folder: build(folder, ["90"]))
 
 
 def custom_nodes(path: Path) -> list[str]:

@@ -335,9 +335,9 @@ def test_extra_arguments_reach_every_compression(table: Table, tmp_path: Path, m
         return 4
 
     monkeypatch.setattr(quality_run, "_run", run)
-    arguments = [*table.arguments, "--out", str(tmp_path / "other"), "--compress-arg=--batch=3"]
+    arguments = [*table.arguments, "--out", str(tmp_path / "other"), "--compress-arg=--calibration-batch=3"]
     assert run_cli(quality.main, arguments) == 2  # dense itself fails
-    assert [command[-1] for command in commands] == ["--batch=3"]
+    assert [command[-1] for command in commands] == ["--calibration-batch=3"]
 
 
 def test_extra_arguments_that_change_the_recipe_are_refused(table: Table, capsys: pytest.CaptureFixture[str]) -> None:

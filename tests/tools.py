@@ -1,0 +1,15 @@
+"""What some tests need beside Python: NVIDIA's compiler and libraries, which `make test` installs on x86-64 Linux."""
+
+from __future__ import annotations
+
+import os
+from typing import NoReturn
+
+import pytest
+
+
+def unavailable(reason: str) -> NoReturn:
+    """Skip the test and say why; fail it where all of them have to run, which is in continuous integration."""
+    if os.environ.get("REQUIRE_NVIDIA_TOOLS"):
+        pytest.fail(f"REQUIRE_NVIDIA_TOOLS is set, and {reason}")
+    pytest.skip(reason)
