@@ -1,7 +1,7 @@
-// Every op of ops.cuh on CPU threads against float64, over random shapes and all types. Usage: kernels_test [cases [seed]]
+// Every op of ops.cuh and many.cuh on CPU threads against float64, over random shapes and all types. Usage: kernels_test [cases [seed]]
 #include "shim/cuda_on_threads.h"
 
-#include "ops.cuh"
+#include "many.cuh"
 
 #include <cstdio>
 #include <numeric>
@@ -86,12 +86,30 @@ struct Workspace {
   void* data() { return reinterpret_cast<void*>(aligned(reinterpret_cast<int64_t>(bytes.data()))); }
 };
 
+// What cuBLAS does, one sum after the other.
+template <typename T>
+cudaError_t plain_gemm(Gemm<T> const& p) {
+  for (int b = 0; b < p.batches; ++b)
+    for (int t = 0; t < p.tokens; ++t)
+      for (int r = 0; r < p.rows; ++r) {
+        T& y = p.y[b * p.y_step + t * p.y_row + r];
+        float sum = p.add ? to_float(y) : 0.f;
+        for (int c = 0; c < p.columns; ++c) {
+          sum += to_float(p.weight[b * p.weight_step + r * p.weight_row + c]) * to_float(p.x[b * p.x_step + t * p.x_row + c]);
+        }
+        y = from_float<T>(sum);
+      }
+  return cudaSuccess;
+}
+
+bool many = false;  // which kernels are tried
+
 std::string sizes(char const* op, int tokens, int in, int out, std::vector<int> const& more, int away, bool bias) {
   std::string text = std::string(op) + " tokens " + std::to_string(tokens) + " " + std::to_string(in) + " -> " +
                      std::to_string(out) + " [";
   for (int value : more) text += std::to_string(value) + " ";
   text.back() = ']';
-  return text + (away ? " misaligned" : "") + (bias ? " bias" : "");
+  return (many ? "many: " : "") + text + (away ? " misaligned" : "") + (bias ? " bias" : "");
 }
 
 std::vector<double> leading_or(std::vector<float> const& A, int terms, int blocks) {
@@ -138,7 +156,12 @@ void kronecker(char const* type, bool out_side, bool leading, int tokens) {
   float const* const a = leading ? nullptr : A.data();
   T const* const shift = biased ? bias.data() : nullptr;
   cudaError_t error;
-  if (out_side) {
+  if (many) {
+    Workspace<T> workspace(kronecker_many_workspace<T>(tokens, out_side ? out : in, terms, blocks, leading));
+    auto const op = out_side ? &kronecker_out_many<T, decltype(&plain_gemm<T>)> : &kronecker_in_many<T, decltype(&plain_gemm<T>)>;
+    error = op(&plain_gemm<T>, x.data(), B.data(), a, shift, y.storage.data(), tokens, in, out, terms, blocks,
+               workspace.data(), nullptr);
+  } else if (out_side) {
     Workspace<T> workspace(kronecker_out_workspace<T>(tokens, in, out, terms, blocks, leading));
     error = kronecker_out(x.data(), B.data(), a, shift, y.storage.data(), tokens, in, out, terms, blocks,
                           workspace.data(), nullptr);
@@ -177,10 +200,14 @@ void shuffled(char const* type, int tokens) {
             expected.size[size_t(t) * out + r * n + o] += std::abs(w) * size;
           }
   Output<T> y(size_t(tokens) * out);
-  Workspace<T> workspace(group_shuffle_workspace<T>(tokens, in, out, left, right, rank));
-  cudaError_t const error = group_shuffle(x.data(), L.data(), R.data(), biased ? bias.data() : nullptr,
-                                          y.storage.data(), tokens, in, out, left, right, rank, workspace.data(),
-                                          nullptr);
+  T const* const shift = biased ? bias.data() : nullptr;
+  Workspace<T> workspace(many ? group_shuffle_many_workspace<T>(tokens, left, right, rank)
+                              : group_shuffle_workspace<T>(tokens, in, out, left, right, rank));
+  cudaError_t const error =
+      many ? group_shuffle_many(&plain_gemm<T>, x.data(), L.data(), R.data(), shift, y.storage.data(), tokens, in, out,
+                                left, right, rank, workspace.data(), nullptr)
+           : group_shuffle(x.data(), L.data(), R.data(), shift, y.storage.data(), tokens, in, out, left, right, rank,
+                           workspace.data(), nullptr);
   compare(sizes((std::string(type) + " GroupShuffleLinear").c_str(), tokens, in, out, {left, right, rank}, away, biased),
           error, y, expected, biased ? bias.exact : std::vector<double>{}, out);
 }
@@ -215,9 +242,12 @@ void pivots(char const* type, bool in_side, int tokens) {
           expected.size[size_t(t) * out + o] += std::abs(w) * size;
         }
       }
-    Workspace<T> workspace(pivoted_in_workspace<T>(tokens, in, out, rank));
-    error = pivoted_in(x.data(), C.data(), other.data(), order.data(), shift, y.storage.data(), tokens, in, out, rank,
-                       workspace.data(), nullptr);
+    Workspace<T> workspace(many ? pivoted_in_many_workspace<T>(tokens, in)
+                                : pivoted_in_workspace<T>(tokens, in, out, rank));
+    error = many ? pivoted_in_many(&plain_gemm<T>, x.data(), C.data(), other.data(), order.data(), shift,
+                                   y.storage.data(), tokens, in, out, rank, workspace.data(), nullptr)
+                 : pivoted_in(x.data(), C.data(), other.data(), order.data(), shift, y.storage.data(), tokens, in, out,
+                              rank, workspace.data(), nullptr);
   } else {
     Sums z(size_t(tokens) * rank);
     multiply(x.exact, other.exact, tokens, in, rank, z);
@@ -231,9 +261,12 @@ void pivots(char const* type, bool in_side, int tokens) {
           size += std::abs(w) * z.size[size_t(t) * rank + i];
         }
       }
-    Workspace<T> workspace(pivoted_workspace<T>(tokens, in, out, rank));
-    error = pivoted(x.data(), other.data(), C.data(), order.data(), shift, y.storage.data(), tokens, in, out, rank,
-                    workspace.data(), nullptr);
+    Workspace<T> workspace(many ? pivoted_many_workspace<T>(tokens, out, rank)
+                                : pivoted_workspace<T>(tokens, in, out, rank));
+    error = many ? pivoted_many(&plain_gemm<T>, x.data(), other.data(), C.data(), order.data(), shift,
+                                y.storage.data(), tokens, in, out, rank, workspace.data(), nullptr)
+                 : pivoted(x.data(), other.data(), C.data(), order.data(), shift, y.storage.data(), tokens, in, out,
+                           rank, workspace.data(), nullptr);
   }
   std::string const op = std::string(type) + (in_side ? " PivotedLinearIn" : " PivotedLinear");
   compare(sizes(op.c_str(), tokens, in, out, {rank}, away, biased), error, y, expected,
@@ -255,9 +288,12 @@ int main(int argc, char** argv) {
   generator.seed(argc > 2 ? std::atoi(argv[2]) : 0);
   for (int i = 0; i < cases; ++i) {
     int const tokens = i == 0 ? 1 : i == 1 ? 33 : between(1, 33);
-    every<float>("float32", tokens);
-    every<__half>("float16", tokens);
-    every<__nv_bfloat16>("bfloat16", tokens);
+    for (bool const which : {false, true}) {
+      many = which;
+      every<float>("float32", tokens);
+      every<__half>("float16", tokens);
+      every<__nv_bfloat16>("bfloat16", tokens);
+    }
   }
   std::printf("%d failures\n", failures);
   return failures != 0;

@@ -97,8 +97,13 @@ __device__ float sum_of_lane(float (&values)[Count], int lane) {
   return values[0];
 }
 
+// Blocks that a multiprocessor has to hold: with fewer registers a thread some variants spill on some GPUs, and so many
+// blocks have 32 KiB of W in flight (computed: an H100 needs about 15 KiB of each multiprocessor to keep its memory busy).
+template <int Tokens>
+constexpr int kResident = Tokens == 8 ? 4 : 5;
+
 template <typename T, int Width, int Tokens>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident<Tokens>)
 skinny_kernel(Product<T> p, Source<T> source, Sink<T> sink) {
   PROCRUSTES_SHARED(float, z);  // (Tokens, columns of the slice), then with a mix (Tokens, blocks, width of the slice)
   int const warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;

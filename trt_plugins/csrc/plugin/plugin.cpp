@@ -1,5 +1,6 @@
 // The TensorRT plugins of domain `procrustes`: one class for every op of the contract (export/ops.py), one creator for each
 // op_type. The library links neither libnvinfer nor libcuda; TensorRT finds the creators through `getCreators`.
+#include "cublas.h"
 #include "linear.h"
 
 #include <NvInferRuntime.h>
@@ -36,6 +37,13 @@ __attribute__((format(printf, 1, 2))) void report(char const* format, ...) {
   } else {
     std::fprintf(stderr, "[procrustes] %s\n", text);
   }
+}
+
+bool with_cublas() {
+  return cublas_available([](char const* reason) {
+    report("prefill will be slow, its products run without cuBLAS: %s (pip install nvidia-cublas, or the CUDA runtime)",
+           reason);
+  });
 }
 
 // An op_type, without sizes.
@@ -200,7 +208,7 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
     if (tokens == 0) return 0;
     void const* const bias = op_.bias ? in[op_.inputs() - 1] : nullptr;
     int32_t const error = run(linear_, own_type(inputs[0].type), int32_t(tokens), in[0], in + 1, bias, out[0],
-                              workspace, stream);
+                              workspace, with_cublas(), stream);
     if (error != 0) report("%s: CUDA error %d", op_.name.c_str(), error);
     return error;
   }
