@@ -8,6 +8,23 @@ from pathlib import Path
 from compress.errors import ArtifactError
 
 
+def graph_dtype(path: Path) -> str:
+    """The type of an exported graph's logits, and so of the graph. Raises ArtifactError where it has none."""
+    import onnx
+
+    names = {
+        onnx.TensorProto.FLOAT: "float32",
+        onnx.TensorProto.FLOAT16: "float16",
+        onnx.TensorProto.BFLOAT16: "bfloat16",
+    }
+    graph = onnx.load(str(path), load_external_data=False).graph
+    logits = next((o for o in graph.output if o.name == "logits"), None)
+    if logits is None:
+        raise ArtifactError(f"{path} has no output called logits; export the model again")
+    kind = logits.type.tensor_type.elem_type
+    return names.get(kind, f"type {kind}")
+
+
 @dataclass(frozen=True)
 class GraphFacts:
     """What the file says of itself: `logits` is "all" or "last", nodes are those in the file."""
@@ -26,19 +43,12 @@ class GraphFacts:
         from export.engines.ort import executed_nodes
         from export.ops import DOMAIN
 
-        dtypes = {
-            onnx.TensorProto.FLOAT: "float32",
-            onnx.TensorProto.FLOAT16: "float16",
-            onnx.TensorProto.BFLOAT16: "bfloat16",
-        }
+        dtype = graph_dtype(path)
         graph = onnx.load(str(path), load_external_data=False).graph
-        logits = next((o for o in graph.output if o.name == "logits"), None)
-        if logits is None:
-            raise ArtifactError(f"{path} has no output called logits; export the model again")
-        tensor = logits.type.tensor_type
+        logits = next(o for o in graph.output if o.name == "logits")
         return cls(
-            dtype=dtypes.get(tensor.elem_type, f"type {tensor.elem_type}"),
-            logits="last" if tensor.shape.dim[1].dim_value == 1 else "all",
+            dtype=dtype,
+            logits="last" if logits.type.tensor_type.shape.dim[1].dim_value == 1 else "all",
             nodes=len(graph.node),
             structured_nodes=sum(node.domain == DOMAIN for node in graph.node),
             executed_nodes=sum(executed_nodes(path).values()),

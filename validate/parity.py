@@ -3,6 +3,7 @@
     1  source model               vs  folded and rotated decoder, uncompressed    the rewrites are exact
     2  layers applied in factors  vs  their dense equivalents                     factored products are right
     3  PyTorch decoder            vs  ONNX Runtime, with and without the cache    the export is right
+    4  PyTorch decoder            vs  TensorRT, on a GPU: validate/engine.py
 
 Rungs 1 and 3 compare logits, by max |a - b| / max |a| over the positions that are not padding, on a
 left-padded batch, a whole sequence and a sequence of length 1.
@@ -26,7 +27,7 @@ from compress.progress import track
 if TYPE_CHECKING:
     from compress.checkpoint import CheckpointReader
     from compress.modeling import ProcrustesForCausalLM
-    from export.engines.ort import OrtRunner
+    from export.engines.runner import Runner
 
 REWRITE_TOLERANCE = 1e-4
 # Float32 sums of up to some 20,000 products in another order: about 1e-6 of the largest output. A factor that
@@ -165,7 +166,7 @@ def rung_2(reader: CheckpointReader, seed: int = 0) -> Rung:
     return Rung(2, title, worst([0.0, *errors.values()]), FACTOR_TOLERANCE, by_kind, facts)
 
 
-def rung_3(model: ProcrustesForCausalLM, runner: OrtRunner, prompts: Sequence[Prompts], dtype: str = "float32") -> Rung:
+def rung_3(model: ProcrustesForCausalLM, runner: Runner, prompts: Sequence[Prompts], dtype: str = "float32") -> Rung:
     """PyTorch decoder vs the exported graph in ONNX Runtime: each with the cache, both against the full forward.
 
     The reference is one full forward of PyTorch in float32 over prompt and continuation. Held against it: the
@@ -181,11 +182,11 @@ def rung_3(model: ProcrustesForCausalLM, runner: OrtRunner, prompts: Sequence[Pr
     for prompt in prompts:
         ids, mask = prompt.continued()
         start = prompt.ids.shape[1]
-        full = _torch_logits(model, ids, mask)
+        full = torch_logits(model, ids, mask)
         onnx_full = torch.as_tensor(runner.run_full(ids.numpy(), mask.numpy()))
         kept = onnx_full.shape[1]  # a graph made for serving gives the last position alone
         cases[f"{prompt.name}: full forward"] = relative_error(full[:, -kept:], onnx_full, mask[:, -kept:])
-        cached = {"onnx": _onnx_steps(runner, ids, mask, start), "torch": _torch_steps(model, ids, mask, start)}
+        cached = {"onnx": runner_steps(runner, ids, mask, start), "torch": _torch_steps(model, ids, mask, start)}
         for runtime, steps in cached.items():
             label = "" if runtime == "onnx" else " (PyTorch)"
             for kind, chosen in (("prefill", steps[:1]), ("decode with cache", steps[1:])):
@@ -200,7 +201,7 @@ def rung_3(model: ProcrustesForCausalLM, runner: OrtRunner, prompts: Sequence[Pr
         equal = reference.argmax(-1) == other.argmax(-1)
         choices, same = choices + len(equal), same + int(equal.sum())
         decisive, same_decisive = decisive + int(clear.sum()), same_decisive + int((equal & clear).sum())
-    greedy = _greedy(model, runner, prompts, tolerance)
+    greedy = greedy_choices(model, runner, prompts, tolerance)
     failures = []
     if same_decisive < decisive:
         failures.append(f"{decisive - same_decisive} of {decisive} clear top-1 choices differ")
@@ -224,7 +225,7 @@ def dense_export_error(model: ProcrustesForCausalLM, path: Path) -> float:
         raise ArtifactError(f"{path} has {runner.vocabulary} tokens, the source model {model.config.vocab_size}")
     logits = torch.as_tensor(runner.run_full(prompt.ids.numpy(), prompt.mask.numpy()))
     kept = logits.shape[1]
-    error = relative_error(_torch_logits(model, prompt.ids, prompt.mask)[:, -kept:], logits, prompt.mask[:, -kept:])
+    error = relative_error(torch_logits(model, prompt.ids, prompt.mask)[:, -kept:], logits, prompt.mask[:, -kept:])
     if not error <= max(RUNTIME_TOLERANCE.values()):
         raise ArtifactError(f"{path} is not the dense source model: its logits are off by {error:.2g}")
     return error
@@ -234,7 +235,8 @@ Steps = list[tuple[int, Tensor]]
 """(position of the first logits, logits (batch, positions, vocabulary)) of the prefill and of each decode step."""
 
 
-def _torch_logits(model: ProcrustesForCausalLM, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
+def torch_logits(model: ProcrustesForCausalLM, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
+    """Logits (batch, length, vocabulary) of one full forward."""
     with torch.inference_mode():
         logits: Tensor = model(ids, attention_mask=mask, use_cache=False, **options).logits
     return logits
@@ -252,7 +254,8 @@ def _torch_steps(model: ProcrustesForCausalLM, ids: Tensor, mask: Tensor, start:
     return steps
 
 
-def _onnx_steps(runner: OrtRunner, ids: Tensor, mask: Tensor, start: int) -> Steps:
+def runner_steps(runner: Runner, ids: Tensor, mask: Tensor, start: int) -> Steps:
+    """A prefill of `start` tokens of ids (batch, length), then the others by DECODE_CHUNKS."""
     steps: Steps = []
     position = 0
     for size in (start, *DECODE_CHUNKS):
@@ -267,8 +270,8 @@ def _onnx_steps(runner: OrtRunner, ids: Tensor, mask: Tensor, start: int) -> Ste
     return steps
 
 
-def _greedy(
-    model: ProcrustesForCausalLM, runner: OrtRunner, prompts: Sequence[Prompts], tolerance: float
+def greedy_choices(
+    model: ProcrustesForCausalLM, runner: Runner, prompts: Sequence[Prompts], tolerance: float
 ) -> dict[str, int]:
     """Greedy continuations by both; one that parts at a near tie is counted as `ties`, not as different."""
     counts = {"sequences": 0, "equal": 0, "ties": 0, "different": 0}
@@ -277,9 +280,9 @@ def _greedy(
         made = runner.generate(rows, max_new_tokens=GREEDY_TOKENS, eos=[])
         runner.reset()
         for row, tokens in zip(rows, made, strict=True):
-            # One pass over what ONNX Runtime chose: up to the first difference it is PyTorch's own path.
+            # One pass over what the runner chose: up to the first difference it is PyTorch's own path.
             ids = torch.tensor([row + tokens])
-            logits = _torch_logits(model, ids, torch.ones_like(ids))[0, len(row) - 1 : -1]  # (tokens, vocabulary)
+            logits = torch_logits(model, ids, torch.ones_like(ids))[0, len(row) - 1 : -1]  # (tokens, vocabulary)
             best = logits.argmax(-1)
             parted = (best != torch.tensor(tokens)).nonzero()
             counts["sequences"] += 1

@@ -31,6 +31,7 @@ class Report:
     parity: list[dict[str, Any]] | None = None
     quality: dict[str, Any] | None = None
     speed: dict[str, Any] | None = None
+    engine: dict[str, Any] | None = None
     gates: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -42,6 +43,7 @@ class Report:
             "parity": self.parity,
             "quality": self.quality,
             "speed": self.speed,
+            "engine": self.engine,
             "gates": self.gates,
             "machine": self.machine,
         }
@@ -49,7 +51,7 @@ class Report:
 
 def write(report: Report, folder: Path, plot: bool = True) -> None:
     """summary.md, layers.png and a json file for each part that was not skipped, into `folder`."""
-    parts = {"parity": report.parity, "quality": report.quality, "speed": report.speed}
+    parts = {"parity": report.parity, "quality": report.quality, "speed": report.speed, "engine": report.engine}
     for name, value in parts.items():
         if value is not None:
             write_json(folder / f"{name}.json", value)
@@ -115,6 +117,8 @@ def console(report: Report) -> str:
         rows += [(case["name"], _case_line(case)) for case in report.speed["cases"]]
         memory = report.speed["peak_memory"]
         rows.append(("peak memory", f"{_mb(memory['compressed']['peak'])}, dense {_mb(memory['dense']['peak'])}"))
+    if report.engine is not None:
+        rows += [(f"{case['name']}, GPU", _engine_line(case)) for case in report.engine["cases"]]
     for rung in report.parity or []:
         rows.append((f"parity rung {rung['number']}", _rung_line(rung)))
     width = max(len(label) for label, _ in rows) + 2
@@ -139,6 +143,7 @@ def summary(report: Report, plot: bool = True) -> str:
         _quality_text(report.quality),
         "## Speed",
         _speed_text(report.speed),
+        _engine_text(report.engine),
         "## Is it the same model? The parity ladder",
         _parity_text(report.parity),
         "## Error of each layer",
@@ -276,6 +281,29 @@ def _speed_text(speed: dict[str, Any] | None) -> str:
     )
 
 
+def _engine_text(engine: dict[str, Any] | None) -> str:
+    """The engines on a GPU; nothing where none was run."""
+    if engine is None:
+        return ""
+    ways = [name for name in ("native", "cpp") if name in engine["cases"][0]]
+    rows = []
+    for case in engine["cases"]:
+        cells = [f"{case['name']}, {case['tokens']} tokens", f"{1e3 * case[ways[0]]['seconds_dense']:.3f} ms"]
+        for way in ways:
+            low, high = case[way]["quartiles"]
+            cells.append(f"**{case[way]['speedup']:.3f}x** ({low:.3f} - {high:.3f})")
+        rows.append(cells)
+    versions = ", ".join(f"{name} {version}" for name, version in engine["versions"].items())
+    note = (
+        f"{engine['gpu']['name']}, {versions}; medians of pairwise ratios of wall time. OUT/engine is {engine['kept']}."
+    )
+    return "\n\n".join(["### TensorRT engines", _table(("case", "dense", *ways), rows), note])
+
+
+def _engine_line(case: dict[str, Any]) -> str:
+    return ", ".join(f"{way} {case[way]['speedup']:.3f}x" for way in ("native", "cpp") if way in case)
+
+
 def _parity_text(parity: list[dict[str, Any]] | None) -> str:
     if parity is None:
         return "Not checked."
@@ -289,7 +317,7 @@ def _parity_text(parity: list[dict[str, Any]] | None) -> str:
         )
         for rung in parity
     ]
-    text = [_table(("rung", "compared", "worst relative error", "tolerance", ""), rows)]
+    text = [_table(("rung", "compared", "worst error", "tolerance", ""), rows)]
     for rung in parity:
         if "top1_agreement" in rung["facts"]:
             greedy = rung["facts"]["greedy"]

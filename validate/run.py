@@ -28,6 +28,7 @@ EXAMPLES = """examples:
   python -m validate.run out/demo
   python -m validate.run out/demo --max-ppl-increase 10% --min-speedup 1.0
   python -m validate.run out/demo --data wikitext:wiki.test.raw --sequence-length 2048 --skip speed
+  python -m validate.run out/opt --gpu --skip perplexity
 """
 
 
@@ -70,6 +71,16 @@ def parser() -> argparse.ArgumentParser:
     speed.add_argument("--threads", type=int, default=1, metavar="N", help="of ONNX Runtime (default: 1)")
     speed.add_argument("--seconds", type=float, default=15.0, metavar="S", help="for each measurement (default: 15)")
     speed.add_argument("--dense", type=Path, metavar="PATH", help="a dense export to use, not making one")
+    gpu = p.add_argument_group("TensorRT (needs the GPU that OUT/engine was built for)")
+    gpu.add_argument(
+        "--gpu",
+        action="store_true",
+        help="also hold OUT's engine against PyTorch (rung 4), and time it, native and with plugins, against the dense "
+        "model's engine; --skip parity or speed leave their part of it out too",
+    )
+    gpu.add_argument(
+        "--trust-engine", action="store_true", help="load a plan that is not what manifest.json vouches for"
+    )
     p.add_argument("--no-plot", action="store_true", help="do without reports/layers.png, and matplotlib")
     p.add_argument("--json", action="store_true", help="the result as one JSON object")
     p.add_argument("--debug", action="store_true", help="show a traceback when something fails")
@@ -88,6 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     from validate.baseline import Baseline
 
+    if args.gpu:
+        from compress.artifact import Artifact
+        from export.engines.trt import require as require_tensorrt
+        from export.engines.trt_runner import check_engine
+
+        require_tensorrt()
+        check_engine(Artifact(args.out), trust=args.trust_engine)
     with Baseline(args.out, model=args.model, dense=args.dense) as baseline:
         report, gates = validate(baseline, args, limits)
         _publish(baseline, report, plot=not args.no_plot)
@@ -122,6 +140,8 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
     if not 0 < args.seconds < 3600:
         raise UsageError(f"--seconds must be above 0 and below 3600, not {args.seconds}")
+    if args.trust_engine and not args.gpu:
+        raise UsageError("--trust-engine is for --gpu, which alone loads an engine")
     if set(args.skip) == set(PARTS):
         raise UsageError("--skip leaves nothing to validate; skip at most two parts")
     return limits
@@ -131,15 +151,15 @@ def validate(baseline: Baseline, args: argparse.Namespace, limits: dict[str, Any
     """Run the parts that are not skipped."""
     from validate.gates import Gate
 
-    parity = quality = speed = None
+    parity = quality = speed = engine = None
     gates: list[Gate] = []
     if "parity" not in args.skip:
-        rungs = _parity(baseline)
+        rungs = _parity(baseline, args)
         parity = [rung.to_dict() for rung in rungs]
         for rung in rungs:
             name = f"parity-rung-{rung.number}"
             gates.append(Gate(name, rung.value, rung.tolerance))
-            if rung.number == 3:
+            if rung.number >= 3:
                 gates.append(Gate(f"{name}-choices", float(len(rung.failures)), 0.0))
     if "perplexity" not in args.skip:
         quality = _quality(baseline, args)
@@ -151,14 +171,23 @@ def validate(baseline: Baseline, args: argparse.Namespace, limits: dict[str, Any
         if limits["min_speedup"] is not None:
             least = min(case["speedup"] for case in speed["cases"])
             gates.append(Gate("min-speedup", least, limits["min_speedup"], at_least=True))
-    return _report(baseline, args, parity, quality, speed, gates), gates
+        if args.gpu:
+            from export.stages import build_info
+            from validate.engine import engine_speed
+
+            info = build_info(baseline.artifact, "engine")
+            engine = engine_speed(baseline, info, batch_sizes=limits["batch_sizes"], seconds=args.seconds)
+            if limits["min_speedup"] is not None:
+                least = min(case[engine["kept"]]["speedup"] for case in engine["cases"])
+                gates.append(Gate("min-speedup-gpu", least, limits["min_speedup"], at_least=True))
+    return _report(baseline, args, parity, quality, speed, engine, gates), gates
 
 
-def _parity(baseline: Baseline) -> list[Rung]:
+def _parity(baseline: Baseline, args: argparse.Namespace) -> list[Rung]:
     import torch
 
     from export.engines.ort import OrtRunner
-    from validate.graphfacts import GraphFacts
+    from validate.graphfacts import graph_dtype
     from validate.parity import GREEDY_TOKENS, make_prompts, rung_1, rung_2, rung_3
 
     arch = baseline.reader.architecture
@@ -171,7 +200,18 @@ def _parity(baseline: Baseline) -> list[Rung]:
 
     done(rung_1(baseline.source.reference_model(torch.float32), baseline.dense, prompts))
     done(rung_2(baseline.reader))
-    done(rung_3(baseline.compressed, OrtRunner(baseline.onnx), prompts, GraphFacts.of(baseline.onnx).dtype))
+    dtype = graph_dtype(baseline.onnx)
+    if dtype == "bfloat16" and args.gpu:
+        log("parity rung 3: left out, ONNX Runtime has no bfloat16 products on the CPU")
+    else:
+        done(rung_3(baseline.compressed, OrtRunner(baseline.onnx), prompts, dtype))
+    if args.gpu:
+        from export.engines.trt_runner import load_engine
+        from validate.engine import engine_prompts, rung_4
+
+        runner = load_engine(baseline.artifact, trust=args.trust_engine)
+        fitting = engine_prompts(prompts, runner.executor.spans, arch.vocab_size, arch.max_positions)
+        done(rung_4(baseline.compressed, runner, fitting, dtype))
     return rungs
 
 
@@ -263,6 +303,7 @@ def _report(
     parity: list[dict[str, Any]] | None,
     quality: dict[str, Any] | None,
     speed: dict[str, Any] | None,
+    engine: dict[str, Any] | None,
     gates: list[Gate],
 ) -> Report:
     from dataclasses import asdict
@@ -298,6 +339,7 @@ def _report(
         parity=parity,
         quality=quality,
         speed=speed,
+        engine=engine,
         gates={gate.name: gate.to_dict() for gate in gates},
     )
 

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ def build_trt(artifact: Artifact, options: Options) -> dict[str, Any]:
     ways = {"native": None, "cpp": library} if options.plugin == "auto" else {options.plugin: library}
     ways = {name: used for name, used in ways.items() if name == "native" or used is not None} or {"native": None}
     with artifact.stage("engine", inputs=inputs, facts=wanted, section={"versions": wanted["versions"]}) as folder:
-        built = {name: _build(path, folder / name, used, profiles, options, version) for name, used in ways.items()}
+        built = {name: build_plan(path, folder / name, used, profiles, options) for name, used in ways.items()}
         seconds = _timed(folder, ways, path, options.spans) if len(ways) > 1 else {}
         chosen = min(ways, key=lambda name: seconds.get(name, {}).get("decode", 0.0))
         if seconds:
@@ -114,12 +115,13 @@ def build_trt(artifact: Artifact, options: Options) -> dict[str, Any]:
     return build_info(artifact, "engine")
 
 
-def _build(
-    onnx: Path, folder: Path, library: Path | None, profiles: Sequence[Profile], options: Options, version: str | None
+def build_plan(
+    onnx: Path, folder: Path, library: Path | None, profiles: Sequence[Profile], options: Options
 ) -> dict[str, Any]:
+    """folder/model.plan and layers.json, by TensorRT on this GPU. library: of the plugins, None for none."""
     log(f"building an engine {'of the function bodies alone' if library is None else 'with the plugins'}")
     folder.mkdir()
-    cache = options.timing_cache or default_timing_cache(version)
+    cache = options.timing_cache or default_timing_cache(installed("tensorrt"))
     cache.parent.mkdir(parents=True, exist_ok=True)
     return run_job(
         Job(
@@ -146,6 +148,15 @@ def _comparison(seconds: Mapping[str, Mapping[str, float]], chosen: str) -> str:
     other = next(name for name in seconds if name != chosen)
     gains = [f"{part} {seconds[other][part] / seconds[chosen][part]:.2f}x" for part in ("decode", "prefill")]
     return f"keeping {chosen}: against {other} {', '.join(gains)}"
+
+
+def options_of(info: Mapping[str, Any]) -> Options:
+    """The options that a build.json was made with, but for the timing cache."""
+    from export.build import parser
+
+    args = parser().parse_args(["--out", ".", *info["flags"]])
+    spans = Spans.parse(args.batch, args.prompt, args.cache, sys.maxsize)
+    return Options(spans, args.plugin, args.opt_level, None if args.workspace is None else args.workspace << 20)
 
 
 def plugin_library(artifact: Artifact) -> Path | None:
