@@ -76,7 +76,7 @@ def wide_loads(library: Path) -> dict[str, int]:
     places = [p if p.name == "bin" else p / "nvidia/cu13/bin" for p in places]
     cuobjdump = next((str(p / "cuobjdump") for p in places if (p / "cuobjdump").is_file()), shutil.which("cuobjdump"))
     if cuobjdump is None:
-        raise MissingDependencyError("there is no cuobjdump: pip install --no-deps -r requirements-plugins.txt")
+        raise MissingDependencyError("there is no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
     path = {"PATH": f"{Path(cuobjdump).parent}:/usr/bin:/bin"}  # it calls nvdisasm
     done = subprocess.run([cuobjdump, "-sass", str(library)], capture_output=True, text=True, check=True, env=path)
     counts: dict[str, list[int]] = {}

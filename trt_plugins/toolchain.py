@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,12 +41,13 @@ class Toolchain:
 def find() -> Toolchain:
     """What is there. Raises MissingDependencyError, in one sentence, for the first thing that is not."""
     cuda, pip = _cuda()
-    host, cmake = shutil.which("g++"), shutil.which("cmake")
+    host = shutil.which("g++")
+    cmake = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))
     if host is None:
         raise MissingDependencyError("the plugins need a C++ compiler: install g++ (apt install g++)")
     if cmake is None:
         raise MissingDependencyError(
-            "the plugins need CMake: pip install --no-deps -r requirements-plugins.txt, or apt install cmake"
+            "the plugins need CMake: pip install 'procrustes-llm[plugins]', or apt install cmake"
         )
     return Toolchain(cuda, pip, tensorrt_headers(), Path(cmake), Path(host))
 
@@ -71,7 +73,7 @@ def _cuda() -> tuple[Path, bool]:
             return home, True
     raise MissingDependencyError(
         "there is no CUDA compiler: put nvcc on PATH, set CUDA_HOME, or "
-        "pip install --no-deps -r requirements-plugins.txt"
+        "pip install 'procrustes-llm[plugins]'"
     )
 
 
@@ -87,7 +89,7 @@ def tensorrt_headers() -> Path:
             return folder
     raise MissingDependencyError(
         "TensorRT's headers are not there: set TENSORRT_INCLUDE_DIR, install libnvinfer-dev, or "
-        "pip install --no-deps -r requirements-plugins.txt"
+        "pip install 'procrustes-llm[plugins]'"
     )
 
 

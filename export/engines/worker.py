@@ -73,7 +73,7 @@ def _let_attention_decompose(trt: Any, network: Any) -> None:
     """Fused attention wants half precision and usual head sizes; elsewhere TensorRT may take it apart."""
     for i in range(network.num_layers):
         layer = network.get_layer(i)
-        if layer.type == trt.LayerType.ATTENTION_INPUT:
+        if layer.type == getattr(trt.LayerType, "ATTENTION_INPUT", None):  # versions before it have no such layers
             layer.__class__ = trt.IAttentionInputLayer  # the bindings return the base class
             layer.attention.decomposable = True
 
