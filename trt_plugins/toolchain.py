@@ -72,8 +72,7 @@ def _cuda() -> tuple[Path, bool]:
         if (home / "bin" / "nvcc").is_file() and (home / "include" / "cuda_fp16.h").is_file():
             return home, True
     raise MissingDependencyError(
-        "there is no CUDA compiler: put nvcc on PATH, set CUDA_HOME, or "
-        "pip install 'procrustes-llm[plugins]'"
+        "there is no CUDA compiler: put nvcc on PATH, set CUDA_HOME, or pip install 'procrustes-llm[plugins]'"
     )
 
 

@@ -103,7 +103,7 @@ class DeviceRunner(Runner):
         self._cache = None
         outputs = self._from_nothing(ids, mask)
         self._cache = self._make(
-            mask, self._room(mask.shape[1]), {name: outputs[_present(name)] for name in self._names}
+            mask, self._room(mask.shape[1]), {name: outputs[present_of(name)] for name in self._names}
         )
         return _numpy(outputs["logits"])
 
@@ -167,11 +167,11 @@ class DeviceRunner(Runner):
         mask = torch.cat([cache.mask, torch.ones(ids.shape, dtype=torch.int64, device=cache.mask.device)], dim=1)
         outputs = self.executor.run(profile, {**self._feeds(ids, mask, positions), **cache.past})
         if self._exact:
-            cache.past = {name: outputs[_present(name)] for name in self._names}
+            cache.past = {name: outputs[present_of(name)] for name in self._names}
             cache.seen = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         else:
             for name, past in cache.past.items():
-                past[:, :, length : length + new] = outputs[_present(name)][:, :, cache.room :]
+                past[:, :, length : length + new] = outputs[present_of(name)][:, :, cache.room :]
             cache.mask[:, length : length + new] = 1
         return _numpy(outputs["logits"])
 
@@ -203,7 +203,7 @@ class DeviceRunner(Runner):
         """The engine, and its new keys and values put into their slot: the same again has the same effect."""
         step.outputs = self.executor.run(DECODE, step.feeds)
         for name in self._names:
-            step.feeds[name].index_copy_(2, step.slot, step.outputs[_present(name)][:, :, -1:])
+            step.feeds[name].index_copy_(2, step.slot, step.outputs[present_of(name)][:, :, -1:])
 
     def _feeds(self, ids: Ids, mask: Ids | Tensor, positions: Ids) -> dict[str, Tensor]:
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
@@ -219,7 +219,8 @@ class DeviceRunner(Runner):
                 raise UsageError(f"this engine was built for {span.least} to {span.most} {what}, not {size}")
 
 
-def _present(name: str) -> str:
+def present_of(name: str) -> str:
+    """The output that has what the input `name` becomes."""
     return name.replace("past_key_values.", "present.")
 
 

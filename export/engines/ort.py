@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,10 +15,12 @@ import numpy.typing as npt
 
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.lazy import require
+from export.engines.profiles import Span, Spans, graph_axes
 from export.engines.runner import Ids, Logits, Runner
 
 if TYPE_CHECKING:
     import onnxruntime
+    from torch import Tensor
 
 CPU = ("CPUExecutionProvider",)
 
@@ -91,6 +94,29 @@ class OrtRunner(Runner):
         self._past = [results[name.replace("past_key_values.", "present.")] for name in self._caches]
         self._mask = mask
         return cast(Logits, results["logits"].numpy())
+
+
+class OrtExecutor:
+    """See `device_runner.Executor`: one pass at a time, on the CPU, of any size."""
+
+    def __init__(self, path: Path, *, threads: int = 1) -> None:
+        import torch
+
+        runner = OrtRunner(path, threads=threads)
+        self.session, self.metadata, self.vocabulary = runner.session, runner.metadata, runner.vocabulary
+        self.axes, self.device = graph_axes(path), torch.device("cpu")
+        most = int(self.metadata["max_positions"])
+        self.spans = Spans(Span(1, 1, sys.maxsize), Span(1, 1, most), Span(1, 1, most))
+        kinds = {"tensor(int64)": torch.int64, "tensor(float)": torch.float32, "tensor(float16)": torch.float16}
+        self.types = {value.name: kinds[value.type] for value in self.session.get_inputs()}
+        self._outputs = [output.name for output in self.session.get_outputs()]
+
+    def run(self, profile: int, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `Executor.run`; a pass is of the same graph whatever the profile."""
+        import torch
+
+        made = self.session.run(self._outputs, {name: value.numpy() for name, value in feeds.items()})
+        return {name: torch.from_numpy(value) for name, value in zip(self._outputs, made, strict=True)}
 
 
 def executed_nodes(path: Path) -> dict[str, int]:

@@ -7,32 +7,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor
 
 from compress.errors import UsageError
 from export.engines.device_runner import SLOTS, DeviceRunner
-from export.engines.ort import OrtRunner
-from export.engines.profiles import DECODE, PREFILL, Span, Spans, graph_axes, shape_at
-from export.engines.trt_runner import graph_facts
+from export.engines.ort import OrtExecutor, OrtRunner
+from export.engines.profiles import DECODE, PREFILL, Span, Spans, shape_at
 from tests.export.helpers import llama
 from tests.export.test_graph import CASES, Case, export, kron
 
 SPANS = Spans(Span(1, 1, 4), Span(1, 8, 90), Span(1, 64, 150))
-TYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
-class OrtExecutor:
-    """What an engine does, by ONNX Runtime; refuses what its profiles would."""
+class NarrowExecutor(OrtExecutor):
+    """ONNX Runtime that refuses what the profiles of an engine would."""
 
-    device = torch.device("cpu")
-
-    def __init__(self, path: Path, spans: Spans = SPANS, dtype: str = "float32") -> None:
-        self.session = OrtRunner(path).session
-        self.axes, self.spans = graph_axes(path), spans
-        self.metadata, self.vocabulary = graph_facts(path)
-        cache = TYPES[dtype]
-        self.types = {name: cache if name.startswith("past") else torch.int64 for name in self.axes}
+    def __init__(self, path: Path, spans: Spans = SPANS) -> None:
+        super().__init__(path)
+        self.spans = spans
         self.calls: list[tuple[int, tuple[int, ...]]] = []
 
     def run(self, profile: int, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -41,15 +33,14 @@ class OrtExecutor:
             least, _, most = allowed[name]
             assert all(a <= b <= c for a, b, c in zip(least, value.shape, most, strict=True)), (name, value.shape)
             assert value.dtype == self.types[name]
+            assert value.is_contiguous()
         assert set(feeds) == set(self.axes)
         batch, new = feeds["input_ids"].shape
         past = feeds["past_key_values.0.key"].shape[2]
         for name, value in feeds.items():
             assert tuple(value.shape) == shape_at(self.axes[name], batch, new, past)
         self.calls.append((profile, (batch, new, past)))
-        names = [output.name for output in self.session.get_outputs()]
-        made = self.session.run(names, {name: value.numpy() for name, value in feeds.items()})
-        return {name: torch.from_numpy(value) for name, value in zip(names, made, strict=True)}
+        return super().run(profile, feeds)
 
 
 MODELS = {
@@ -76,7 +67,7 @@ def prompts(vocabulary: int, batch: int, length: int) -> tuple[np.ndarray, np.nd
 @pytest.mark.parametrize("batch", [1, 3])
 def test_prefill_and_decode_equal_onnx_runtime(path: Path, batch: int) -> None:
     """One token at a time and several, through two enlargements of the cache, with padding on the left."""
-    ort, executor = OrtRunner(path), OrtExecutor(path)
+    ort, executor = OrtRunner(path), NarrowExecutor(path)
     runner = DeviceRunner(executor)
     room = min(SLOTS - 3, int(runner.metadata["max_positions"]) - 12)
     ids, mask = prompts(runner.vocabulary, batch, room)
@@ -98,7 +89,7 @@ def test_prefill_and_decode_equal_onnx_runtime(path: Path, batch: int) -> None:
 
 
 def test_generation_and_run_full_equal_onnx_runtime(path: Path) -> None:
-    ort, runner = OrtRunner(path), DeviceRunner(OrtExecutor(path))
+    ort, runner = OrtRunner(path), DeviceRunner(NarrowExecutor(path))
     given = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
     assert runner.generate(given, max_new_tokens=12, eos=[]) == ort.generate(given, max_new_tokens=12, eos=[])
     ids, mask = prompts(runner.vocabulary, 2, 9)
@@ -114,7 +105,7 @@ def test_generation_and_run_full_equal_onnx_runtime(path: Path) -> None:
 
 def test_sizes_that_the_engine_was_not_built_for_are_refused(tmp_path: Path) -> None:
     _, info = export(MODELS["kron"], tmp_path)
-    executor = OrtExecutor(info.path, Spans(Span(2, 2, 3), Span(2, 4, 8), Span(4, 8, 9)))
+    executor = NarrowExecutor(info.path, Spans(Span(2, 2, 3), Span(2, 4, 8), Span(4, 8, 9)))
     runner = DeviceRunner(executor)
     with pytest.raises(UsageError, match="2 to 3 sequences, not 1"):
         runner.prefill([[1, 2, 3]])
@@ -132,6 +123,6 @@ def test_sizes_that_the_engine_was_not_built_for_are_refused(tmp_path: Path) -> 
 
 def test_half_precision_caches(tmp_path: Path) -> None:
     _, info = export(MODELS["kron"], tmp_path, dtype="float16")
-    ort, runner = OrtRunner(info.path), DeviceRunner(OrtExecutor(info.path, dtype="float16"))
+    ort, runner = OrtRunner(info.path), DeviceRunner(NarrowExecutor(info.path))
     given = [[5, 6, 7], [8]]
     assert runner.generate(given, max_new_tokens=6, eos=[]) == ort.generate(given, max_new_tokens=6, eos=[])

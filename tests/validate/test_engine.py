@@ -15,7 +15,7 @@ from export.engines import trt
 from export.engines.device_runner import DeviceRunner
 from export.engines.profiles import Span, Spans
 from export.graph import export_onnx
-from tests.export.test_device_runner import OrtExecutor
+from tests.export.test_device_runner import NarrowExecutor
 from tests.validate.damaging import damage
 from tests.validate.test_parity import PROMPTS
 from validate.engine import compare_runners, divergence, engine_prompts, rung_4
@@ -29,7 +29,7 @@ SPANS = Spans(Span(1, 1, 6), Span(1, 16, 40), Span(1, 32, 120))
 def runner_of(built: Any, folder: Path, dtype: str = "float32", spans: Spans = SPANS) -> DeviceRunner:
     info = export_onnx(built.out / "checkpoint", folder, dtype=dtype)
     assert graph_dtype(info.path) == dtype
-    return DeviceRunner(OrtExecutor(info.path, spans, dtype))
+    return DeviceRunner(NarrowExecutor(info.path, spans))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -50,7 +50,7 @@ def test_rung_4_passes_for_what_the_checkpoint_says(built: Any, tmp_path: Path, 
 def test_rung_4_catches_one_wrong_weight(built: Any, tmp_path: Path, which: int) -> None:
     runner_of(built, tmp_path / "onnx")
     damage(tmp_path / "onnx", which)
-    runner = DeviceRunner(OrtExecutor(tmp_path / "onnx" / "model.onnx", SPANS))
+    runner = DeviceRunner(NarrowExecutor(tmp_path / "onnx" / "model.onnx", SPANS))
     prompts = engine_prompts(PROMPTS, SPANS, runner.vocabulary, 128)
     assert not rung_4(load_model(built.out / "checkpoint"), runner, prompts, "float32").passed
 
