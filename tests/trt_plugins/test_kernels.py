@@ -53,7 +53,7 @@ def test_every_op_in_every_type(sanitizer: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     lines = done.stdout.splitlines()
     assert lines[-1] == "0 failures"
-    assert len(lines) == 1 + 21 * (3 if sanitizer == "plain" else 1)
+    assert len(lines) == 1 + 42 * (3 if sanitizer == "plain" else 1)
 
 
 def planted(tmp_path: Path, old: str, new: str) -> Path:
