@@ -53,7 +53,7 @@ def add_compress_arguments(parser: argparse.ArgumentParser, *, model_required: b
         type=_names,
         metavar="A,B",
         help="freedoms inside a block: neurons (drop, refit the rest), vo (drop value coordinates), bias (correct the "
-        "mean); 'none' for none (default: neurons for auto)",
+        "mean); 'none' for none (default: neurons for auto, kron, gs)",
     )
     what.add_argument(
         "--joint", action=argparse.BooleanOptionalAction, help="let q,k,v and gate,up share a low-rank factor"

@@ -84,7 +84,10 @@ class Recipe(_Strict):
         usual = "block" if values.get("fit") == "paper" else DEFAULT_ROTATION.get(structure, "none")
         rotation = values.setdefault("rotation", usual)
         values.setdefault("skip", "none" if rotation != "block" else "slice" if structure == "slice" else "dense")
-        if structure == "auto":
+        skip, ties = values["skip"], values.get("ties", True)
+        menus = structure == "auto" or (structure == "gs" and rotation == "none")
+        menus |= structure == "kron" and rotation != "none" and skip in ("none", "dense") and ties is not False
+        if menus and values.get("fit") != "paper":
             values.setdefault("inner", ["neurons"])
         return values
 

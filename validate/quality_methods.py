@@ -49,8 +49,8 @@ PAPER = {"fit": "paper", "rotation": "block", "skip": "dense"}
 METHODS: tuple[Method, ...] = (
     Method("dense", "dense", {"structure": "dense"}, (1.0,)),
     Method("auto", "best recipe (auto)", BEST, (0.75, 0.85, 0.9375)),
-    Method("kron", "kron", {"structure": "kron"}),
-    Method("gs", "gs", {"structure": "gs"}),
+    Method("kron", "kron (and selected neurons)", {"structure": "kron"}),
+    Method("gs", "gs (and selected neurons)", {"structure": "gs"}),
     Method("svd-llm", "low rank, whitened, uniform (SVD-LLM)", {"structure": "lowrank", **WHITENED, **UNIFORM}),
     Method("lowrank-uniform", "low rank, two-sided, uniform", {"structure": "lowrank", **UNIFORM}),
     Method("lowrank", "low rank, two-sided, global", {"structure": "lowrank"}),
@@ -68,7 +68,8 @@ METHODS: tuple[Method, ...] = (
         "kron, block rotations, Householder skips",
         {"structure": "kron", "rotation": "block", "skip": "householder"},
     ),
-    Method("kron-neurons", "kron and selected neurons", {"structure": "kron", "inner": ["neurons"]}),
+    Method("kron-plain", "kron, all neurons kept", {"structure": "kron", "inner": []}),
+    Method("gs-plain", "gs, all neurons kept", {"structure": "gs", "inner": []}),
     Method(
         "auto-kron",
         "best recipe with kron on the menu",

@@ -162,6 +162,7 @@ def built(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     text.write_text(tiny.TEXT, encoding="utf-8")
     recipe = Recipe(
         structure="kron",
+        inner=(),
         ratio=0.75,
         unit=16,
         sensitivity_samples=2,

@@ -1,0 +1,77 @@
+"""What a client may ask of a generation, checked before any work is done for it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from compress.errors import UsageError
+
+LARGEST_PROMPT = 1 << 20
+"""Characters; longer ones are refused before they are tokenised, whatever the model."""
+MOST_STOPS, MOST_LOGPROBS = 16, 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """temperature 0 is greedy; top_k 0 and top_p 1 leave every token in; repetition_penalty 1 changes nothing.
+
+    repetition_penalty r divides the positive logits of tokens that were there before, in the prompt or the answer, by r
+    and multiplies the negative ones by it (CTRL, arXiv 1909.05858, section 4.1). logprobs: so many of the likeliest
+    tokens are told at each place, beside the one that was taken; None: nothing is told. Raises UsageError.
+    """
+
+    max_tokens: int = 128
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        finite = all(math.isfinite(v) for v in (self.temperature, self.top_p, self.repetition_penalty))
+        checks = (
+            (self.max_tokens >= 1, f"max_tokens must be 1 or more, not {self.max_tokens}"),
+            (0 <= self.min_tokens <= self.max_tokens, f"min_tokens must be 0 to max_tokens, not {self.min_tokens}"),
+            (finite and self.temperature >= 0, f"temperature must be 0 (greedy) or more, not {self.temperature}"),
+            (self.top_k >= 0, f"top_k must be 0 (all) or more, not {self.top_k}"),
+            (finite and 0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}"),
+            (
+                finite and self.repetition_penalty > 0,
+                f"repetition_penalty must be above 0, not {self.repetition_penalty}",
+            ),
+            (0 <= self.seed < 2**63, f"seed must be 0 to 2^63 - 1, not {self.seed}"),
+            (all(self.stop), "a stop string must not be empty"),
+            (len(self.stop) <= MOST_STOPS, f"at most {MOST_STOPS} stop strings, not {len(self.stop)}"),
+            (
+                self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS,
+                f"logprobs must be 0 to {MOST_LOGPROBS}, not {self.logprobs}",
+            ),
+        )
+        for good, reason in checks:
+            if not good:
+                raise UsageError(reason)
+
+
+def parse_messages(text: str) -> list[dict[str, Any]]:
+    """[{"role": ..., "content": ...}, ...] from JSON, for the tokenizer's chat template. Raises UsageError."""
+    try:
+        messages = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"messages are not JSON ({error})") from error
+    good = (
+        isinstance(messages, list)
+        and messages
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        )
+    )
+    if not good:
+        raise UsageError('messages must be a JSON list of objects with a "role" and a "content" that are strings')
+    return list(messages)

@@ -1,0 +1,249 @@
+"""Requests answered together: text, stops, sampling, cancellation, errors; all through a real model in ONNX Runtime."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from compress.errors import UsageError
+from export.engines.ort import OrtExecutor, OrtRunner
+from export.engines.slots import Slots
+from export.triton.batching import Batcher, Piece
+from export.triton.settings import Settings, parse_messages
+from export.triton.text import TextStream
+from tests.export.helpers import llama
+from tests.export.test_graph import Case, export, kron
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz .,ABCDEFGHIJKLMNOPQRSTUVWXYZ012345é"
+
+
+class Letters:
+    """A tokenizer of single characters, but for é, which is the tokens 59 and 60 together."""
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        text = "".join("\ufffd" if t >= 59 else ALPHABET[t] for t in token_ids)
+        pairs = [(token_ids[i], token_ids[i + 1]) for i in range(len(token_ids) - 1)]
+        return text.replace("\ufffd\ufffd", "é") if (59, 60) in pairs else text
+
+
+class Client:
+    """Collects pieces; may leave after some."""
+
+    def __init__(self, leave_after: int | None = None) -> None:
+        self.pieces: list[Piece] = []
+        self.done = threading.Event()
+        self.leave_after = leave_after
+
+    def tell(self, piece: Piece) -> None:
+        assert not self.done.is_set()
+        self.pieces.append(piece)
+        if piece.finish is not None:
+            self.done.set()
+
+    def cancelled(self) -> bool:
+        return self.leave_after is not None and len(self.pieces) >= self.leave_after
+
+    def wait(self) -> Client:
+        assert self.done.wait(60)
+        return self
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for piece in self.pieces for token in piece.tokens]
+
+    @property
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces)
+
+    @property
+    def finish(self) -> str | None:
+        return self.pieces[-1].finish
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(Case(llama(max_positions=160), kron("explicit")), tmp_path_factory.mktemp("model"))[1].path
+
+
+@pytest.fixture
+def batcher(model: Path) -> Iterator[Batcher]:
+    made = Batcher(Slots(OrtExecutor(model), 4), Letters(), ends=[2])
+    yield made
+    made.close()
+
+
+def ask(batcher: Batcher, ids: Sequence[int], **settings: object) -> Client:
+    client = Client()
+    batcher.submit(ids, Settings(**settings), client)  # type: ignore[arg-type]
+    return client
+
+
+def test_many_clients_get_what_each_gets_alone(batcher: Batcher, model: Path) -> None:
+    random = np.random.default_rng(0)
+    prompts = [random.integers(3, 59, random.integers(1, 30)).tolist() for _ in range(16)]
+    lengths = [int(n) for n in random.integers(1, 40, 16)]
+    clients = [ask(batcher, ids, max_tokens=n) for ids, n in zip(prompts, lengths, strict=True)]
+    for client, ids, length in zip(clients, prompts, lengths, strict=True):
+        client.wait()
+        (expected,) = OrtRunner(model).generate([ids], max_new_tokens=length, eos=[2])
+        assert client.tokens == expected
+        assert client.finish == ("stop" if expected[-1] == 2 else "length")
+    assert batcher.steps < sum(lengths)  # they were decoded together
+
+
+def test_sampling_is_seeded_and_independent_of_company(batcher: Batcher) -> None:
+    options = {"max_tokens": 20, "temperature": 1.5, "top_k": 20, "top_p": 0.9, "seed": 7}
+    alone = ask(batcher, [5, 6, 7], **options).wait().tokens
+    clients = [ask(batcher, [5, 6, 7], **options), *(ask(batcher, [9], max_tokens=30) for _ in range(5))]
+    assert clients[0].wait().tokens == alone
+    assert all(client.wait().finish for client in clients)
+    assert ask(batcher, [5, 6, 7], **{**options, "seed": 8}).wait().tokens != alone
+
+
+def test_repetition_penalty_and_min_tokens(batcher: Batcher, model: Path) -> None:
+    plain = ask(batcher, [5, 6, 7], max_tokens=30).wait().tokens
+    steered = ask(batcher, [5, 6, 7], max_tokens=30, repetition_penalty=5.0).wait().tokens
+    assert len(set(steered)) > len(set(plain))
+    ends = Batcher(Slots(OrtExecutor(model), 1), Letters(), ends=[plain[3]])
+    try:
+        assert ask(ends, [5, 6, 7], max_tokens=30).wait().tokens == plain[: plain.index(plain[3]) + 1]
+        late = ask(ends, [5, 6, 7], max_tokens=30, min_tokens=12).wait().tokens
+        assert plain[3] not in late[:12]
+    finally:
+        ends.close()
+
+
+def test_log_probabilities_are_those_of_the_model(batcher: Batcher, model: Path) -> None:
+    client = ask(batcher, [5, 6, 7], max_tokens=4, logprobs=3, temperature=2.0, seed=1).wait()
+    ids = np.array([[5, 6, 7, *client.tokens]])
+    logits = OrtRunner(model).run_full(ids)[0, 2:-1].astype(np.float64)
+    log = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for piece, row in zip(client.pieces, log, strict=True):
+        assert piece.logprobs[0] == pytest.approx(row[piece.tokens[0]], abs=1e-4)
+        assert list(piece.likeliest[0]) == np.argsort(-row)[:3].tolist()
+
+
+def test_stop_strings_end_the_answer_before_them(batcher: Batcher) -> None:
+    whole = ask(batcher, [5, 6, 7], max_tokens=30).wait().text
+    stop = whole[6:9]
+    client = ask(batcher, [5, 6, 7], max_tokens=30, stop=(stop,)).wait()
+    assert client.text == whole[: whole.index(stop)]
+    assert client.finish == "stop"
+
+
+def test_cancellation_frees_the_row(model: Path) -> None:
+    batcher = Batcher(Slots(OrtExecutor(model), 1), Letters(), ends=[])
+    try:
+        leaving, staying = Client(leave_after=3), Client()
+        batcher.submit([5], Settings(max_tokens=150), leaving)
+        batcher.submit([6], Settings(max_tokens=5), staying)
+        assert leaving.wait().finish == "cancelled"
+        assert len(leaving.pieces) == 4
+        assert len(staying.wait().tokens) == 5
+    finally:
+        batcher.close()
+
+
+@pytest.mark.parametrize(
+    ("ids", "max_tokens", "message"),
+    [
+        ([], 1, "the prompt is empty"),
+        ([1] * 161, 1, "the prompt has 161 tokens; this model takes at most 160"),
+        ([1] * 100, 61, "together they may be at most 160"),
+    ],
+)
+def test_prompts_that_cannot_be_answered(batcher: Batcher, ids: list[int], max_tokens: int, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ask(batcher, ids, max_tokens=max_tokens)
+    assert len(ask(batcher, [1], max_tokens=2).wait().tokens) <= 2  # and it lives on
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens must be 1"),
+        ({"max_tokens": 3, "min_tokens": 4}, "min_tokens must be 0 to max_tokens"),
+        ({"temperature": -1.0}, "temperature must be"),
+        ({"temperature": float("nan")}, "temperature must be"),
+        ({"top_p": 0.0}, "top_p must be"),
+        ({"top_k": -1}, "top_k must be"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be"),
+        ({"stop": ("",)}, "must not be empty"),
+        ({"stop": ("x",) * 17}, "at most 16 stop strings"),
+        ({"logprobs": 21}, "logprobs must be"),
+        ({"seed": -1}, "seed must be"),
+    ],
+)
+def test_settings_that_make_no_sense(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Settings(**settings)  # type: ignore[arg-type]
+
+
+class Broken(Slots):
+    """An engine that fails at its fifth step."""
+
+    calls = 0
+
+    def step(self, tokens: Sequence[int]) -> np.ndarray:
+        self.calls += 1
+        if self.calls == 5:
+            raise RuntimeError("out of memory")
+        return super().step(tokens)
+
+
+def test_a_failing_step_is_told_and_the_next_request_is_answered(model: Path) -> None:
+    batcher = Batcher(Broken(OrtExecutor(model), 2), Letters(), ends=[])
+    try:
+        clients = [ask(batcher, [5], max_tokens=20), ask(batcher, [6], max_tokens=20)]
+        assert {client.wait().finish for client in clients} == {"error"}
+        assert clients[0].pieces[-1].error == "out of memory"
+        assert len(ask(batcher, [5], max_tokens=20).wait().tokens) == 20
+    finally:
+        batcher.close()
+
+
+def test_closing_answers_everybody(model: Path) -> None:
+    batcher = Batcher(Slots(OrtExecutor(model), 1), Letters(), ends=[], most_waiting=2)
+    first = ask(batcher, [5], max_tokens=100)
+    while not first.pieces:
+        assert not first.done.wait(0.001)
+    others = [ask(batcher, [6], max_tokens=100) for _ in range(2)]
+    with pytest.raises(UsageError, match="too many requests are waiting"):
+        ask(batcher, [6])
+    batcher.close()
+    assert first.wait().finish == "length"  # what runs is finished
+    assert [client.wait().pieces[-1].error for client in others] == ["the model is being unloaded"] * 2
+    with pytest.raises(UsageError, match="being unloaded"):
+        ask(batcher, [5])
+
+
+def test_text_comes_in_whole_characters() -> None:
+    stream = TextStream(Letters())
+    assert [stream.add(token) for token in (0, 59, 60, 1)] == ["a", "", "é", "b"]
+    assert stream.finish() == ""
+    stream = TextStream(Letters())
+    assert [stream.add(token) for token in (0, 59)] == ["a", ""]
+    assert stream.finish() == "\ufffd"  # half a character at the very end is told as what it is
+
+
+@pytest.mark.parametrize("stop", ["cde", "e", "abc", "efx", "zz"])
+def test_stop_strings_are_found_wherever_tokens_part(stop: str) -> None:
+    stream, text = TextStream(Letters(), [stop]), ""
+    for token in range(7):  # abcdefg
+        text += stream.add(token)
+        assert stop not in text
+        if stream.stopped:
+            break
+    text += stream.finish()
+    assert text == "abcdefg".partition(stop)[0]
+
+
+def test_messages() -> None:
+    assert parse_messages('[{"role": "user", "content": "hi"}]') == [{"role": "user", "content": "hi"}]
+    for text in ("", "{}", "[]", '[{"role": "user"}]', '[{"role": 1, "content": "x"}]'):
+        with pytest.raises(UsageError, match="messages"):
+            parse_messages(text)
