@@ -14,10 +14,11 @@ patient := OMP_WAIT_POLICY=passive
 offline := HF_HUB_OFFLINE=1
 pip := $(bin)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: help venv demo test test-slow quality format clean
+.PHONY: help venv demo serve-demo test test-slow quality format clean
 
 help:
 	@echo 'make demo       set up; compress, export and validate a real model on the CPU; print the summary'
+	@echo 'make serve-demo set up; serve what make demo made by a Triton server on the CPU, until Ctrl-C'
 	@echo 'make test       set up; lint, format check, types, tests'
 	@echo 'make test-slow  set up; the tests that take minutes or the real model'
 	@echo 'make quality    set up; lint, format check, types'
@@ -45,16 +46,27 @@ $(VENV)/.ready-plugins: $(VENV)/.ready requirements-plugins.txt
 	test "$$(uname -sm)" != 'Linux x86_64' || $(pip) --no-deps --require-hashes --requirement requirements-plugins.txt
 	@touch $@
 
+# What serves a model repository on the CPU: a Triton server from a package, whose Python wants a numpy before 2.
+$(VENV)/serve/.ready: $(VENV)/.ready requirements-serve.txt
+	$(PYTHON) -m venv $(VENV)/serve
+	$(VENV)/serve/bin/python -m pip install --disable-pip-version-check --quiet --requirement requirements-serve.txt
+	test "$$(uname -sm)" != 'Linux x86_64' || $(VENV)/serve/bin/python -m pip install --disable-pip-version-check --quiet --no-deps nvidia-pytriton==0.7.0
+	@touch $@
+
 demo: $(VENV)/.ready-demo
 	$(patient) $(bin)/python -m export.build --model smollm2-135m --structure kron --ratio 0.75 --engine ort --out $(OUT)
 	$(one_thread) $(bin)/python -m validate.run $(OUT) --max-windows 16
+
+serve-demo: $(VENV)/.ready-demo $(VENV)/serve/.ready
+	test -f $(OUT)/triton/launch.sh || $(MAKE) demo
+	$(bin)/python -m tests.serve $(OUT)
 
 quality: venv
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy
 
-test: quality $(VENV)/.ready-plugins
+test: quality $(VENV)/.ready-plugins $(VENV)/serve/.ready
 	$(one_thread) $(offline) $(bin)/python -m pytest -q --numprocesses $(WORKERS)
 
 test-slow: $(VENV)/.ready-demo

@@ -66,6 +66,11 @@ def parser() -> argparse.ArgumentParser:
         default="all",
         help="of all positions, as validation needs them, or of the last one, for serving (default: all)",
     )
+    serve = p.add_argument_group("Triton Inference Server (OUT/triton, for --engine ort and trt)")
+    serve.add_argument("--serve-as", metavar="NAME", help="name of the model there (default: from the name of --model)")
+    serve.add_argument(
+        "--sequences", type=int, metavar="N", help="answered at a time (default: 16, or as many as --batch allows)"
+    )
     trt = p.add_argument_group("TensorRT and TensorRT-RTX")
     sizes = "(default: %s, as far as the model's positions allow)"
     trt.add_argument("--batch", metavar="MIN,OPT,MAX", help=f"sequences at a time {sizes % '1,1,8'}")
@@ -132,6 +137,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("say which model with --model, or go on with OUT's graph with --resume")
     if args.compute_capability is not None and args.engine != "trt-rtx":
         raise UsageError("--compute-capability is for --engine trt-rtx; TensorRT builds for the GPU that is there")
+    if args.sequences is not None and args.sequences < 1:
+        raise UsageError(f"--sequences must be at least 1, not {args.sequences}")
     if args.workspace is not None and args.workspace < 1:
         raise UsageError(f"--workspace must be at least 1 MiB, not {args.workspace}")
     if args.plugin == "native" and args.plugin_libraries is not None:
@@ -218,6 +225,7 @@ def _build_engine(
             from export.stages import build_ort
 
             build_ort(artifact)
+            _serve(args, artifact, None)
         return {"engine": args.engine}
     from export.engines import plugins, trt, trt_rtx
 
@@ -236,6 +244,7 @@ def _build_engine(
         info = trt_rtx.build_rtx(artifact, options, capabilities)
     else:
         script = trt.write_script(artifact, options)
+        _serve(args, artifact, options.spans.batch.most)
         try:
             info = trt.build_trt(artifact, options)
         except MissingDependencyError as error:
@@ -250,6 +259,24 @@ def _build_engine(
         "plugin_layers": info["plugin_layers"],
         "engine_seconds": info["seconds"],
     }
+
+
+def _serve(args: argparse.Namespace, artifact: Artifact, most: int | None) -> None:
+    """OUT/triton. `most`: sequences that the engine takes, None for any number."""
+    import re
+
+    from compress.checkpoint import CheckpointReader
+    from export.triton.repository import SEQUENCES, write_repository
+
+    if CheckpointReader(artifact.require_stage("checkpoint")).architecture.sliding_window is not None:
+        log("no triton: a model with a sliding window cannot be batched continuously")
+        return
+    source = str(artifact.read_manifest()["source"].get("id") or "model")
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", re.split(r"[/=]", source.rstrip("/"))[-1 if "=" not in source else 0])
+    sequences = args.sequences or min(SEQUENCES, most or SEQUENCES)
+    write_repository(
+        artifact, engine=args.engine, name=args.serve_as or plain.strip("-.") or "model", sequences=sequences
+    )
 
 
 def _has_checkpoint(args: argparse.Namespace, artifact: Artifact, source: ModelSource, recipe: Recipe) -> bool:

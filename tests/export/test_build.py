@@ -59,7 +59,7 @@ def test_build_from_name_to_running_model(
     before = artifact.read_manifest()
     assert run_cli(main, command("--engine", "ort", "--json")) == 0
     printed = capsys.readouterr()
-    assert printed.err.count("re-using") == 3
+    assert printed.err.count("re-using") == 4
     assert json.loads(printed.out)["structured_nodes"] == graph["structured_nodes"]
     assert artifact.read_manifest() == before
 
