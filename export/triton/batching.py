@@ -111,13 +111,16 @@ class Batcher:
     # -- the thread ----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while True:
-            self._admit()
-            if self._running:
-                self._step()
-            elif self._closing.is_set():
-                self._refuse_the_rest()
-                return
+        try:
+            while self._running or not self._closing.is_set():
+                self._admit()
+                if self._running:
+                    self._step()
+        finally:  # also where this thread fails: nobody may wait for ever
+            self._closing.set()
+            for answer in self._running.values():
+                answer.listener.tell(Piece("", finish="error", error="the model has failed; see the server's log"))
+            self._refuse_the_rest()
 
     def _admit(self) -> None:
         """Take what waits into free rows; wait for something where nothing runs."""

@@ -206,6 +206,26 @@ def test_a_failing_step_is_told_and_the_next_request_is_answered(model: Path) ->
         batcher.close()
 
 
+class Buggy(Slots):
+    """An engine with a defect that nobody thought of, which shows once both clients are there."""
+
+    both = threading.Event()
+
+    def step(self, tokens: Sequence[int]) -> np.ndarray:
+        assert self.both.wait(60)
+        raise KeyError("a bug")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_ever_when_the_thread_fails(model: Path) -> None:
+    batcher = Batcher(Buggy(OrtExecutor(model), 1), Letters(), ends=[])
+    clients = [ask(batcher, [5], max_tokens=20), ask(batcher, [6], max_tokens=20)]
+    Buggy.both.set()
+    assert [client.wait().finish for client in clients] == ["error", "error"]
+    with pytest.raises(UsageError, match="being unloaded"):
+        ask(batcher, [7])
+
+
 def test_closing_answers_everybody(model: Path) -> None:
     batcher = Batcher(Slots(OrtExecutor(model), 1), Letters(), ends=[], most_waiting=2)
     first = ask(batcher, [5], max_tokens=100)

@@ -72,6 +72,9 @@ def test_without_a_gpu_all_but_the_engine_is_made(
     assert build_info(artifact, "onnx")["dtype"] == "float16"
     assert {p.name for p in artifact.require_stage("plugins").iterdir()} == {PLUGINS, AUTOLOAD, BUILD_INFO}
     assert not artifact.has_stage("engine")
+    (config,) = artifact.require_stage("triton").glob("repository/*/config.pbtxt")
+    assert "KIND_GPU" in config.read_text()
+    assert 'key: "sequences" value: { string_value: "4" }' in config.read_text()
 
     # Again: nothing is made anew.
     before = artifact.read_manifest()
