@@ -91,7 +91,8 @@ class TrtExecutor:
         self.axes, (self.metadata, self.vocabulary) = graph_axes(onnx), graph_facts(onnx)
         if library is not None and trt.get_plugin_registry().load_library(str(library)) is None:
             raise ArtifactError(f"TensorRT {trt.__version__} does not load {library}; build the plugins again")
-        self._runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+        self._logger = trt.Logger(trt.Logger.WARNING)  # kept: the runtime refers to it
+        self._runtime = trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
         if self._engine is None:
             raise ArtifactError(f"TensorRT {trt.__version__} does not load {plan}; build the engine again")

@@ -64,7 +64,8 @@ def _build(job: Job) -> dict[str, Any]:
 
 def _layers(trt: Any, plan: Any) -> str:
     """What the engine is made of, with the tactic of each layer, as TensorRT's own JSON. Needs the GPU."""
-    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    logger = trt.Logger(trt.Logger.ERROR)  # has to outlive what refers to it
+    runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(bytes(plan))
     return str(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
 
