@@ -8,6 +8,7 @@ import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -16,6 +17,7 @@ from compress.artifact import Artifact
 from compress.errors import ArtifactError, MissingDependencyError, UsageError, run_cli
 from export.build import main, parser
 from export.engines import gpu, trt, trt_rtx, trt_runner
+from export.engines.jobs import Job
 from export.engines.profiles import Span, Spans, graph_axes, shape_at
 from export.stages import BUILD_INFO, build_info, write_json
 from tests import tiny
@@ -197,7 +199,7 @@ def test_what_tensorrt_refuses_is_told_in_its_words(
     broken = path.with_name("broken.onnx")
     broken.write_bytes(model.SerializeToString())
     spans = Spans(Span(1, 1, 1), Span(1, 2, 4), Span(1, 2, 4))
-    job = trt_rtx.Job(str(broken), str(tmp_path / "plan"), tuple(spans.profiles(graph_axes(path))), rtx=True)
+    job = Job(str(broken), str(tmp_path / "plan"), tuple(spans.profiles(graph_axes(path))), rtx=True)
     with pytest.raises(ArtifactError, match=r"TensorRT-RTX built no engine.*Kronecker"):
         trt_rtx.run_job(job)
     assert not (tmp_path / "plan").exists()
@@ -248,6 +250,57 @@ def test_default_sizes_fit_the_model() -> None:
     assert Spans.parse(None, None, None, 8192) == Spans()
     with pytest.raises(UsageError, match="--cache"):
         Spans.parse(None, None, "1,2", 64)
+
+
+@pytest.mark.parametrize("faster", ["native", "cpp"])
+def test_auto_keeps_the_engine_with_the_shorter_decode_step(
+    faster: str,
+    command: Callable[..., list[str]],
+    libraries: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With a stand-in for TensorRT and the GPU: what is built, timed, kept and written down."""
+    jobs: list[Job] = []
+
+    def build(job: Job) -> dict[str, Any]:
+        jobs.append(job)
+        Path(job.plan).write_bytes(b"cpp" if job.plugins else b"native")
+        Path(str(job.layers)).write_text("{}")
+        return {"version": "11.4.0", "plan_bytes": 3, "plugin_layers": len(job.plugins), "seconds": 1.0, "warnings": []}
+
+    times = {"native": {"decode": 2e-3, "prefill": 1e-2}, "cpp": {"decode": 2e-3, "prefill": 2e-2}}
+    times[faster]["decode"] = 1e-3
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(trt, "find_gpu", lambda: gpu.Gpu("H100", 90, 13000))
+    monkeypatch.setattr(trt, "installed", lambda name: "11.4.0")
+    monkeypatch.setattr(trt, "run_job", build)
+    monkeypatch.setattr(trt, "_timed", lambda folder, ways, onnx, spans: {way: times[way] for way in ways})
+    arguments = command("--engine", "trt", "--plugin-libraries", str(libraries), "--json")
+    assert run_cli(main, arguments) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["plugin"] == faster
+    assert f"keeping {faster}: against" in printed.err
+    assert "decode 2.00x" in printed.err
+    assert [bool(job.plugins) for job in jobs] == [False, True]
+    assert {job.timing_cache for job in jobs} == {str(tmp_path / "cache" / "procrustes-llm" / "tensorrt-11.4.0.cache")}
+    artifact = Artifact(tmp_path / "out")
+    artifact.verify()
+    assert {p.name for p in artifact.path("engine").iterdir()} == {"model.plan", "layers.json", BUILD_INFO}
+    assert (artifact.path("engine") / "model.plan").read_bytes() == faster.encode()
+    info = build_info(artifact, "engine")
+    assert info["seconds_by_plugin"] == times
+    assert info["gpu"] == {"name": "H100", "capability": 90, "driver": 13000}
+    assert trt.options_of(info).flags() == info["flags"]
+    assert str(trt_runner.spans_of(info).cache) == "1,16,40"
+    monkeypatch.setattr(trt_runner, "installed", lambda name: "11.4.0")
+    monkeypatch.setattr(trt_runner, "find_gpu", lambda: gpu.Gpu("H100", 90, 13000))
+    assert trt_runner.check_engine(artifact) == info
+
+    assert run_cli(main, arguments) == 0
+    assert "re-using" in capsys.readouterr().err
+    assert len(jobs) == 2
 
 
 # --- an engine is a program: what is checked before it is loaded
