@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from compress.artifact import Artifact
     from compress.models import ModelSource
     from compress.recipe import Recipe
-    from export.engines.trt import Options
+    from export.engines.tensorrt import Options
 
 EXAMPLES = """\
 examples:
@@ -200,9 +200,10 @@ def _tensorrt(args: argparse.Namespace, positions: int) -> tuple[Options, tuple[
     """The options of a TensorRT build, and the compute capabilities of one by TensorRT-RTX; says what is missing."""
     from export.engines import trt, trt_rtx
     from export.engines.profiles import Spans
+    from export.engines.tensorrt import Options
 
     capabilities = trt_rtx.parse_capabilities(args.compute_capability)
-    options = trt.Options(
+    options = Options(
         Spans.parse(args.batch, args.prompt, args.cache, positions),
         args.plugin,
         args.opt_level,

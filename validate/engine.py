@@ -104,10 +104,11 @@ def engine_speed(
     The three engines are built for this, with the sizes and options of OUT's own; only a GPU can do it.
     """
     from export.engines.profiles import graph_axes
-    from export.engines.trt import build_plan, options_of, plugin_library
+    from export.engines.tensorrt import Options, plugin_library
+    from export.engines.trt import build_plan
     from export.engines.trt_runner import runner_of, spans_of
 
-    spans, options = spans_of(info), options_of(info)
+    spans, options = spans_of(info), Options.of(info["flags"])
     library = plugin_library(baseline.artifact)
     dense, ours = baseline.dense_onnx(), baseline.onnx
     ways: dict[str, tuple[Path, Path | None]] = {"dense": (dense, None), "native": (ours, None)}

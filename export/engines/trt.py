@@ -6,16 +6,12 @@ engine where there is one.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import re
 import shlex
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from compress.artifact import Artifact
 from compress.errors import MissingDependencyError
@@ -24,33 +20,12 @@ from compress.progress import log
 from export.engines.gpu import Gpu, find_gpu
 from export.engines.jobs import Job, run_job
 from export.engines.profiles import DECODE, PREFILL, Axes, Profile, Spans, graph_axes
+from export.engines.tensorrt import LAYERS, PLAN, Options, installed, plugin_library, version_of
 from export.graph import MODEL_NAME
 from export.stages import BUILD_INFO, build_info, is_current, write_json
 
-PLAN, LAYERS, SCRIPT = "model.plan", "layers.json", "build_engine.sh"
+SCRIPT = "build_engine.sh"
 LEAST_VERSION = (10, 15)  # whose parser knows the opset 23 operators of the graph
-
-Choice = Literal["auto", "native", "cpp"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to build. `plugin`: the plugins, the function bodies (native), or the faster of both."""
-
-    spans: Spans
-    plugin: Choice = "auto"
-    optimization: int | None = None
-    workspace: int | None = None  # bytes
-    timing_cache: Path | None = None
-
-    def flags(self) -> list[str]:
-        """As flags of export.build, what is not given left out."""
-        flags = [*self.spans.flags(), "--plugin", self.plugin]
-        if self.optimization is not None:
-            flags += ["--opt-level", str(self.optimization)]
-        if self.workspace is not None:
-            flags += ["--workspace", str(self.workspace >> 20)]
-        return flags
 
 
 def require() -> Gpu:
@@ -150,42 +125,11 @@ def _comparison(seconds: Mapping[str, Mapping[str, float]], chosen: str) -> str:
     return f"keeping {chosen}: against {other} {', '.join(gains)}"
 
 
-def options_of(info: Mapping[str, Any]) -> Options:
-    """The options that a build.json was made with, but for the timing cache."""
-    from export.build import parser
-
-    args = parser().parse_args(["--out", ".", *info["flags"]])
-    spans = Spans.parse(args.batch, args.prompt, args.cache, sys.maxsize)
-    return Options(spans, args.plugin, args.opt_level, None if args.workspace is None else args.workspace << 20)
-
-
-def plugin_library(artifact: Artifact) -> Path | None:
-    """OUT/plugins/libprocrustes_plugins.so, None where the graph has no op for it."""
-    from trt_plugins.build import PLUGINS
-
-    if not artifact.has_stage("plugins"):
-        return None
-    return artifact.require_stage("plugins") / PLUGINS
-
-
 def default_timing_cache(version: str | None) -> Path:
     """Shared by all builds of this user: what was timed once need not be timed again. TensorRT keeps GPUs apart in it,
     and refuses the cache of another version, which is therefore part of the name."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "procrustes-llm" / f"tensorrt-{version}.cache"
-
-
-def installed(distribution: str) -> str | None:
-    """Version of a distribution, None where it is not installed."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def version_of(text: str) -> tuple[int, ...]:
-    """(11, 4) of 11.4.0.106."""
-    return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
 
 
 # --- the script

@@ -11,7 +11,7 @@ from compress.files import sha256_of
 from compress.progress import log
 from export.engines.jobs import Job, run_job
 from export.engines.profiles import graph_axes
-from export.engines.trt import PLAN, Options, installed, plugin_library
+from export.engines.tensorrt import PLAN, Options, installed, plugin_library
 from export.graph import MODEL_NAME
 from export.stages import BUILD_INFO, build_info, is_current, write_json
 

@@ -18,7 +18,7 @@ from compress.progress import log
 from export.engines.device_runner import DeviceRunner
 from export.engines.gpu import find_gpu
 from export.engines.profiles import DECODE, PREFILL, Span, Spans, graph_axes
-from export.engines.trt import PLAN, installed, plugin_library
+from export.engines.tensorrt import PLAN, installed, plugin_library
 from export.graph import MODEL_NAME
 from export.stages import build_info
 

@@ -15,10 +15,12 @@ import pytest
 
 from compress.artifact import Artifact
 from compress.errors import ArtifactError, MissingDependencyError, UsageError, run_cli
+from compress.files import sha256_of
 from export.build import main, parser
 from export.engines import gpu, trt, trt_rtx, trt_runner
 from export.engines.jobs import Job
 from export.engines.profiles import Span, Spans, graph_axes, shape_at
+from export.engines.tensorrt import Options
 from export.stages import BUILD_INFO, build_info, write_json
 from tests import tiny
 from trt_plugins.build import AUTOLOAD, PLUGINS
@@ -292,7 +294,7 @@ def test_auto_keeps_the_engine_with_the_shorter_decode_step(
     info = build_info(artifact, "engine")
     assert info["seconds_by_plugin"] == times
     assert info["gpu"] == {"name": "H100", "capability": 90, "driver": 13000}
-    assert trt.options_of(info).flags() == info["flags"]
+    assert Options.of(info["flags"]).flags() == info["flags"]
     assert str(trt_runner.spans_of(info).cache) == "1,16,40"
     monkeypatch.setattr(trt_runner, "installed", lambda name: "11.4.0")
     monkeypatch.setattr(trt_runner, "find_gpu", lambda: gpu.Gpu("H100", 90, 13000))
@@ -321,7 +323,7 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artifact:
         "versions": {"tensorrt": "11.4.0"},
         "gpu": {"name": "H100", "capability": 90, "driver": 13000},
         "plugin": "cpp",
-        "plugin_sha256": trt.sha256_of(library),
+        "plugin_sha256": sha256_of(library),
         "profiles": spans.profiles({"input_ids": ["batch", "sequence"], "attention_mask": ["batch", "total_sequence"]}),
     }
     with artifact.stage("engine", inputs=["onnx", "plugins"]) as folder:
@@ -372,7 +374,7 @@ def test_engines_of_other_kinds_are_not_loaded(engine: Artifact) -> None:
 
 
 def test_flags_of_the_options_are_those_of_the_command() -> None:
-    options = trt.Options(Spans(), "cpp", 3, 1 << 30)
+    options = Options(Spans(), "cpp", 3, 1 << 30)
     args = parser().parse_args(["--out", "x", *options.flags()])
     assert (args.plugin, args.opt_level, args.workspace) == ("cpp", 3, 1024)
     assert Spans.parse(args.batch, args.prompt, args.cache, 4096) == Spans()
