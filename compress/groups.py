@@ -15,6 +15,7 @@ from compress.menus import (
     Cost,
     Linear,
     dense_choice,
+    every_choice,
     joint_menu,
     leading_menu,
     linear_menu,
@@ -133,6 +134,9 @@ class LayerMenus:
                     shared = joint_menu([alone.pop(role) for role in together], self.unit, self.cost)
                     menu = convex_hull(merged([menu_of(role, None) for role in together]) + shared)
                     found.append(((layer, f"{sub} readers"), menu))
+        if self.recipe.allocation == "uniform" and rotations is None:
+            # One share for all needs the sizes near it, which may lie above the line from far below it to dense.
+            return found + [((layer, r), every_choice(x, self.kinds, self.unit, self.cost)) for r, x in alone.items()]
         return found + [((layer, role), menu_of(role, None)) for role in alone]
 
     def _core_step(self, role: str, size: int) -> int:

@@ -76,7 +76,12 @@ def tails(squares: Tensor) -> Tensor:
 
 
 def linear_menu(linear: Linear, kinds: Sequence[str], unit: int, cost: Cost) -> list[Choice]:
-    """The linear dense, and every aligned size of the structures `kinds`; only the lower convex hull is returned."""
+    """The lower convex hull of `every_choice`: what a global allocation may choose."""
+    return convex_hull(every_choice(linear, kinds, unit, cost))
+
+
+def every_choice(linear: Linear, kinds: Sequence[str], unit: int, cost: Cost) -> list[Choice]:
+    """The linear dense, and every aligned size of the structures `kinds`."""
     n, m = linear.weight.shape
     menu = [dense_choice(linear.role, m, n, cost)]
     for kind in kinds:
@@ -84,7 +89,7 @@ def linear_menu(linear: Linear, kinds: Sequence[str], unit: int, cost: Cost) -> 
         if curves is None:
             raise UsageError(f"structure {kind!r} has no predicted loss to allocate by: choose {', '.join(_CURVES)}")
         menu += [Choice({linear.role: (s, loss)}, cost(s), loss) for s, loss in curves(linear, unit)]
-    return convex_hull(menu)
+    return menu
 
 
 def dense_choice(role: str, in_features: int, out_features: int, cost: Cost) -> Choice:

@@ -149,8 +149,7 @@ def _build(args: argparse.Namespace, artifact: Artifact, source: ModelSource, re
     from compress.pipeline import compress_model
     from export.stages import build_onnx
 
-    positions = source.architecture().max_positions
-    engine = _tensorrt(args, positions) if args.engine in TENSORRT else None
+    engine = _tensorrt(args, source.architecture().max_positions) if args.engine in TENSORRT else None
     with artifact.lock():
         if _has_checkpoint(args, artifact, source, recipe):
             log(f"re-using {artifact.path('checkpoint')}: same model and recipe")

@@ -20,7 +20,7 @@ from pathlib import Path
 from compress.errors import ArtifactError, MissingDependencyError, run_cli
 from compress.progress import log
 from trt_plugins.build import ARCHITECTURES, SOURCES
-from trt_plugins.toolchain import find
+from trt_plugins.toolchain import find, packages
 
 TABLE = Path(__file__).with_name("resources.json")
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)\w?'")
@@ -71,9 +71,7 @@ def wide_loads(library: Path) -> dict[str, int]:
 
     Raises MissingDependencyError where cuobjdump is not there.
     """
-    tools = find()
-    places = [tools.cuda / "bin", *(Path(p) for p in sys.path if (Path(p) / "nvidia/cu13/bin").is_dir())]
-    places = [p if p.name == "bin" else p / "nvidia/cu13/bin" for p in places]
+    places = [find().cuda / "bin", *packages("nvidia/cu13/bin")]
     cuobjdump = next((str(p / "cuobjdump") for p in places if (p / "cuobjdump").is_file()), shutil.which("cuobjdump"))
     if cuobjdump is None:
         raise MissingDependencyError("there is no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")

@@ -68,7 +68,7 @@ def _cuda() -> tuple[Path, bool]:
             for home in (nvcc.resolve().parents[1], Path("/usr/local/cuda")):  # nvcc may be a script that calls it
                 if (home / "bin" / "nvcc").is_file() and (home / "include" / "cuda_fp16.h").is_file():
                     return home, False
-    for home in _packages("nvidia/cu13"):
+    for home in packages("nvidia/cu13"):
         if (home / "bin" / "nvcc").is_file() and (home / "include" / "cuda_fp16.h").is_file():
             return home, True
     raise MissingDependencyError(
@@ -83,7 +83,7 @@ def tensorrt_headers() -> Path:
         if not (folder / HEADER).is_file():
             raise MissingDependencyError(f"TENSORRT_INCLUDE_DIR is {folder}, which has no {HEADER}")
         return folder
-    for folder in (DEBIAN, Path("/usr/include"), *_packages("kernel_lens/include/tensorrt")):
+    for folder in (DEBIAN, Path("/usr/include"), *packages("kernel_lens/include/tensorrt")):
         if (folder / HEADER).is_file():
             return folder
     raise MissingDependencyError(
@@ -92,7 +92,7 @@ def tensorrt_headers() -> Path:
     )
 
 
-def _packages(inside: str) -> Iterator[Path]:
+def packages(inside: str) -> Iterator[Path]:
     """Folders of that name among the installed packages."""
     for key in ("purelib", "platlib"):
         folder = Path(sysconfig.get_paths()[key]) / inside

@@ -103,10 +103,11 @@ def engine_speed(
 
     The three engines are built for this, with the sizes and options of OUT's own; only a GPU can do it.
     """
+    from export.engines.device_runner import DeviceRunner
     from export.engines.profiles import graph_axes
-    from export.engines.tensorrt import Options, plugin_library
+    from export.engines.tensorrt import PLAN, Options, plugin_library
     from export.engines.trt import build_plan
-    from export.engines.trt_runner import runner_of, spans_of
+    from export.engines.trt_runner import TrtExecutor, spans_of
 
     spans, options = spans_of(info), Options.of(info["flags"])
     library = plugin_library(baseline.artifact)
@@ -121,7 +122,7 @@ def engine_speed(
         for name, (onnx, used) in ways.items():
             log(f"speed on the GPU: the {name} engine")
             build_plan(onnx, folder / name, used, spans.profiles(graph_axes(onnx)), options)
-            runners[name] = runner_of(folder / name, onnx, spans, used)
+            runners[name] = DeviceRunner(TrtExecutor(folder / name / PLAN, onnx, spans, used))
         cases = compare_runners(runners, spans, batch_sizes=batch_sizes, seconds=seconds)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

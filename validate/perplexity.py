@@ -204,10 +204,16 @@ def _score(a: Tensor, b: Tensor, ids: Tensor, position: int, scored_from: list[i
     target = ids[:, position + 1 : position + 1 + span]  # (batch, span)
     token = torch.arange(position + 1, position + 1 + span)
     scored = token[None, :] >= torch.tensor(scored_from)[:, None]  # (batch, span)
-    log_p, log_q = (x[:, :span].float().log_softmax(-1) for x in (a, b))  # (batch, span, vocabulary)
-    nll_p, nll_q = (-x.gather(-1, target[..., None])[..., 0] for x in (log_p, log_q))
-    same = (log_p.argmax(-1) == log_q.argmax(-1)).double()
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    a, b = (x[:, :span].float() for x in (a, b))  # (batch, span, vocabulary)
+    # By its parts: log_softmax of so long rows takes ten times as long as exp does here. With a' = a - max a and
+    # Z_a = sum exp a': log p = a' - log Z_a, and KL = sum_v exp(a'_v) (a'_v - b'_v) / Z_a - log Z_a + log Z_b.
+    (top_a, first_a), (top_b, first_b) = a.max(-1), b.max(-1)
+    a, b = a - top_a[..., None], b - top_b[..., None]
+    weights, sum_b = a.exp(), b.exp().sum(-1)
+    sum_a = weights.sum(-1)
+    nll_p, nll_q = (z.log() - x.gather(-1, target[..., None])[..., 0] for x, z in ((a, sum_a), (b, sum_b)))
+    same = (first_a == first_b).double()
+    kl = weights.mul_(a.sub_(b)).sum(-1) / sum_a - sum_a.log() + sum_b.log()
     figures = torch.stack([nll_p.double(), nll_q.double(), kl.double(), same], dim=-1)  # (batch, span, 4)
     return (figures * scored[..., None]).sum(1)
 

@@ -83,7 +83,7 @@ class DeviceRunner(Runner):
     def __init__(self, executor: Executor, *, graphs: bool = True) -> None:
         self.executor = executor
         self.metadata, self.vocabulary = dict(executor.metadata), executor.vocabulary
-        self._names = [name for name in executor.axes if name.startswith("past_key_values.")]
+        self._names = cache_names(executor)
         self._exact = self.metadata.get("sliding_window") is not None
         self._graphs = graphs and executor.device.type == "cuda" and not self._exact
         self._cache: _Cache | None = None
@@ -105,11 +105,11 @@ class DeviceRunner(Runner):
         self._cache = self._make(
             mask, self._room(mask.shape[1]), {name: outputs[present_of(name)] for name in self._names}
         )
-        return _numpy(outputs["logits"])
+        return to_numpy(outputs["logits"])
 
     def run_full(self, input_ids: npt.ArrayLike, attention_mask: npt.ArrayLike | None = None) -> Logits:
         """See `Runner.run_full`."""
-        return _numpy(self._from_nothing(*self._checked(input_ids, attention_mask))["logits"])
+        return to_numpy(self._from_nothing(*self._checked(input_ids, attention_mask))["logits"])
 
     def decode(self, token_ids: npt.ArrayLike) -> Logits:
         """See `Runner.decode`."""
@@ -143,10 +143,7 @@ class DeviceRunner(Runner):
         batch, new = ids.shape
         self._check_sizes(PREFILL, batch, new)
         feeds = self._feeds(ids, mask, self._positions(mask, new))
-        for name in self._names:
-            shape = shape_at(self.executor.axes[name], batch, new, 0)
-            feeds[name] = torch.empty(shape, dtype=self.executor.types[name], device=self.executor.device)
-        return self.executor.run(PREFILL, feeds)
+        return self.executor.run(PREFILL, {**feeds, **empty_cache(self.executor, batch)})
 
     def _make(self, host: Ids, room: int, past: Mapping[str, Tensor]) -> _Cache:
         """A cache of that room with what `past` holds of the tokens of `host` at its beginning."""
@@ -173,7 +170,7 @@ class DeviceRunner(Runner):
             for name, past in cache.past.items():
                 past[:, :, length : length + new] = outputs[present_of(name)][:, :, cache.room :]
             cache.mask[:, length : length + new] = 1
-        return _numpy(outputs["logits"])
+        return to_numpy(outputs["logits"])
 
     def _one_token(self, cache: _Cache, ids: Ids, positions: Ids) -> Logits:
         """One token a sequence in tensors whose addresses stay: what a CUDA graph can hold."""
@@ -197,7 +194,7 @@ class DeviceRunner(Runner):
         else:
             self._run_step(step)
         cache.seen[:, length] = 1
-        return _numpy(step.outputs["logits"])
+        return to_numpy(step.outputs["logits"])
 
     def _run_step(self, step: _Step) -> None:
         """The engine, and its new keys and values put into their slot: the same again has the same effect."""
@@ -219,11 +216,27 @@ class DeviceRunner(Runner):
                 raise UsageError(f"this engine was built for {span.least} to {span.most} {what}, not {size}")
 
 
+def cache_names(executor: Executor) -> list[str]:
+    """The inputs that are the cache."""
+    return [name for name in executor.axes if name.startswith("past_key_values.")]
+
+
+def empty_cache(executor: Executor, batch: int, room: int = 0) -> dict[str, Tensor]:
+    """The cache inputs for that many sequences, zeros in `room` places."""
+    return {
+        name: torch.zeros(
+            shape_at(executor.axes[name], batch, 1, room), dtype=executor.types[name], device=executor.device
+        )
+        for name in cache_names(executor)
+    }
+
+
 def present_of(name: str) -> str:
     """The output that has what the input `name` becomes."""
     return name.replace("past_key_values.", "present.")
 
 
-def _numpy(logits: Tensor) -> Logits:
+def to_numpy(logits: Tensor) -> Logits:
+    """Logits on the host, float32."""
     found: Logits = logits.float().cpu().numpy()
     return found

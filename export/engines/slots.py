@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from compress.errors import UsageError
-from export.engines.device_runner import SLOTS, Executor, present_of
-from export.engines.profiles import DECODE, PREFILL, shape_at
-
-Logits = npt.NDArray[np.float32]
+from export.engines.device_runner import SLOTS, Executor, empty_cache, present_of, to_numpy
+from export.engines.profiles import DECODE, PREFILL
+from export.engines.runner import Logits
 
 
 class Slots:
@@ -38,7 +35,6 @@ class Slots:
         self.executor, self.rows = executor, rows
         self.longest = min(spans.cache.most, int(executor.metadata["max_positions"]))
         self.longest_prompt = min(spans.prompt.most, self.longest)
-        self._names = [name for name in executor.axes if name.startswith("past_key_values.")]
         self._handles: list[int] = []  # of the active rows, in order
         self._lengths: list[int] = []
         self._made = 0
@@ -72,10 +68,8 @@ class Slots:
             "input_ids": torch.tensor([list(ids)], dtype=torch.int64, device=device),
             "attention_mask": torch.ones(1, new, dtype=torch.int64, device=device),
             "position_ids": torch.arange(new, dtype=torch.int64, device=device)[None],
+            **empty_cache(self.executor, 1),
         }
-        for name in self._names:
-            shape = shape_at(self.executor.axes[name], 1, new, 0)
-            feeds[name] = torch.empty(shape, dtype=self.executor.types[name], device=device)
         outputs = self.executor.run(PREFILL, feeds)
         self._grow(new)
         row = len(self._handles)
@@ -86,7 +80,7 @@ class Slots:
         self._handles.append(self._made)
         self._lengths.append(new)
         self._made += 1
-        return self._handles[-1], _numpy(outputs["logits"])[0, -1]
+        return self._handles[-1], to_numpy(outputs["logits"])[0, -1]
 
     def step(self, tokens: Sequence[int]) -> Logits:
         """One more token for each active sequence, in the order of `active`; logits (active, vocabulary)."""
@@ -110,7 +104,7 @@ class Slots:
             past[:count].scatter_(2, slot[:, :, None, None].expand_as(new), new)
         self._seen[:count].scatter_(1, slot, 1)
         self._lengths = [length + 1 for length in self._lengths]
-        return _numpy(outputs["logits"])[:, -1]
+        return to_numpy(outputs["logits"])[:, -1]
 
     def release(self, handle: int) -> None:
         """Forget a sequence; its row is free for another."""
@@ -130,18 +124,11 @@ class Slots:
             return
         room = min((length // SLOTS + 1) * SLOTS, most)
         device, kept = self.executor.device, max(self.room, 0)
-        for name in self._names:
-            shape = shape_at(self.executor.axes[name], self.rows, 1, room)
-            larger = torch.zeros(shape, dtype=self.executor.types[name], device=device)
-            if name in self._past:
-                larger[:, :, :kept] = self._past[name]
-            self._past[name] = larger
+        larger = empty_cache(self.executor, self.rows, room)
+        for name, past in self._past.items():
+            larger[name][:, :, :kept] = past
+        self._past = larger
         seen = torch.zeros(self.rows, room + 1, dtype=torch.int64, device=device)
         seen[:, :kept] = self._seen[:, :kept]
         seen[:, -1] = 1
         self._seen = seen
-
-
-def _numpy(logits: Tensor) -> Logits:
-    found: Logits = logits.float().cpu().numpy()
-    return found

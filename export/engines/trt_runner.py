@@ -66,11 +66,6 @@ def load_engine(artifact: Artifact, *, trust: bool = False, graphs: bool = True)
     return DeviceRunner(TrtExecutor(artifact.path("engine") / PLAN, onnx, spans, library), graphs=graphs)
 
 
-def runner_of(folder: Path, onnx: Path, spans: Spans, library: Path | None) -> DeviceRunner:
-    """The plan in a folder that this process has just built."""
-    return DeviceRunner(TrtExecutor(folder / PLAN, onnx, spans, library))
-
-
 def spans_of(info: Mapping[str, Any]) -> Spans:
     """What the profiles of a build.json allow."""
     prefill, decode = (info["profiles"][index]["attention_mask"] for index in (PREFILL, DECODE))

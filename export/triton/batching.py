@@ -71,7 +71,7 @@ class Batcher:
         self._waiting: queue.Queue[_Answer | None] = queue.Queue(most_waiting)
         self._running: dict[int, _Answer] = {}
         self._closing = threading.Event()
-        self.steps = self.tokens = 0
+        self.steps = 0
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
 
@@ -168,7 +168,6 @@ class Batcher:
         steered = self._steered(answer, logits)
         token = int(answer.sampler(steered[None])[0])
         answer.made.append(token)
-        self.tokens += 1
         logprobs, likeliest = self._logprobs(logits, token, settings.logprobs)
         ended = token in self._ends
         text = "" if ended else answer.stream.add(token)

@@ -229,6 +229,16 @@ def test_predicted_losses_are_the_errors_of_the_fits(
             assert plan.predicted[prefix + role] == pytest.approx(error, rel=1e-4, abs=1e-9), prefix + role
 
 
+def test_uniform_low_rank_keeps_the_share_that_is_asked(source: ModelSource, moments: StatisticsFolder) -> None:
+    """Each linear within a step of it; the lower hull of its sizes and dense lacks those near the break-even."""
+    wanted = recipe(structure="lowrank", allocation="uniform", sensitivity="none", unit=1, ratio=0.75)
+    plan, arch = make_plan(folded(source), wanted, moments), source.architecture()
+    for layer in range(arch.num_layers):
+        for role, (n, m) in arch.linears().items():
+            kept = plan.structures[f"layers.{layer}.{role}"].parameter_count()
+            assert 0.75 * n * m - (n + m) <= kept <= 0.75 * n * m + (n + m), role
+
+
 def test_choices_by_name_bring_their_rewrites(source: ModelSource, moments: StatisticsFolder) -> None:
     """Those of the recipe's layers alone, and the same as a plan finds."""
     planned = make_plan(folded(source), recipe(structure="auto", inner=["vo", "neurons"], ratio=0.5), moments)
