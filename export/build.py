@@ -71,6 +71,13 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--sequences", type=int, metavar="N", help="answered at a time (default: 16, or as many as --batch allows)"
     )
+    serve.add_argument(
+        "--serve-network",
+        choices=("python", "onnxruntime"),
+        help="which of Triton's backends runs the graph of NAME_lm, the network by itself, which launch.sh --network "
+        "loads; onnxruntime copies the graph, and your server must have it (default: python)",
+    )
+    serve.add_argument("--threads", type=int, metavar="N", help="of ONNX Runtime in the server (default: 1)")
     trt = p.add_argument_group("TensorRT and TensorRT-RTX")
     sizes = "(default: %s, as far as the model's positions allow)"
     trt.add_argument("--batch", metavar="MIN,OPT,MAX", help=f"sequences at a time {sizes % '1,1,8'}")
@@ -137,8 +144,12 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("say which model with --model, or go on with OUT's graph with --resume")
     if args.compute_capability is not None and args.engine != "trt-rtx":
         raise UsageError("--compute-capability is for --engine trt-rtx; TensorRT builds for the GPU that is there")
-    if args.sequences is not None and args.sequences < 1:
-        raise UsageError(f"--sequences must be at least 1, not {args.sequences}")
+    for flag in ("sequences", "threads"):
+        if (value := getattr(args, flag)) is not None and value < 1:
+            raise UsageError(f"--{flag} must be at least 1, not {value}")
+    for flag in ("serve_network", "threads"):
+        if getattr(args, flag) is not None and args.engine != "ort":
+            raise UsageError(f"--{flag.replace('_', '-')} is for --engine ort")
     if args.workspace is not None and args.workspace < 1:
         raise UsageError(f"--workspace must be at least 1 MiB, not {args.workspace}")
     if args.plugin == "native" and args.plugin_libraries is not None:
@@ -244,14 +255,15 @@ def _build_engine(
         info = trt_rtx.build_rtx(artifact, options, capabilities)
     else:
         script = trt.write_script(artifact, options)
-        _serve(args, artifact, options.spans.batch.most)
         try:
             info = trt.build_trt(artifact, options)
         except MissingDependencyError as error:
+            _serve(args, artifact, options.spans.batch.most)
             rest = "" if without is None else f" (and the plugins were not compiled: {without})"
             raise MissingDependencyError(
                 f"{error}{rest}. All that goes before is complete in {artifact.out}: run {script} where that is there"
             ) from error
+        _serve(args, artifact, options.spans.batch.most)
     return {
         "engine": args.engine,
         "plugin": info["plugin"],
@@ -275,7 +287,12 @@ def _serve(args: argparse.Namespace, artifact: Artifact, most: int | None) -> No
     plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", re.split(r"[/=]", source.rstrip("/"))[-1 if "=" not in source else 0])
     sequences = args.sequences or min(SEQUENCES, most or SEQUENCES)
     write_repository(
-        artifact, engine=args.engine, name=args.serve_as or plain.strip("-.") or "model", sequences=sequences
+        artifact,
+        engine=args.engine,
+        name=args.serve_as or plain.strip("-.") or "model",
+        sequences=sequences,
+        threads=args.threads or 1,
+        network=args.serve_network or "python",
     )
 
 

@@ -38,12 +38,19 @@ class Sampler:
         """The distribution that one row (vocabulary,) is drawn from; temperature must be above 0."""
         scaled = logits.astype(np.float64) / self.temperature
         p = np.exp(scaled - scaled.max())
-        order = np.argsort(-p, kind="stable")  # likeliest first
-        if self.top_k is not None:
-            p[order[self.top_k :]] = 0
+        if self.top_k is not None and self.top_k < len(p):
+            least = np.partition(p, len(p) - self.top_k)[len(p) - self.top_k]
+            ties = np.flatnonzero(p == least)
+            p[p < least] = 0
+            p[ties[self.top_k - np.count_nonzero(p > least) :]] = 0  # of equals the first ones stay
         p /= p.sum()
         if self.top_p is not None:
+            # Tokens of at most (1 - top_p) / vocabulary have 1 - top_p in all: the likelier ones alone reach top_p.
+            able = np.flatnonzero(p > (1 - self.top_p) / len(p))
+            order = able[np.argsort(-p[able], kind="stable")]  # likeliest first
             before = np.cumsum(p[order]) - p[order]  # probability of all likelier tokens
-            p[order[before >= self.top_p]] = 0
-            p /= p.sum()
+            kept = order[before < self.top_p]
+            nucleus = np.zeros_like(p)
+            nucleus[kept] = p[kept]
+            p = nucleus / nucleus.sum()
         return np.asarray(p)

@@ -75,6 +75,16 @@ class Batcher:
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
 
+    @property
+    def running(self) -> int:
+        """Requests that have a row."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for one."""
+        return self._waiting.qsize()
+
     def submit(self, ids: Sequence[int], settings: Settings, listener: Listener) -> None:
         """Answer a prompt; pieces go to the listener. UsageError: it is empty or too long, or too many wait."""
         slots = self._slots
@@ -188,13 +198,17 @@ class Batcher:
     def _steered(self, answer: _Answer, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         settings = answer.settings
         early = len(answer.made) < settings.min_tokens and self._ends
-        if settings.repetition_penalty == 1.0 and not early:
+        additive = bool(answer.made) and (settings.frequency_penalty != 0 or settings.presence_penalty != 0)
+        if settings.repetition_penalty == 1.0 and not early and not additive:
             return logits
         steered: npt.NDArray[np.float32] = logits.copy()
         if settings.repetition_penalty != 1.0:
             there = np.unique(np.array(answer.ids + answer.made))
             values, r = steered[there], settings.repetition_penalty
             steered[there] = np.where(values > 0, values / r, values * r)
+        if additive:
+            there, counts = np.unique(np.array(answer.made), return_counts=True)
+            steered[there] -= settings.frequency_penalty * counts + settings.presence_penalty
         if early:
             steered[list(self._ends)] = -np.inf
         return steered

@@ -11,7 +11,7 @@ from compress.errors import UsageError
 
 LARGEST_PROMPT = 1 << 20
 """Characters; longer ones are refused before they are tokenised, whatever the model."""
-MOST_STOPS, MOST_LOGPROBS = 16, 20
+MOST_STOPS, MOST_LOGPROBS, MOST_PENALTY = 16, 20, 2
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,10 @@ class Settings:
     """temperature 0 is greedy; top_k 0 and top_p 1 leave every token in; repetition_penalty 1 changes nothing.
 
     repetition_penalty r divides the positive logits of tokens that were there before, in the prompt or the answer, by r
-    and multiplies the negative ones by it (CTRL, arXiv 1909.05858, section 4.1). logprobs: so many of the likeliest
-    tokens are told at each place, beside the one that was taken; None: nothing is told. Raises UsageError.
+    and multiplies the negative ones by it (CTRL, arXiv 1909.05858, section 4.1). From the logit of a token that the
+    answer has n times already, n frequency_penalty and, where n > 0, presence_penalty are subtracted (as in OpenAI's
+    interface). logprobs: so many of the likeliest tokens are told at each place, beside the one that was taken; None:
+    nothing is told. Raises UsageError.
     """
 
     max_tokens: int = 128
@@ -29,6 +31,8 @@ class Settings:
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     seed: int = 0
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
@@ -45,7 +49,14 @@ class Settings:
                 finite and self.repetition_penalty > 0,
                 f"repetition_penalty must be above 0, not {self.repetition_penalty}",
             ),
-            (0 <= self.seed < 2**63, f"seed must be 0 to 2^63 - 1, not {self.seed}"),
+            *(
+                (abs(value) <= MOST_PENALTY, f"{name} must be -{MOST_PENALTY} to {MOST_PENALTY}, not {value}")
+                for name, value in (
+                    ("frequency_penalty", self.frequency_penalty),
+                    ("presence_penalty", self.presence_penalty),
+                )
+            ),
+            (0 <= self.seed < 2**64, f"seed must be 0 to 2^64 - 1, not {self.seed}"),
             (all(self.stop), "a stop string must not be empty"),
             (len(self.stop) <= MOST_STOPS, f"at most {MOST_STOPS} stop strings, not {len(self.stop)}"),
             (

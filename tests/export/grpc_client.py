@@ -15,7 +15,7 @@ leave_after = int(sys.argv[5]) if len(sys.argv) > 5 else None
 
 
 def tensor(name, value, kind):
-    values = np.array([value], dtype=np.object_ if kind == "BYTES" else {"INT32": np.int32, "BOOL": bool}[kind])
+    values = np.array([[value]], dtype=np.object_ if kind == "BYTES" else {"INT32": np.int32, "BOOL": bool}[kind])
     made = grpc.InferInput(name, values.shape, kind)
     made.set_data_from_numpy(values)
     return made
@@ -33,7 +33,7 @@ while not final and error is None and (leave_after is None or len(pieces) < leav
         final = result.get_response().parameters["triton_final_response"].bool_param
         output = result.as_numpy("text_output")
         if output is not None:
-            pieces.append(output[0].decode())
-            tokens += result.as_numpy("tokens").tolist()
+            pieces.append(output[0, 0].decode())
+            tokens += result.as_numpy("tokens")[0].tolist()
 client.stop_stream(cancel_requests=leave_after is not None)
 print(json.dumps({"pieces": pieces, "tokens": tokens, "error": None if error is None else str(error)}))

@@ -1,0 +1,48 @@
+"""The network by itself in Triton's python backend, for servers without the onnxruntime backend. Tensors in and out.
+
+The cache goes over the wire at every step: this is for tests, for perplexity by a client, and for samplers of one's
+own. The text model (model.py) does not call it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import triton_python_backend_utils as pb_utils
+
+from compress.artifact import Artifact
+from export.engines.ort import OrtRunner
+from export.graph import MODEL_NAME
+
+errors = onnxruntime.capi.onnxruntime_pybind11_state
+
+
+class TritonPythonModel:
+    """See the interface of Triton's python backend."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the graph, after a look at its hashes."""
+        parameters = {k: v["string_value"] for k, v in json.loads(args["model_config"])["parameters"].items()}
+        artifact = Artifact((Path(args["model_repository"]) / parameters["artifact"]).resolve())
+        artifact.verify(["onnx"])
+        runner = OrtRunner(artifact.require_stage("onnx") / MODEL_NAME, threads=int(parameters["threads"]))
+        self.session, self.outputs = runner.session, runner.outputs
+        self.inputs = [value.name for value in self.session.get_inputs()]
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """One pass for each request."""
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        wanted = [name for name in self.outputs if name in set(request.requested_output_names())]
+        feeds = {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs}
+        try:
+            made = self.session.run(wanted, feeds)
+        except (errors.Fail, errors.InvalidArgument, errors.RuntimeException) as error:  # shapes, tokens, memory
+            return pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(str(error).strip()))
+        return pb_utils.InferenceResponse(
+            output_tensors=[pb_utils.Tensor(name, value) for name, value in zip(wanted, made, strict=True)]
+        )
