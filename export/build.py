@@ -73,9 +73,9 @@ def parser() -> argparse.ArgumentParser:
     )
     serve.add_argument(
         "--serve-network",
-        choices=("python", "onnxruntime"),
-        help="which of Triton's backends runs the graph of NAME_lm, the network by itself, which launch.sh --network "
-        "loads; onnxruntime copies the graph, and your server must have it (default: python)",
+        choices=("python", "onnxruntime", "tensorrt", "none"),
+        help="which of Triton's backends runs NAME_lm, the network by itself, which launch.sh --network loads; all but "
+        "python take a copy of the graph or the plan (default: tensorrt for --engine trt, else python)",
     )
     serve.add_argument("--threads", type=int, metavar="N", help="of ONNX Runtime in the server (default: 1)")
     trt = p.add_argument_group("TensorRT and TensorRT-RTX")
@@ -147,9 +147,14 @@ def _check(args: argparse.Namespace) -> None:
     for flag in ("sequences", "threads"):
         if (value := getattr(args, flag)) is not None and value < 1:
             raise UsageError(f"--{flag} must be at least 1, not {value}")
-    for flag in ("serve_network", "threads"):
-        if getattr(args, flag) is not None and args.engine != "ort":
-            raise UsageError(f"--{flag.replace('_', '-')} is for --engine ort")
+    if args.threads is not None and args.engine != "ort":
+        raise UsageError("--threads is for --engine ort")
+    if args.serve_network not in (
+        None,
+        "none",
+        *(("tensorrt",) if args.engine == "trt" else ("python", "onnxruntime")),
+    ):
+        raise UsageError(f"--serve-network {args.serve_network} does not run what --engine {args.engine} makes")
     if args.workspace is not None and args.workspace < 1:
         raise UsageError(f"--workspace must be at least 1 MiB, not {args.workspace}")
     if args.plugin == "native" and args.plugin_libraries is not None:
@@ -278,6 +283,7 @@ def _serve(args: argparse.Namespace, artifact: Artifact, most: int | None) -> No
     import re
 
     from compress.checkpoint import CheckpointReader
+    from export.stages import build_info
     from export.triton.repository import SEQUENCES, write_repository
 
     if CheckpointReader(artifact.require_stage("checkpoint")).architecture.sliding_window is not None:
@@ -285,14 +291,16 @@ def _serve(args: argparse.Namespace, artifact: Artifact, most: int | None) -> No
         return
     source = str(artifact.read_manifest()["source"].get("id") or "model")
     plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", re.split(r"[/=]", source.rstrip("/"))[-1 if "=" not in source else 0])
-    sequences = args.sequences or min(SEQUENCES, most or SEQUENCES)
+    # --resume, as in build_engine.sh, says nothing of serving: what was asked for before stays.
+    before = build_info(artifact, "triton") if args.resume and artifact.has_stage("triton") else {}
+    before = before if before.get("engine") == args.engine else {}
     write_repository(
         artifact,
         engine=args.engine,
-        name=args.serve_as or plain.strip("-.") or "model",
-        sequences=sequences,
-        threads=args.threads or 1,
-        network=args.serve_network or "python",
+        name=args.serve_as or before.get("name") or plain.strip("-.") or "model",
+        sequences=args.sequences or min(before.get("sequences", SEQUENCES), most or SEQUENCES),
+        threads=args.threads or before.get("threads", 1),
+        network=args.serve_network or before.get("network"),
     )
 
 

@@ -1,6 +1,7 @@
 """A Triton server on the CPU from the package nvidia-pytriton, for the tests and for `make serve-demo`.
 
-`python -m tests.serve OUT` serves OUT/triton until Ctrl-C, as launch.sh does where tritonserver is installed.
+`python -m tests.serve OUT [OUT ...]` serves OUT/triton until Ctrl-C, as launch.sh does where tritonserver is installed,
+and the text models of further artefacts beside it. `python -m tests.serve OUT ... -- COMMAND`: while a command runs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
+import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 SERVE = Path(sys.prefix) / "serve"
@@ -32,11 +36,8 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def running(
-    out: Path, folder: Path, *, http: int, grpc: int, metrics: int, log: Path | None = None
-) -> subprocess.Popen[bytes]:
-    """OUT/triton/launch.sh, with the server and its Python on PATH. folder: for the backend, which the package has in
-    parts. log: where the server's words go; None: where ours go."""
+def environment(folder: Path) -> dict[str, str]:
+    """With the server and its Python on PATH. folder: for server and backend, which the package has in parts."""
     packages = next(SERVE.glob("lib/python3.*/site-packages"))
     triton = packages / "pytriton" / "tritonserver"
     backend = folder / "backends" / "python"
@@ -50,7 +51,7 @@ def running(
         ):
             shutil.copy(source, target)
             (target / source.name).chmod(0o755)
-    environment = {
+    return {
         "PATH": os.pathsep.join([str(folder / "bin"), str(SERVE / "bin"), os.environ["PATH"]]),
         "LD_LIBRARY_PATH": os.pathsep.join(
             [str(packages / "nvidia_pytriton.libs"), str(sysconfig.get_config_var("LIBDIR"))]
@@ -58,28 +59,65 @@ def running(
         "OMP_NUM_THREADS": "1",
         "HOME": str(folder),
     }
-    command = ["bash", str(out / "triton" / "launch.sh"), "--backend-directory", str(folder / "backends")]
+
+
+def running(
+    outs: Sequence[Path],
+    folder: Path,
+    *,
+    http: int,
+    grpc: int,
+    metrics: int,
+    network: bool = False,
+    log: Path | None = None,
+) -> subprocess.Popen[bytes]:
+    """launch.sh of the first OUT/triton, with the text models of the others. network: with `--network`. log: where the
+    server's words go; None: where ours go."""
+    variables = environment(folder)
+    command = ["bash", str(outs[0] / "triton" / "launch.sh"), *(["--network"] if network else [])]
+    command += ["--backend-directory", str(folder / "backends")]
+    command += [f"--model-repository={out / 'triton' / 'repository'}" for out in outs[1:]]
     command += ["--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
     if log is None:
-        return subprocess.Popen(command, env=environment)
+        return subprocess.Popen(command, env=variables)
     with log.open("wb") as output:
-        return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT)
 
 
-def main(out: Path) -> int:
-    """Serve until interrupted, on Triton's usual ports."""
+def ready(http: int) -> bool:
+    """Whether the server answers that all its models are loaded."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{http}/v2/health/ready", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def main(outs: Sequence[str], command: Sequence[str] | None) -> int:
+    """Serve until interrupted, or until `command` is done, on Triton's usual ports."""
     if not installed():
         print(f"{SERVE} is not there: run make serve-demo", file=sys.stderr)
         return 4
     with tempfile.TemporaryDirectory(prefix="procrustes-serve-") as folder:
-        process = running(out.resolve(), Path(folder), http=8000, grpc=8001, metrics=8002)
-        print(f"when it is ready: python {out}/triton/client.py 'The capital of France is' --stream", file=sys.stderr)
+        process = running([Path(out).resolve() for out in outs], Path(folder), http=8000, grpc=8001, metrics=8002)
         try:
-            return process.wait()
+            if command is None:
+                question = f"python {outs[0]}/triton/client.py 'The capital of France is' --stream"
+                print(f"when it is ready: {question}", file=sys.stderr)
+                return process.wait()
+            while not ready(8000):
+                if process.poll() is not None:
+                    return process.returncode or 1
+                time.sleep(0.5)
+            return subprocess.run(command, check=False).returncode
         except KeyboardInterrupt:
+            return 130
+        finally:
             process.terminate()
-            return process.wait()
+            process.wait()
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    words = sys.argv[1:]
+    split = words.index("--") if "--" in words else len(words)
+    sys.exit(main(words[:split], words[split + 1 :] or None))

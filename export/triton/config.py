@@ -19,6 +19,7 @@ from export.engines.tensorrt import PLAN
 from export.graph import MODEL_NAME
 
 Backend = Literal["python", "onnxruntime", "tensorrt"]
+Network = Literal["python", "onnxruntime", "tensorrt", "none"]
 
 INPUTS = (
     ("text_input", "TYPE_STRING", 1),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from pathlib import Path
@@ -12,13 +11,13 @@ import compress
 import export
 import trt_plugins
 from compress.artifact import Artifact
-from compress.errors import UsageError
+from compress.errors import ArtifactError, UsageError
 from compress.progress import log
 from export.engines.tensorrt import PLAN
 from export.graph import MODEL_NAME
 from export.stages import BUILD_INFO, build_info, is_current, write_json
 from export.triton import deploy
-from export.triton.config import WARMUP, Backend, graph_tensors, network_config, text_config
+from export.triton.config import WARMUP, Backend, Network, graph_tensors, network_config, text_config
 
 SEQUENCES = 16
 """Answered at a time, by default; an engine may take fewer."""
@@ -42,19 +41,20 @@ def write_repository(
     name: str,
     sequences: int = SEQUENCES,
     threads: int = 1,
-    network: Backend = "python",
+    network: Network | None = None,
 ) -> dict[str, Any]:
     """OUT/triton for an engine ("ort" or "trt"); returns what its build.json holds.
 
     repository/NAME is the text model, which runs the engine in its own process, so that the cache never leaves the
-    device. network/NAME_lm is the network by itself: for "trt" the plan in the tensorrt backend, once OUT/engine has
-    one; for "ort" the graph in the backend `network`. It is in a repository of its own, for loaded beside the text
-    model it takes the memory of the weights a second time. Raises UsageError for a name that Triton would not take.
+    device. network/NAME_lm is the network by itself in Triton's backend `network` (default: tensorrt or python): a copy
+    of the plan, once OUT/engine has one, or of the graph, or code that reads OUT/onnx. It is in a repository of its
+    own, for loaded beside the text model it takes the memory of the weights a second time. Raises UsageError for a
+    name that Triton would not take.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise UsageError(f"--serve-as {name!r}: a model's name has letters, digits, '_', '.' and '-' only")
-    backend: Backend = "tensorrt" if engine == "trt" else network
-    plan = artifact.path("engine") / PLAN if backend == "tensorrt" and artifact.has_stage("engine") else None
+    backend: Network = network or ("tensorrt" if engine == "trt" else "python")
+    plan = _plan(artifact) if backend == "tensorrt" else None
     inputs = ["onnx"] if plan is None else ["onnx", "engine"]
     wanted = {"engine": engine, "name": name, "sequences": sequences, "threads": threads, "network": backend}
     wanted["code"] = _code_version()
@@ -74,22 +74,12 @@ def write_repository(
         _write(version / "model.py", MODEL.format(what="Text in, text out.", lib="lib", module="model"))
         for package in (compress, export, trt_plugins):
             source = Path(str(package.__file__)).parent
-            ignore = shutil.ignore_patterns("__pycache__", "*.pyc", ".*_cache", "csrc")
+            ignore = shutil.ignore_patterns("__pycache__", "*.pyc", ".*_cache", "csrc", "templates")
             shutil.copytree(source, version / "lib" / source.name, ignore=ignore)
 
         network_name = f"{name}_lm"
-        model = folder / "network" / network_name
-        parameters = own if backend == "python" else {}
-        config = network_config(network_name, backend, graph_tensors(onnx / MODEL_NAME), parameters)
-        _write(model / "config.pbtxt", config)
-        if backend == "python":
-            lib = f"../../../repository/{name}/1/lib"
-            _write(model / "1" / "model.py", MODEL.format(what="Tensors in, tensors out.", lib=lib, module="network"))
-        elif backend == "onnxruntime":
-            shutil.copytree(onnx, model / "1", ignore=shutil.ignore_patterns(BUILD_INFO))
-        elif plan is not None:
-            _same_file(plan, model / "1" / PLAN)
-
+        if backend != "none":
+            _write_network(folder, name, network_name, backend, onnx, plan, own)
         for file, text in deploy.files(name, network_name, gpu=engine == "trt").items():
             _write(folder / file, text)
         (folder / "launch.sh").chmod(0o755)
@@ -103,18 +93,36 @@ def write_repository(
     return build_info(artifact, "triton")
 
 
+def _write_network(
+    folder: Path, name: str, network_name: str, backend: Backend, onnx: Path, plan: Path | None, own: dict[str, str]
+) -> None:
+    """network/NAME_lm. plan: that of OUT/engine, None where there is none yet."""
+    model = folder / "network" / network_name
+    parameters = own if backend == "python" else {}
+    config = network_config(network_name, backend, graph_tensors(onnx / MODEL_NAME), parameters)
+    _write(model / "config.pbtxt", config)
+    if backend == "python":
+        lib = f"../../../repository/{name}/1/lib"
+        _write(model / "1" / "model.py", MODEL.format(what="Tensors in, tensors out.", lib=lib, module="network"))
+    elif backend == "onnxruntime":
+        shutil.copytree(onnx, model / "1", ignore=shutil.ignore_patterns(BUILD_INFO))
+    elif plan is not None:
+        (model / "1").mkdir()
+        shutil.copyfile(plan, model / "1" / PLAN)
+
+
+def _plan(artifact: Artifact) -> Path | None:
+    """OUT/engine/model.plan, where it was built from the present graph."""
+    try:
+        path = artifact.require_stage("engine") / PLAN
+    except ArtifactError:
+        return None
+    return path if path.is_file() and build_info(artifact, "engine")["engine"] == "trt" else None
+
+
 def _write(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def _same_file(source: Path, target: Path) -> None:
-    """The file under a second name, where the file system can do that: a plan may have tens of GB. A copy elsewhere."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _code_version() -> str:

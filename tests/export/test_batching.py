@@ -117,6 +117,22 @@ def test_repetition_penalty_and_min_tokens(batcher: Batcher, model: Path) -> Non
         ends.close()
 
 
+def test_frequency_and_presence_penalties(batcher: Batcher) -> None:
+    """Against greedy decoding by hand: n frequency + presence off the logit of what the answer has n times already."""
+    ids, plain = [5, 6, 7], ask(batcher, [5, 6, 7], max_tokens=30).wait().tokens
+    assert len(set(plain)) < len(plain)
+    for frequency, presence in ((0.7, 0.0), (0.0, 1.5), (-1.0, 0.3), (2.0, 2.0)):
+        options = {"frequency_penalty": frequency, "presence_penalty": presence}
+        found = ask(batcher, ids, max_tokens=20, **options).wait().tokens
+        made = list[int]()
+        for _ in found:
+            (step,) = ask(batcher, ids + made, max_tokens=1, logprobs=20).wait().pieces
+            values = {t: p - made.count(t) * frequency - (t in made) * presence for t, p in step.likeliest[0].items()}
+            made.append(max(values, key=lambda token: values[token]))
+        assert found == made
+    assert found != plain
+
+
 def test_log_probabilities_are_those_of_the_model(batcher: Batcher, model: Path) -> None:
     client = ask(batcher, [5, 6, 7], max_tokens=4, logprobs=3, temperature=2.0, seed=1).wait()
     ids = np.array([[5, 6, 7, *client.tokens]])

@@ -80,6 +80,23 @@ def test_sampler_distribution() -> None:
     np.testing.assert_allclose(np.bincount(drawn) / 4000, [0.4, 0.1, 0.3, 0.2], atol=0.03)
 
 
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("top_k", [None, 1, 3, 40, 300])
+@pytest.mark.parametrize("top_p", [None, 1.0, 0.9, 0.5, 1e-6])
+def test_sampler_keeps_what_a_full_sort_would(ties: bool, top_k: int | None, top_p: float | None) -> None:
+    """The likeliest top_k, of equals the first; then the shortest beginning that reaches top_p."""
+    for seed in range(20):
+        logits = np.random.default_rng(seed).normal(size=300) * 3
+        logits = np.round(logits) if ties else logits
+        p = np.exp(logits / 0.8 - (logits / 0.8).max())
+        order = np.argsort(-p, kind="stable")
+        p[order[top_k or len(p) :]] = 0
+        p /= p.sum()
+        p[order[np.cumsum(p[order]) - p[order] >= (top_p or 2)]] = 0
+        found = Sampler(temperature=0.8, top_k=top_k, top_p=top_p).probabilities(logits)
+        np.testing.assert_allclose(found, p / p.sum(), rtol=1e-9)
+
+
 @pytest.mark.parametrize(
     "options", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import time
@@ -22,7 +24,7 @@ from compress.checkpoint import load_model
 from compress.errors import run_cli
 from export.build import main
 from tests import tiny
-from tests.serve import SERVE, free_ports, installed, running
+from tests.serve import SERVE, free_ports, installed, ready, running
 from tests.tools import unavailable
 
 HERE = Path(__file__).parent
@@ -36,6 +38,7 @@ class Server:
     out: Path
     http: int
     grpc: int
+    metrics: int
     process: subprocess.Popen[bytes]
     log: Path
 
@@ -57,25 +60,24 @@ class Server:
             "pieces": [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")],
         }
 
-    def ready(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.http}/v2/health/ready", timeout=2) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
+    def counted(self) -> dict[str, float]:
+        """Our metrics, by name and labels without the model's."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=30) as answer:
+            lines = [line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if "procrustes_" in line[:12]]
+        return {name.replace(f'model="{MODEL}"', "").replace("{}", ""): float(value) for name, value in lines}
 
     def stop(self, how: int = signal.SIGTERM) -> None:
         self.process.send_signal(how)
         self.process.wait(60)
 
 
-def start(out: Path, folder: Path) -> Server:
+def start(out: Path, folder: Path, network: bool = False) -> Server:
     http, grpc, metrics = free_ports(3)
     log = folder / f"server-{http}.log"
-    process = running(out, folder, http=http, grpc=grpc, metrics=metrics, log=log)
-    server = Server(out, http, grpc, process, log)
+    process = running([out], folder, http=http, grpc=grpc, metrics=metrics, network=network, log=log)
+    server = Server(out, http, grpc, metrics, process, log)
     deadline = time.monotonic() + 120
-    while not server.ready():
+    while not ready(http):
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
             pytest.fail(f"the server did not start:\n{log.read_text(errors='replace')[-6000:]}")
@@ -99,7 +101,7 @@ def built(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
 def server(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     if not installed():
         unavailable(f"{SERVE} is not there: make test makes it, with a Triton server from a package")
-    started = start(built, tmp_path_factory.mktemp("server"))
+    started = start(built, tmp_path_factory.mktemp("server"), network=True)
     yield started
     started.stop()
 
@@ -154,7 +156,7 @@ def by_grpc(server: Server, *arguments: str) -> dict[str, Any]:
 
 def test_grpc_streams_say_the_same(server: Server) -> None:
     whole = server.ask(text_input="The quick brown", max_tokens=12)
-    found = by_grpc(server, "The quick brown", "12")
+    found = by_grpc(server, json.dumps({"text_input": "The quick brown", "max_tokens": 12, "stream": True}))
     assert found["error"] is None
     assert found["tokens"] == whole["tokens"]
     assert "".join(found["pieces"]) == whole["text_output"]
@@ -209,24 +211,90 @@ def test_malformed_requests_get_errors_and_the_server_lives_on(
 def test_cancellation_frees_the_slot(server: Server) -> None:
     """Four clients take all rows and leave early; the next one is answered at once."""
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda i: by_grpc(server, f"client {i}", "100", "3"), range(4)))
+        bodies = [json.dumps({"text_input": f"client {i}", "max_tokens": 100, "stream": True}) for i in range(4)]
+        found = list(pool.map(lambda body: by_grpc(server, body, "3"), bodies))
     assert all(len(f["pieces"]) == 3 for f in found)
     assert server.ask(text_input="a", max_tokens=2)["status"] == 200
 
 
-def test_configuration_is_read_back_as_protobuf(server: Server) -> None:
-    """By the client's own message types: a misspelt field would be an error."""
-    code = "import sys; from google.protobuf import json_format, text_format; "
-    code += "from tritonclient.grpc import model_config_pb2 as m; "
-    code += "print(json_format.MessageToJson(text_format.Parse(open(sys.argv[1]).read(), m.ModelConfig())))"
-    path = server.out / "triton" / "repository" / MODEL / "config.pbtxt"
-    command = [str(SERVE / "bin" / "python"), "-c", code, str(path)]
-    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert found["name"] == MODEL
-    assert found["modelTransactionPolicy"] == {"decoupled": True}
-    assert found["instanceGroup"] == [{"count": 1, "kind": "KIND_CPU"}]
-    assert {value["name"] for value in found["input"]} >= {"text_input", "stop", "seed", "stream"}
-    assert all(value["optional"] for value in found["input"])
+def test_what_the_openai_front_end_sends_is_answered(server: Server) -> None:
+    """Triton's front end makes such a request for models of the python backend: all of these inputs, each (1, 1)."""
+    plain = server.ask(text_input="The quick brown", max_tokens=6)
+    sent = {
+        "text_input": "The quick brown",
+        "stream": False,
+        "max_tokens": 6,
+        "stop_words": ["never there", "nor this"],
+        "top_p": 1.0,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "seed": 3,
+        "temperature": 0.0,
+        "exclude_input_in_output": True,
+        "return_num_input_tokens": True,
+        "return_num_output_tokens": True,
+    }
+    found = by_grpc(server, json.dumps(sent))
+    assert (found["error"], found["pieces"]) == (None, [plain["text_output"]])
+    assert found["outputs"]["num_output_tokens"] == [6]
+    assert found["outputs"]["num_input_tokens"] == [plain["num_input_tokens"]]
+    echo = by_grpc(server, json.dumps({**sent, "exclude_input_in_output": False, "stream": True}))
+    assert "".join(echo["pieces"]) == "The quick brown" + plain["text_output"]
+    assert echo["outputs"]["num_output_tokens"] == [1] * 6
+    assert by_grpc(server, json.dumps({**sent, "frequency_penalty": 2.0}))["tokens"] != plain["tokens"]
+
+
+def test_the_network_by_itself(server: Server, greedy: Callable[[str, int], list[int]]) -> None:
+    """Prefill from an empty cache and steps that give the cache back, over the wire: greedy tokens are PyTorch's."""
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(server.out / "checkpoint")("The quick brown")["input_ids"]
+    command = [str(SERVE / "bin" / "python"), str(HERE / "network_client.py"), f"127.0.0.1:{server.grpc}"]
+    command += [f"{MODEL}_lm", json.dumps(ids), "5"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=180)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["tokens"] == greedy("The quick brown", 5)
+    assert "rror" in found["refused"]  # a mask that contradicts the cache
+    assert server.process.poll() is None
+
+
+def test_metrics_say_what_was_answered(server: Server) -> None:
+    before = server.counted()
+    answer = server.ask(text_input="The quick brown", max_tokens=5)
+    server.ask(text_input="", max_tokens=5)
+    after = server.counted()
+    gained = {name: after[name] - before.get(name, 0) for name in after}
+    assert gained[f'procrustes_requests_total{{finish="{answer["finish_reason"]}",}}'] == 1
+    assert gained['procrustes_requests_total{finish="refused",}'] == 1
+    assert gained["procrustes_generated_tokens_total"] == len(answer["tokens"])
+    assert gained["procrustes_prompt_tokens_total"] == answer["num_input_tokens"]
+    assert 0 < gained["procrustes_first_token_seconds_total"] < 60
+    assert after["procrustes_waiting"] == 0
+
+
+@pytest.mark.parametrize("more", [[], ["--stream"], ["--grpc"], ["--grpc", "--stream"]])
+def test_client_prints_the_answer(server: Server, more: list[str]) -> None:
+    expected = server.ask(text_input="The quick brown", max_tokens=6)["text_output"]
+    url = f"127.0.0.1:{server.grpc}" if "--grpc" in more else f"http://127.0.0.1:{server.http}"
+    command = [str(SERVE / "bin" / "python"), str(server.out / "triton" / "client.py"), "The quick brown"]
+    done = subprocess.run(
+        [*command, "--max-tokens", "6", "--url", url, *more], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == expected + "\n"
+
+
+def test_client_says_what_went_wrong(server: Server) -> None:
+    client = [str(SERVE / "bin" / "python"), str(server.out / "triton" / "client.py"), "a", "--max-tokens", "0"]
+    for more in ([], ["--stream"], ["--grpc"]):
+        url = f"127.0.0.1:{server.grpc}" if "--grpc" in more else f"http://127.0.0.1:{server.http}"
+        done = subprocess.run([*client, "--url", url, *more], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert "max_tokens must be 1" in done.stderr
+    (port,) = free_ports(1)
+    done = subprocess.run([*client, "--url", f"http://127.0.0.1:{port}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "no server answers" in done.stderr
 
 
 def test_a_killed_server_starts_again(server: Server, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -241,3 +309,68 @@ def test_a_killed_server_starts_again(server: Server, tmp_path_factory: pytest.T
         assert third.ask(text_input="The quick", max_tokens=6)["tokens"] == expected
     finally:
         third.stop()
+
+
+@pytest.mark.slow
+def test_soak(built: Path, tmp_path: Path) -> None:
+    """Five minutes of clients that come, go, leave early and err: nobody waits for ever, memory stays what it was."""
+    if not installed():
+        unavailable(f"{SERVE} is not there: make test makes it, with a Triton server from a package")
+    server = start(built, tmp_path)
+    expected = server.ask(text_input="The quick brown", max_tokens=8)["tokens"]
+    stop, wrong = time.monotonic() + 300, list[Any]()
+
+    def client(number: int) -> int:
+        done = 0
+        while time.monotonic() < stop:
+            kind = (number + done) % 4
+            if kind == 0:
+                answer = server.ask(text_input="The quick brown", max_tokens=8)["tokens"]
+                wrong.extend([answer] if answer != expected else [])
+            elif kind == 1:
+                body = {"text_input": f"word {done}", "max_tokens": 1 + done % 90, "temperature": 1.0, "stream": True}
+                server.post(json.dumps(body).encode(), "generate_stream")
+            elif kind == 2:
+                wrong.extend([0] if server.ask(text_input="a", max_tokens=-1)["status"] == 200 else [])
+            else:  # leaves in the middle of a stream
+                body = json.dumps({"text_input": "leave", "max_tokens": 100, "stream": True}).encode()
+                url = f"http://127.0.0.1:{server.http}/v2/models/{MODEL}/generate_stream"
+                with urllib.request.urlopen(urllib.request.Request(url, body), timeout=60) as stream:
+                    stream.readline()
+            done += 1
+        return done
+
+    sizes = list[int]()
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            clients = [pool.submit(client, number) for number in range(8)]
+            while time.monotonic() < stop:
+                time.sleep(10)
+                sizes.append(memory_of(server.process.pid))
+            done = [c.result() for c in clients]
+        assert not wrong
+        assert min(done) > 100
+        assert server.ask(text_input="The quick brown", max_tokens=8)["tokens"] == expected
+        assert server.counted()["procrustes_running"] == server.counted()["procrustes_waiting"] == 0
+        warm, late = max(sizes[3:9]), max(sizes[-6:])
+        assert late < 1.05 * warm, f"resident memory, MB: {[size >> 20 for size in sizes]}"
+        print(f"{sum(done)} requests; resident memory, MB: {[size >> 20 for size in sizes]}")
+    finally:
+        server.stop()
+
+
+def memory_of(root: int) -> int:
+    """Resident bytes of a process and its children, shared pages counted once for each."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    family, found = {root}, 0
+    while len(family) > found:
+        found = len(family)
+        family |= {process for process, parent in parents.items() if parent in family}
+    total = 0
+    for process in family:
+        with contextlib.suppress(OSError):
+            total += int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return total

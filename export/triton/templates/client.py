@@ -73,6 +73,6 @@ try:
         print(piece, end="", flush=True)
     print()
 except urllib.error.HTTPError as error:
-    sys.exit(json.loads(error.read()).get("error", str(error)))
+    sys.exit(json.loads(error.read().decode().removeprefix("data: "))["error"])
 except urllib.error.URLError as error:
     sys.exit(f"no server answers ({error.reason}): start it with launch.sh")

@@ -23,7 +23,8 @@ arguments=(--model-repository="$here/repository")
 if [ "${1:-}" = --network ]; then
   shift
   [ -e "$here/network/@NETWORK_FILE@" ] || {
-    echo "launch.sh: there is no engine for this machine yet: run $out/build_engine.sh" >&2
+    echo "launch.sh: there is no $here/network/@NETWORK_FILE@: made with --serve-network none, or, for TensorRT," \
+      "the engine is not built yet ($out/build_engine.sh)" >&2
     exit 4
   }
   arguments+=(--model-repository="$here/network")
