@@ -14,11 +14,12 @@ patient := OMP_WAIT_POLICY=passive
 offline := HF_HUB_OFFLINE=1
 pip := $(bin)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: help venv demo serve-demo test test-slow quality format clean
+.PHONY: help venv demo serve-demo serve-table test test-slow quality format clean
 
 help:
 	@echo 'make demo       set up; compress, export and validate a real model on the CPU; print the summary'
 	@echo 'make serve-demo set up; serve what make demo made by a Triton server on the CPU, until Ctrl-C'
+	@echo 'make serve-table tokens a second of that model and of the dense one, served side by side'
 	@echo 'make test       set up; lint, format check, types, tests'
 	@echo 'make test-slow  set up; the tests that take minutes or the real model'
 	@echo 'make quality    set up; lint, format check, types'
@@ -60,6 +61,11 @@ demo: $(VENV)/.ready-demo
 serve-demo: $(VENV)/.ready-demo $(VENV)/serve/.ready
 	test -f $(OUT)/triton/launch.sh || $(MAKE) demo
 	$(bin)/python -m tests.serve $(OUT)
+
+serve-table: $(VENV)/.ready-demo $(VENV)/serve/.ready
+	test -f $(OUT)/triton/launch.sh || $(MAKE) demo
+	$(bin)/python -m export.build --model smollm2-135m --structure dense --engine ort --out $(OUT)-dense --serve-as dense
+	$(bin)/python -m tests.serve $(OUT) $(OUT)-dense -- $(bin)/python -m validate.serving $(OUT) --baseline $(OUT)-dense
 
 quality: venv
 	$(bin)/ruff check .

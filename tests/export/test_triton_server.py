@@ -26,6 +26,7 @@ from export.build import main
 from tests import tiny
 from tests.serve import SERVE, free_ports, installed, ready, running
 from tests.tools import unavailable
+from validate.serving import http_client, one_round
 
 HERE = Path(__file__).parent
 MODEL = "tiny-text"
@@ -271,6 +272,15 @@ def test_metrics_say_what_was_answered(server: Server) -> None:
     assert gained["procrustes_prompt_tokens_total"] == answer["num_input_tokens"]
     assert 0 < gained["procrustes_first_token_seconds_total"] < 60
     assert after["procrustes_waiting"] == 0
+
+
+def test_throughput_is_measured_on_it(server: Server) -> None:
+    """What `validate.serving` counts is what the server streams; end tokens do not cut an answer short."""
+    ask = http_client(f"http://127.0.0.1:{server.http}")
+    made = one_round(ask, MODEL, ["The quick brown", "word " * 20, "a", "number 7"], clients=2, requests=2, tokens=30)
+    assert [answer.tokens for answer in made.answers] == [30] * 4
+    assert all(len(answer.gaps) == 29 and answer.first > 0 for answer in made.answers)
+    assert made.tokens_per_second == pytest.approx(120 / made.seconds)
 
 
 @pytest.mark.parametrize("more", [[], ["--stream"], ["--grpc"], ["--grpc", "--stream"]])
