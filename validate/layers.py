@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import UsageError
 from compress.progress import log
+from validate.marked import with_table
 from validate.timing import Paired, paired
 
 if TYPE_CHECKING:
@@ -273,39 +274,26 @@ def sizes(config: dict[str, Any]) -> str:
     return f"{name} {config['rank']}" if "rank" in config else str(name)
 
 
-BEGIN, END = "<!-- layers: begin -->", "<!-- layers: end -->"
+MARK = "layers"
 
 
-def surroundings(file: Path) -> tuple[str, str]:
-    """What stands before and after the table in `file`; those of a new document when there is no such file.
-
-    Raises UsageError when the file has not both marks, once and in order.
-    """
-    if not file.exists():
-        shown = file.name if file.is_absolute() else file.as_posix()
-        return f"# Speed\n\nPrinted by `python -m validate.speed --layers --write-docs {shown}`.\n\n", "\n"
-    text = file.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end) or BEGIN in after:
-        raise UsageError(f"{file} has no single pair of lines {BEGIN} and {END} to put the table between; add them")
-    return before, after
+def beginning(file: Path) -> str:
+    """Of a new document."""
+    shown = file.name if file.is_absolute() else file.as_posix()
+    return f"# Speed\n\nPrinted by `python -m validate.speed --layers --write-docs {shown}`.\n\n"
 
 
 def document(rows: Sequence[Row], file: Path, threads: int) -> str:
-    """The text of `file` with the table between its marks. Raises as `surroundings`."""
+    """The text of `file` with the table between its marks. Raises as `marked.surroundings`."""
     from validate.report import machine
 
-    before, after = surroundings(file)
     facts = machine()
     ratios = [row.timing.ratio.median for row in rows]
     lines = [
-        BEGIN,
         f"Time of dense over time of the structure, float32, {threads} thread(s), {rows[0].timing.clock}, medians of",
         f"pairwise ratios. Smallest {min(ratios):.2f}, median {statistics.median(ratios):.2f}. `limit` is what the",
         f"multiply-accumulates allow. {facts['processor']}, onnxruntime {facts['versions']['onnxruntime']}.",
         "",
         table(rows),
-        END,
     ]
-    return before + "\n".join(lines) + after
+    return with_table(file, MARK, beginning(file), "\n".join(lines))

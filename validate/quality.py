@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ EXAMPLES = """examples:
   python -m validate.quality --model smollm2-135m --out out/quality --methods auto-0.75,kron,svd-llm --max-windows 16
 """
 BEST_KEY = "auto-0.75"  # what the tasks are run on, and what the ablation is held against
+MARK = "table"
 SIZES, SOURCES = "4,8,16,32,64,128,256", "boolq,lambada"
 
 
@@ -91,6 +93,12 @@ def parser() -> argparse.ArgumentParser:
     plot.add_argument("--sensitivity-method", default="auto", metavar="NAME", help="(default: auto)")
     plot.add_argument("--sensitivity-sizes", default=SIZES, metavar="N,...", help=f"sequences (default: {SIZES})")
     plot.add_argument("--sensitivity-sources", default=SOURCES, metavar="DATA,...", help=f"(default: {SOURCES})")
+    p.add_argument(
+        "--write-docs",
+        type=Path,
+        metavar="FILE.md",
+        help="put the tables between the marks of FILE.md (docs/quality.md)",
+    )
     p.add_argument("--json", action="store_true", help="the result as one JSON object")
     p.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     return p
@@ -108,12 +116,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check_now(args)
     bench = _bench(args)
     result = run(bench, lines, args)
+    from validate.marked import with_table
     from validate.quality_table import document
     from validate.report import write_json
 
-    text = document(result)
+    text = f"# Quality\n\n{document(result)}"
     write_json(args.out / "quality.json", result)
     (args.out / "quality.md").write_text(text, encoding="utf-8")
+    if args.write_docs is not None:
+        written = with_table(args.write_docs, MARK, "# Quality\n\n", document(result, 3))
+        args.write_docs.write_text(written, encoding="utf-8")
+        write_json(args.write_docs.with_suffix(".json"), result)
     print(json.dumps(result, allow_nan=False) if args.json else text, end="")
     failed = [row for row in result["rows"] if row["error"] is not None]
     for row in failed:
@@ -202,6 +215,10 @@ def _check_now(args: argparse.Namespace) -> None:
     for flag in ("max_windows", "batch", "task_limit", "calibration_samples"):
         if (value := getattr(args, flag)) is not None and value < 1:
             raise UsageError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
+    if args.write_docs is not None:
+        from validate.marked import surroundings
+
+        surroundings(args.write_docs, MARK, "")
     if args.sensitivity_plot is not None:
         from validate.quality_plots import require_matplotlib
 
@@ -279,11 +296,15 @@ def _command(args: argparse.Namespace) -> str:
     words = ["python", "-m", "validate.quality"]
     for action in parser()._actions:
         value = getattr(args, action.dest, None)
-        if not action.option_strings or action.dest in ("help", "json", "debug") or value in (None, action.default):
+        if (
+            not action.option_strings
+            or action.dest in ("help", "json", "debug", "write_docs")
+            or value in (None, action.default)
+        ):
             continue
         flag = action.option_strings[-1]
         if isinstance(value, list):  # joined: a value may begin with a dash
-            words += [f"{flag}={item}" for item in value]
+            words += [f"{flag}={re.sub('=/.*/', '=', item)}" for item in value]
         elif value is True or value == "":
             words.append(flag)
         elif action.dest in ("data", "calibration_data"):

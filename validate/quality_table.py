@@ -19,21 +19,21 @@ HEADER = (
 LARGEST_EXCESS = 5e-5  # of the kept ratio above the one asked for: what four digits do not show
 
 
-def document(result: dict[str, Any]) -> str:
-    """OUT/quality.md from OUT/quality.json's object."""
-    rows, parts = result["rows"], ["# Quality", _protocol_text(result)]
+def document(result: dict[str, Any], level: int = 2) -> str:
+    """OUT/quality.md from OUT/quality.json's object, without its title; `level`: of the headings."""
+    rows, parts, head = result["rows"], [_protocol_text(result)], "#" * level
     main = [row for row in rows if row["group"] == "methods"]
     ablation = [row for row in rows if row["group"] == "ablation"]
     calibration = [row for row in rows if row["group"] == "calibration"]
-    parts += ["## Methods", table(main), LEGEND]
+    parts += [f"{head} Methods", table(main), LEGEND]
     if ablation:
         full = [row for row in rows if row["key"] == result["best"]]
-        parts += ["## Ablation: one thing of the best recipe switched off", table(full + ablation)]
+        parts += [f"{head} Ablation: one thing of the best recipe switched off", table(full + ablation)]
     if calibration:
-        parts += ["## Calibration text and its size", table(calibration)]
+        parts += [f"{head} Calibration text and its size", table(calibration)]
     if result["tasks"]:
-        parts += ["## Zero-shot tasks", tasks_text(result["tasks"])]
-    parts += ["## Bars", bars_table(result["bars"])]
+        parts += [f"{head} Zero-shot tasks", tasks_text(result["tasks"])]
+    parts += [f"{head} Bars", bars_table(result["bars"])]
     return "\n\n".join(parts) + "\n"
 
 

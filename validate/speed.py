@@ -284,10 +284,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _layers(args: argparse.Namespace) -> int:
-    from validate.layers import benchmark, document, surroundings, table
+    from validate.layers import MARK, beginning, benchmark, document, table
+    from validate.marked import surroundings
 
     if args.write_docs is not None:
-        surroundings(args.write_docs)  # refuses a file without marks before minutes of work
+        surroundings(
+            args.write_docs, MARK, beginning(args.write_docs)
+        )  # refuses a file without marks before minutes of work
     rows = list(benchmark(threads=args.threads, seconds=args.seconds or 2.0))
     if args.write_docs is not None:
         args.write_docs.write_text(document(rows, args.write_docs, args.threads), encoding="utf-8")

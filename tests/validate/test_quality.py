@@ -22,6 +22,7 @@ from compress.recipe import Recipe, parse_recipe
 from tests import tiny
 from tests.validate.test_perplexity import windows_of
 from validate import hidden, measure, quality, quality_methods, quality_plots, quality_run, quality_table
+from validate.marked import marks
 from validate.perplexity import HiddenLogits, TorchLogits, compare
 from validate.quality_methods import BARS, METHODS, Bar, Method, calibration_lines, lines
 from validate.reportfiles import add_report, read_report
@@ -324,6 +325,24 @@ def test_no_folder_of_this_machine_in_the_results(table: Table) -> None:
 def test_json(table: Table, capsys: pytest.CaptureFixture[str]) -> None:
     assert table.run("--methods", "lowrank-0.75", "--json") == 0
     assert json.loads(capsys.readouterr().out) == table.result()
+
+
+def test_the_tables_go_into_a_document(table: Table, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Between its marks alone, with the figures beside it; a document without marks is refused before any work."""
+    begin, end = marks(quality.MARK)
+    file = tmp_path / "quality.md"
+    file.write_text("no marks\n")
+    assert table.run("--methods", "lowrank-0.75", "--write-docs", str(file)) == 2
+    assert "no single pair" in capsys.readouterr().err
+    file.write_text(f"# Quality\n\nby hand\n\n{begin}\nold\n{end}\n\nafter\n")
+    assert table.run("--methods", "lowrank-0.75", "--write-docs", str(file)) == 0
+    text = file.read_text()
+    assert text.startswith(f"# Quality\n\nby hand\n\n{begin}\n")
+    assert text.endswith(f"{end}\n\nafter\n")
+    assert "### Methods" in text
+    assert "old" not in text
+    assert "--write-docs" not in text
+    assert json.loads(file.with_suffix(".json").read_text()) == table.result()
 
 
 def test_extra_arguments_reach_every_compression(table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from export.graph import export_onnx
 from validate import layers, speed
 from validate.baseline import Baseline
 from validate.graphfacts import GraphFacts
+from validate.marked import marks, surroundings
 from validate.speed import measure_model, peak_memory
 from validate.timing import Quartiles, paired
 
@@ -157,6 +158,9 @@ def test_weights_are_rotated_over_copies() -> None:
         run()
 
 
+BEGIN, END = marks(layers.MARK)
+
+
 def test_benchmark_table_and_document(tmp_path: Path) -> None:
     shape = layers.Shape("tiny", "q", 128, 128, "in")
     rows = list(layers.benchmark([shape], (1, 4), seconds=0.02, working_set=1 << 16))
@@ -167,18 +171,18 @@ def test_benchmark_table_and_document(tmp_path: Path) -> None:
     file = tmp_path / "speed.md"
     file.write_text(layers.document(rows, file, 1))
     assert table in file.read_text()
-    file.write_text(f"before\n{layers.BEGIN}\nold\n{layers.END}\nafter\n")
-    assert layers.document(rows, file, 1).startswith(f"before\n{layers.BEGIN}\nTime of dense")
-    assert layers.document(rows, file, 1).endswith(f"{layers.END}\nafter\n")
+    file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert layers.document(rows, file, 1).startswith(f"before\n{BEGIN}\nTime of dense")
+    assert layers.document(rows, file, 1).endswith(f"{END}\nafter\n")
     json.dumps([row.to_dict() for row in rows], allow_nan=False)
 
 
-@pytest.mark.parametrize("text", ["no marks", layers.BEGIN, f"{layers.END}\n{layers.BEGIN}"])
+@pytest.mark.parametrize("text", ["no marks", BEGIN, f"{END}\n{BEGIN}"])
 def test_a_document_without_marks_is_not_overwritten(tmp_path: Path, text: str) -> None:
     file = tmp_path / "speed.md"
     file.write_text(text)
     with pytest.raises(UsageError, match="no single pair"):
-        layers.surroundings(file)
+        surroundings(file, layers.MARK, "")
 
 
 def test_memory_module_is_a_command(built: Any) -> None:
