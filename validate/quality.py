@@ -30,6 +30,7 @@ EXAMPLES = """examples:
 """
 BEST_KEY = "auto-0.75"  # what the tasks are run on, and what the ablation is held against
 MARK = "table"
+NOT_TOLD = ("help", "json", "debug", "write_docs", "known")  # which change no figure
 SIZES, SOURCES = "4,8,16,32,64,128,256", "boolq,lambada"
 
 
@@ -49,6 +50,13 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--ratios", metavar="R,...", help="in place of the methods' own")
     what.add_argument("--ablation", action="store_true", help="also the best recipe with one thing switched off")
+    what.add_argument(
+        "--known",
+        type=Path,
+        metavar="FILE.json",
+        help="an earlier quality.json, or docs/quality.json: its lines of the same recipe and evaluation are taken as "
+        "they are, and the table says on which machine they were measured",
+    )
     what.add_argument("--list", action="store_true", help="print the methods and their recipes, and stop")
     how = p.add_argument_group("compression")
     how.add_argument("--calibration-data", default="boolq", metavar="DATA", help="text (default: boolq)")
@@ -149,10 +157,18 @@ def run(bench: Bench, lines: Sequence[Line], args: argparse.Namespace) -> dict[s
     from validate.quality_table import bars_json, gates
     from validate.report import machine
 
-    rows = []
+    rows, here = [], machine()
+    recipes = {line.key: _portable_recipe(line.recipe) for line in lines}
+    known = {key: row for key, row in _known(args.known, bench).items() if row["recipe"] == recipes.get(key)}
+    if len(known) < len(lines):
+        known.pop("dense", None)  # the others are held against its checkpoint
     for number, line in enumerate(lines, start=1):
         log(f"--- {number}/{len(lines)} {line.key}: {line.title}")
-        rows.append(result_of(bench, line))
+        if line.key in known:
+            log(f"{line.key}: known from {args.known}")
+            rows.append(known[line.key] | {"title": line.title})
+            continue
+        rows.append(result_of(bench, line) | {"processor": here["processor"]})
         if line.key == "dense" and rows[-1]["error"] is not None:
             raise UsageError(f"the dense model itself cannot be evaluated: {rows[-1]['error']}")
     scored = {row["key"] for row in rows if row["error"] is None}
@@ -162,18 +178,19 @@ def run(bench: Bench, lines: Sequence[Line], args: argparse.Namespace) -> dict[s
 
         for line in lines:
             if line.key in scored & {"dense", BEST_KEY}:
+                bench.compress(line)  # a line that was known has no checkpoint here
                 tasks[line.key] = bench.tasks(line, tasks_named(args.tasks or None), args.task_limit)
     if args.sensitivity_plot is not None:
         _plot(rows, args)
     return {
         "model": bench.source.source_id,
-        "protocol": {k: v for k, v in bench.protocol("dense").items() if k not in ("dense", "checkpoint")},
+        "protocol": bench.evaluation,
         "calibration": {**_calibration(args), "data": _portable(args.calibration_data)},
         "best": BEST_KEY,
         "rows": [row | {"recipe": _portable_recipe(row["recipe"])} if "recipe" in row else row for row in rows],
         "tasks": tasks,
         "bars": bars_json(gates(rows)),
-        "machine": machine(),
+        "machine": here,
         "command": _command(args),
     }
 
@@ -257,6 +274,20 @@ def _bench(args: argparse.Namespace) -> Bench:
         batch=args.batch,
         extra=tuple(args.compress_arg),
     )
+
+
+def _known(file: Path | None, bench: Bench) -> dict[str, dict[str, Any]]:
+    """The lines of a quality.json that did not fail, by key. UsageError for one of another model or evaluation."""
+    if file is None:
+        return {}
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        before, rows = (result["model"], result["protocol"]), result["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--known {file} is no quality.json ({error!r})") from error
+    if before != (bench.source.source_id, bench.evaluation):
+        raise UsageError(f"--known {file} is of another model, text or evaluation: {before[0]}, {before[1]}")
+    return {row["key"]: row for row in rows if row["error"] is None}
 
 
 def _plot(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:

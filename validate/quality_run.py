@@ -74,8 +74,9 @@ class Bench:
         """Of the dense checkpoint, which must be there."""
         return self.artifact("dense").stage_digest("checkpoint")
 
-    def protocol(self, key: str) -> dict[str, Any]:
-        """What decides the figures of a line."""
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """How any line is evaluated."""
         return {
             "version": PROTOCOL,
             "text": self.text,
@@ -84,9 +85,12 @@ class Bench:
             "stride": self.windows.stride,
             "windows": self.windows.count,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "dense": self.dense_digest,
-            "checkpoint": self.artifact(key).stage_digest("checkpoint"),
         }
+
+    def protocol(self, key: str) -> dict[str, Any]:
+        """What decides the figures of a line."""
+        checkpoint = self.artifact(key).stage_digest("checkpoint")
+        return {**self.evaluation, "dense": self.dense_digest, "checkpoint": checkpoint}
 
     # -- compress ------------------------------------------------------------------------------------------
 

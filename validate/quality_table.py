@@ -169,4 +169,8 @@ def _protocol_text(result: dict[str, Any]) -> str:
             f"{both['compressed']['perplexity']:.4f}, in float32 {both['dense']['perplexity']:.4f} "
             f"({both['relative_increase']:+.3%}). "
         )
-    return f"{text}{_machine_text(result['machine'])}\n\n    {result['command']}"
+    text += _machine_text(result["machine"])
+    for processor in sorted({row["processor"] for row in result["rows"]} - {result["machine"]["processor"]}):
+        titles = [f"{row['title']} {row['asked']:g}" for row in result["rows"] if row["processor"] == processor]
+        text += f" Measured on another machine ({processor}): {'; '.join(titles)}."
+    return f"{text}\n\n    {result['command']}"

@@ -345,6 +345,40 @@ def test_the_tables_go_into_a_document(table: Table, tmp_path: Path, capsys: pyt
     assert json.loads(file.with_suffix(".json").read_text()) == table.result()
 
 
+def test_known_lines_are_taken_as_they_are(
+    table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the same recipe and evaluation; they say where they were measured. Others are refused, or measured."""
+    assert table.run("--methods", "lowrank-0.75") == 0
+    before = table.result()
+    for row in before["rows"]:
+        row["processor"] = "Another CPU"
+    file = tmp_path / "known.json"
+    file.write_text(json.dumps(before))
+    with monkeypatch.context() as patch:
+        forbid(patch, "_run", "compare", "fill_hidden", "load_model")
+        assert table.run("--methods", "lowrank-0.75", "--known", str(file), "--out", str(tmp_path / "empty")) == 0
+    found = json.loads((tmp_path / "empty" / "quality.json").read_text())
+    assert found["rows"] == before["rows"]
+    assert "Measured on another machine (Another CPU): " in (tmp_path / "empty" / "quality.md").read_text()
+    before["rows"][1]["recipe"]["unit"] = 1
+    file.write_text(json.dumps(before))
+    assert table.run("--methods", "lowrank-0.75", "--known", str(file)) == 0
+    assert [row["processor"] == "Another CPU" for row in table.result()["rows"]] == [False, False]
+    assert table.run("--methods", "lowrank", "--known", str(file)) == 0
+    assert not any(row["processor"] == "Another CPU" for row in table.result()["rows"])
+    before["rows"][1]["recipe"].pop("unit")
+    file.write_text(json.dumps(before))
+    assert table.run("--methods", "lowrank", "--known", str(file)) == 0
+    assert [row["processor"] == "Another CPU" for row in table.result()["rows"]] == [False, True, False]
+    capsys.readouterr()
+    assert table.run("--methods", "lowrank-0.75", "--known", str(file), "--max-windows", "2") == 2
+    assert "of another model, text or evaluation" in capsys.readouterr().err
+    file.write_text("{}")
+    assert table.run("--methods", "lowrank-0.75", "--known", str(file)) == 2
+    assert "is no quality.json" in capsys.readouterr().err
+
+
 def test_extra_arguments_reach_every_compression(table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
 
