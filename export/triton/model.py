@@ -83,9 +83,13 @@ class TritonPythonModel:
         elif self.tokenizer.chat_template is None:
             raise UsageError("the tokenizer of this model has no chat template; give text_input")
         else:
-            found = self.tokenizer.apply_chat_template(
-                parse_messages(str(messages)), add_generation_prompt=True, tokenize=False
-            )
+            from jinja2 import TemplateError
+
+            conversation = parse_messages(str(messages))
+            try:
+                found = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+            except TemplateError as error:  # such as roles that do not take turns
+                raise UsageError(f"the chat template of this model refuses these messages: {error}") from error
             ids = self.tokenizer(found, add_special_tokens=False)["input_ids"]
         given: dict[str, Any] = {}
         for name, kind in SCALARS.items():

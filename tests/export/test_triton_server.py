@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -30,6 +31,10 @@ from validate.serving import http_client, one_round
 
 HERE = Path(__file__).parent
 MODEL = "tiny-text"
+CHAT = (
+    "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no such role here') }}{% endif %}"
+    "{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}{% if add_generation_prompt %}answer: {% endif %}"
+)
 
 
 @dataclass
@@ -89,9 +94,15 @@ def start(out: Path, folder: Path, network: bool = False) -> Server:
 @pytest.fixture(scope="module")
 def built(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artefact as `export.build --engine ort` leaves it."""
+    from transformers import AutoTokenizer
+
     root = tmp_path_factory.mktemp("triton")
     (root / "text.txt").write_text(tiny.TEXT * 3)
-    arguments = ["--model", str(tiny_model("tiny_llama")), "--out", str(root / "out"), "--structure", "pifa"]
+    shutil.copytree(tiny_model("tiny_llama"), root / "model")
+    tokenizer = AutoTokenizer.from_pretrained(root / "model")
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(root / "model")
+    arguments = ["--model", str(root / "model"), "--out", str(root / "out"), "--structure", "pifa"]
     arguments += ["--ratio", "0.8", "--unit", "4", "--calibration-data", str(root / "text.txt"), "--serve-as", MODEL]
     arguments += ["--calibration-samples", "2", "--sequence-length", "32", "--sequences", "4"]
     assert run_cli(main, arguments) == 0
@@ -215,6 +226,20 @@ def test_cancellation_frees_the_slot(server: Server) -> None:
         bodies = [json.dumps({"text_input": f"client {i}", "max_tokens": 100, "stream": True}) for i in range(4)]
         found = list(pool.map(lambda body: by_grpc(server, body, "3"), bodies))
     assert all(len(f["pieces"]) == 3 for f in found)
+    assert server.ask(text_input="a", max_tokens=2)["status"] == 200
+
+
+def test_messages_go_through_the_chat_template(server: Server) -> None:
+    def messages(*pairs: tuple[str, str]) -> str:
+        return json.dumps([{"role": role, "content": content} for role, content in pairs])
+
+    answer = server.ask(messages=messages(("system", "be brief"), ("user", "The quick")), max_tokens=6)
+    plain = server.ask(text_input="system: be brief\nuser: The quick\nanswer: ", max_tokens=6)
+    assert (answer["status"], answer["tokens"]) == (200, plain["tokens"])
+    assert answer["num_input_tokens"] in (plain["num_input_tokens"], plain["num_input_tokens"] - 1)  # no second <s>
+    refused = server.ask(messages=messages(("robot", "hello")), max_tokens=6)
+    assert refused["status"] >= 400
+    assert "no such role here" in refused["error"]
     assert server.ask(text_input="a", max_tokens=2)["status"] == 200
 
 
