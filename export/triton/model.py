@@ -113,7 +113,7 @@ class Metrics:
     def __init__(self, model: str, batcher: Batcher) -> None:
         self._labels, self._batcher, self._families = {"model": model}, batcher, dict[str, Any]()
         self._metrics = dict[tuple[str, str], Any]()
-        self._lock = threading.Lock()  # of `_metrics`: requests end in two threads
+        self._lock = threading.Lock()
         for name, kind, what in (
             ("requests", "COUNTER", "Requests by how they ended: stop, length, cancelled, error, refused"),
             ("prompt_tokens", "COUNTER", "Tokens of prompts that were answered"),
@@ -132,19 +132,20 @@ class Metrics:
 
     def ended(self, how: str, requests: int = 1, *, prompt: int = 0, made: int = 0, first: float = 0.0) -> None:
         """Requests ended. Once a request and not once a token: each value is a message to the server."""
-        self._of("requests", finish=how).increment(requests)
-        self._of("prompt_tokens").increment(prompt)
-        self._of("generated_tokens").increment(made)
-        self._of("first_token_seconds").increment(first)
-        self._of("running").set(self._batcher.running)
-        self._of("waiting").set(self._batcher.waiting)
+        # Requests end in two threads, and two that send metrics at once bring the whole server down (Triton 2.51).
+        with self._lock:
+            self._of("requests", finish=how).increment(requests)
+            self._of("prompt_tokens").increment(prompt)
+            self._of("generated_tokens").increment(made)
+            self._of("first_token_seconds").increment(first)
+            self._of("running").set(self._batcher.running)
+            self._of("waiting").set(self._batcher.waiting)
 
     def _of(self, name: str, **labels: str) -> Any:
         key = (name, json.dumps(labels))
-        with self._lock:
-            if key not in self._metrics:
-                self._metrics[key] = self._families[name].Metric(labels={**self._labels, **labels})
-            return self._metrics[key]
+        if key not in self._metrics:
+            self._metrics[key] = self._families[name].Metric(labels={**self._labels, **labels})
+        return self._metrics[key]
 
 
 class _Client:

@@ -220,6 +220,19 @@ def test_malformed_requests_get_errors_and_the_server_lives_on(
     assert server.ask(text_input="a", max_tokens=2)["status"] == 200
 
 
+def test_requests_that_are_refused_beside_others_that_are_answered(server: Server) -> None:
+    """Both end in threads of their own, which once sent metrics at the same time and brought the server down."""
+    expected = server.ask(text_input="The quick brown", max_tokens=4)["tokens"]
+
+    def client(number: int) -> list[dict[str, Any]]:
+        return [server.ask(text_input="The quick brown", max_tokens=4 if (number + i) % 2 else -1) for i in range(40)]
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = [answer for found in pool.map(client, range(8)) for answer in found]
+    assert [a["tokens"] for a in answers if a["status"] == 200] == [expected] * 160
+    assert server.process.poll() is None
+
+
 def test_cancellation_frees_the_slot(server: Server) -> None:
     """Four clients take all rows and leave early; the next one is answered at once."""
     with ThreadPoolExecutor(4) as pool:
