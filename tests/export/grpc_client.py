@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import tritonclient.grpc as grpc
 
-KINDS = {"max_tokens": ("INT32", np.int32), "seed": ("UINT64", np.uint64)}
+KINDS = {"max_tokens": ("INT32", np.int32), "min_tokens": ("INT32", np.int32), "seed": ("UINT64", np.uint64)}
 url, model, body = sys.argv[1:4]
 leave_after = int(sys.argv[4]) if len(sys.argv) > 4 else None
 

@@ -153,7 +153,8 @@ def test_streams_say_the_same(server: Server) -> None:
     whole = server.ask(text_input="The quick brown", max_tokens=12)
     body = {"text_input": "The quick brown", "max_tokens": 12, "stream": True}
     pieces = server.post(json.dumps(body).encode(), "generate_stream")["pieces"]
-    assert len(pieces) == len(whole["tokens"])
+    assert 1 < len(pieces) <= len(whole["tokens"])  # some may come together where the server lags behind
+    assert sum(piece["num_output_tokens"] for piece in pieces) == len(whole["tokens"])
     assert "".join(piece["text_output"] for piece in pieces) == whole["text_output"]
     assert [piece["finish_reason"] for piece in pieces] == [""] * (len(pieces) - 1) + [whole["finish_reason"]]
 
@@ -185,6 +186,7 @@ def test_sixteen_clients_get_what_each_gets_alone(server: Server) -> None:
 def test_sampling_options_reach_the_model(server: Server) -> None:
     options = {"text_input": "The quick", "max_tokens": 10, "temperature": 1.2, "top_k": 30, "top_p": 0.95, "seed": 5}
     first, again = server.ask(**options, logprobs=2), server.ask(**options)
+    assert "top_logprobs" not in again  # nobody asked for them
     assert first["tokens"] == again["tokens"] != server.ask(**{**options, "seed": 6})["tokens"]
     assert len(first["logprobs_output"]) == len(first["tokens"])
     assert all(len(place) == 2 for place in json.loads(first["top_logprobs"]))
@@ -234,12 +236,24 @@ def test_requests_that_are_refused_beside_others_that_are_answered(server: Serve
 
 
 def test_cancellation_frees_the_slot(server: Server) -> None:
-    """Four clients take all rows and leave early; the next one is answered at once."""
+    """Four clients take all rows and leave after their first tokens: what they asked for is not made to the end."""
+    name = 'procrustes_requests_total{finish="cancelled",}'
+    before = server.counted()
+    options = {"max_tokens": 110, "min_tokens": 110, "stream": True}
     with ThreadPoolExecutor(4) as pool:
-        bodies = [json.dumps({"text_input": f"client {i}", "max_tokens": 100, "stream": True}) for i in range(4)]
-        found = list(pool.map(lambda body: by_grpc(server, body, "3"), bodies))
-    assert all(len(f["pieces"]) == 3 for f in found)
+        bodies = [json.dumps({"text_input": f"client {i}", **options}) for i in range(4)]
+        found = list(pool.map(lambda body: by_grpc(server, body, "1"), bodies))
+    assert all(len(f["pieces"]) == 1 and f["error"] is None for f in found)
     assert server.ask(text_input="a", max_tokens=2)["status"] == 200
+    deadline = time.monotonic() + 30
+    while server.counted()["procrustes_running"] and time.monotonic() < deadline:
+        time.sleep(0.1)
+        server.ask(text_input="a", max_tokens=1)  # the gauges are those of the last request that ended
+    after = server.counted()
+    assert after["procrustes_running"] == after["procrustes_waiting"] == 0
+    assert after[name] - before.get(name, 0) >= 1
+    made = after["procrustes_generated_tokens_total"] - before["procrustes_generated_tokens_total"]
+    assert made < 4 * 110
 
 
 def test_messages_go_through_the_chat_template(server: Server) -> None:
@@ -279,7 +293,7 @@ def test_what_the_openai_front_end_sends_is_answered(server: Server) -> None:
     assert found["outputs"]["num_input_tokens"] == [plain["num_input_tokens"]]
     echo = by_grpc(server, json.dumps({**sent, "exclude_input_in_output": False, "stream": True}))
     assert "".join(echo["pieces"]) == "The quick brown" + plain["text_output"]
-    assert echo["outputs"]["num_output_tokens"] == [1] * 6
+    assert sum(echo["outputs"]["num_output_tokens"]) == 6
     assert by_grpc(server, json.dumps({**sent, "frequency_penalty": 2.0}))["tokens"] != plain["tokens"]
 
 
@@ -317,7 +331,7 @@ def test_throughput_is_measured_on_it(server: Server) -> None:
     ask = http_client(f"http://127.0.0.1:{server.http}")
     made = one_round(ask, MODEL, ["The quick brown", "word " * 20, "a", "number 7"], clients=2, requests=2, tokens=30)
     assert [answer.tokens for answer in made.answers] == [30] * 4
-    assert all(len(answer.gaps) == 29 and answer.first > 0 for answer in made.answers)
+    assert all(1 <= len(answer.gaps) <= 29 and answer.first > 0 for answer in made.answers)
     assert made.tokens_per_second == pytest.approx(120 / made.seconds)
 
 
@@ -366,7 +380,8 @@ def test_soak(built: Path, tmp_path: Path) -> None:
         unavailable(f"{SERVE} is not there: make test makes it, with a Triton server from a package")
     server = start(built, tmp_path)
     expected = server.ask(text_input="The quick brown", max_tokens=8)["tokens"]
-    stop, wrong = time.monotonic() + 300, list[Any]()
+    seconds = float(os.environ.get("SOAK_SECONDS", "300"))
+    stop, wrong = time.monotonic() + seconds, list[Any]()
 
     def client(number: int) -> int:
         done = 0
@@ -388,37 +403,33 @@ def test_soak(built: Path, tmp_path: Path) -> None:
             done += 1
         return done
 
-    sizes = list[int]()
+    sizes = list[dict[str, int]]()
     try:
         with ThreadPoolExecutor(8) as pool:
             clients = [pool.submit(client, number) for number in range(8)]
             while time.monotonic() < stop:
-                time.sleep(10)
+                time.sleep(seconds / 30)
                 sizes.append(memory_of(server.process.pid))
             done = [c.result() for c in clients]
         assert not wrong
-        assert min(done) > 100
+        assert min(done) > seconds / 5
         assert server.ask(text_input="The quick brown", max_tokens=8)["tokens"] == expected
         assert server.counted()["procrustes_running"] == server.counted()["procrustes_waiting"] == 0
-        warm, late = max(sizes[3:9]), max(sizes[-6:])
-        assert late < 1.05 * warm, f"resident memory, MB: {[size >> 20 for size in sizes]}"
-        print(f"{sum(done)} requests; resident memory, MB: {[size >> 20 for size in sizes]}")
+        for name, most in (("triton_python_b", 1.01), ("tritonserver", 1.1)):
+            figures = [size[name] for size in sizes]
+            said = f"{sum(done)} requests; resident memory of {name}, MB: {[round(f / 2**20, 1) for f in figures]}"
+            assert max(figures[-6:]) < most * max(figures[3:9]), said
+            print(said)
     finally:
         server.stop()
 
 
-def memory_of(root: int) -> int:
-    """Resident bytes of a process and its children, shared pages counted once for each."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+def memory_of(root: int) -> dict[str, int]:
+    """Resident bytes of a process and of its children, by name."""
+    found = dict[str, int]()
+    for status in Path("/proc").glob("[0-9]*/status"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    family, found = {root}, 0
-    while len(family) > found:
-        found = len(family)
-        family |= {process for process, parent in parents.items() if parent in family}
-    total = 0
-    for process in family:
-        with contextlib.suppress(OSError):
-            total += int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return total
+            facts = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+            if root in (int(facts["Pid"]), int(facts["PPid"])):
+                found[facts["Name"]] = 1024 * int(facts["VmRSS"].split()[0])
+    return found
