@@ -327,11 +327,7 @@ def _command(args: argparse.Namespace) -> str:
     words = ["python", "-m", "validate.quality"]
     for action in parser()._actions:
         value = getattr(args, action.dest, None)
-        if (
-            not action.option_strings
-            or action.dest in ("help", "json", "debug", "write_docs")
-            or value in (None, action.default)
-        ):
+        if not action.option_strings or action.dest in NOT_TOLD or value in (None, action.default):
             continue
         flag = action.option_strings[-1]
         if isinstance(value, list):  # joined: a value may begin with a dash
