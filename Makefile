@@ -75,7 +75,7 @@ quality: venv
 test: quality $(VENV)/.ready-plugins $(VENV)/serve/.ready
 	$(one_thread) $(offline) $(bin)/python -m pytest -q --numprocesses $(WORKERS)
 
-test-slow: $(VENV)/.ready-demo
+test-slow: $(VENV)/.ready-demo $(VENV)/.ready-plugins $(VENV)/serve/.ready
 	$(one_thread) $(offline) $(bin)/python -m pytest -q -m slow
 
 format: venv
