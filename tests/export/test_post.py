@@ -29,12 +29,12 @@ class Parcel:
 
 def test_what_is_put_is_delivered_in_order_before_the_end() -> None:
     post, seen = Post(10.0), list[Parcel]()
-    parcels = [Parcel(3, seen, wait=0.001) for _ in range(5)]
+    parcels = [Parcel(3, seen, wait=0.02) for _ in range(5)]
     order = parcels * 3
     start = time.monotonic()
     for parcel in order:
         post.put(parcel)
-    assert time.monotonic() - start < 0.01  # who puts does not wait
+    assert time.monotonic() - start < 0.15  # who puts does not wait for 15 x 20 ms
     post.close()
     assert seen == order
     assert {name for parcel in parcels for name in parcel.threads} == {"post"}
@@ -46,7 +46,7 @@ def test_parcels_under_way_are_looked_at_until_they_are_complete() -> None:
         post.put(parcel)
     time.sleep(0.25)
     assert not quick.looks
-    assert 4 <= len(slow.looks) <= 13
+    assert 2 <= len(slow.looks) <= 13
     post.put(slow)
     time.sleep(0.05)
     looks = len(slow.looks)

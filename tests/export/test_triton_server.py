@@ -150,11 +150,11 @@ def test_without_max_tokens_an_answer_fills_what_there_is(server: Server) -> Non
 
 
 def test_streams_say_the_same(server: Server) -> None:
-    whole = server.ask(text_input="The quick brown", max_tokens=12)
-    body = {"text_input": "The quick brown", "max_tokens": 12, "stream": True}
-    pieces = server.post(json.dumps(body).encode(), "generate_stream")["pieces"]
-    assert 1 < len(pieces) <= len(whole["tokens"])  # some may come together where the server lags behind
-    assert sum(piece["num_output_tokens"] for piece in pieces) == len(whole["tokens"])
+    options = {"text_input": "The quick brown", "max_tokens": 100, "min_tokens": 100}
+    whole = server.ask(**options)
+    pieces = server.post(json.dumps({**options, "stream": True}).encode(), "generate_stream")["pieces"]
+    assert 1 < len(pieces) <= 100  # some may come together where the server lags behind
+    assert sum(piece["num_output_tokens"] for piece in pieces) == len(whole["tokens"]) == 100
     assert "".join(piece["text_output"] for piece in pieces) == whole["text_output"]
     assert [piece["finish_reason"] for piece in pieces] == [""] * (len(pieces) - 1) + [whole["finish_reason"]]
 
@@ -331,7 +331,7 @@ def test_throughput_is_measured_on_it(server: Server) -> None:
     ask = http_client(f"http://127.0.0.1:{server.http}")
     made = one_round(ask, MODEL, ["The quick brown", "word " * 20, "a", "number 7"], clients=2, requests=2, tokens=30)
     assert [answer.tokens for answer in made.answers] == [30] * 4
-    assert all(1 <= len(answer.gaps) <= 29 and answer.first > 0 for answer in made.answers)
+    assert all(len(answer.gaps) <= 29 and answer.first > 0 for answer in made.answers)
     assert made.tokens_per_second == pytest.approx(120 / made.seconds)
 
 

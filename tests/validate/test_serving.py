@@ -17,7 +17,7 @@ from compress.errors import ArtifactError, UsageError, run_cli
 from export.stages import BUILD_INFO, write_json
 from validate.serving import Answer, Round, case, cut_prompts, http_client, main, one_round, table
 
-PAUSE = {"dense": 0.02, "small": 0.01}  # seconds a token
+PAUSE = {"dense": 0.04, "small": 0.02}  # seconds a token
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -79,9 +79,9 @@ def test_a_model_of_half_the_time_is_twice_as_fast(
     assert (report["dense"], report["compressed"], report["server"]["version"]) == ("dense", "small", "2.51.0")
     assert [c["clients"] for c in report["cases"]] == [1, 3]
     for found in report["cases"]:
-        assert 1.4 < found["speedup"] < 2.4
-        assert found["between_tokens_seconds_dense"] > 0.019
-        assert 0.009 < found["first_token_seconds_compressed"] < found["first_token_seconds_dense"]
+        assert 1.3 < found["speedup"] < 2.6
+        assert found["between_tokens_seconds_dense"] > 0.039
+        assert 0.019 < found["first_token_seconds_compressed"] < found["first_token_seconds_dense"]
     assert report["cases"][1]["tokens_per_second_dense"] > 2 * report["cases"][0]["tokens_per_second_dense"]
     assert run_cli(main, [*outs, *options, "--min-speedup", "5"]) == 3
     printed = capsys.readouterr()
