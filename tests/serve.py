@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -98,6 +99,7 @@ def main(outs: Sequence[str], command: Sequence[str] | None) -> int:
     if not installed():
         print(f"{SERVE} is not there: run make serve-demo", file=sys.stderr)
         return 4
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as after Ctrl-C, the server is stopped
     with tempfile.TemporaryDirectory(prefix="procrustes-serve-") as folder:
         process = running([Path(out).resolve() for out in outs], Path(folder), http=8000, grpc=8001, metrics=8002)
         try:
