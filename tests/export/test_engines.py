@@ -291,6 +291,8 @@ def test_auto_keeps_the_engine_with_the_shorter_decode_step(
     artifact.verify()
     assert {p.name for p in artifact.path("engine").iterdir()} == {"model.plan", "layers.json", BUILD_INFO}
     assert (artifact.path("engine") / "model.plan").read_bytes() == faster.encode()
+    (served,) = (artifact.path("triton") / "network").glob("*_lm/1/model.plan")
+    assert served.read_bytes() == faster.encode()
     info = build_info(artifact, "engine")
     assert info["seconds_by_plugin"] == times
     assert info["gpu"] == {"name": "H100", "capability": 90, "driver": 13000}
