@@ -71,13 +71,13 @@ def parse_speedup(text: str) -> float:
     return float(form[1])
 
 
-def parse_batch_sizes(text: str) -> tuple[int, ...]:
-    """`1,8` -> (1, 8). Raises UsageError unless they are positive, and each is given once."""
+def parse_batch_sizes(text: str, flag: str = "--batch-sizes") -> tuple[int, ...]:
+    """`1,8` -> (1, 8). Raises UsageError, which names `flag`, unless they are positive, and each is given once."""
     if re.fullmatch(r"[1-9][0-9]*(,[1-9][0-9]*)*", text):
         sizes = tuple(int(size) for size in text.split(","))
         if len(set(sizes)) == len(sizes):
             return sizes
-    raise UsageError(f"--batch-sizes {text!r} is not a list of different positive numbers such as 1,8")
+    raise UsageError(f"{flag} {text!r} is not a list of different positive numbers such as 1,8")
 
 
 def failures(gates: Iterable[Gate]) -> list[str]:

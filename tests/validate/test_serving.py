@@ -138,8 +138,9 @@ def test_answers_that_are_none_are_errors(url: str) -> None:
     ("change", "code", "message"),
     [
         ({"--url": "http://127.0.0.1:9"}, 4, "no Triton server answers"),
-        ({"--clients": "1,x"}, 2, "is not a list of numbers"),
-        ({"--clients": "0"}, 2, "is not a list of numbers"),
+        ({"--clients": "1,x"}, 2, "--clients '1,x' is not a list of different positive numbers"),
+        ({"--clients": "0"}, 2, "--clients '0' is not a list of different positive numbers"),
+        ({"--min-speedup": "fast"}, 2, "--min-speedup 'fast' is not a limit"),
         ({"--tokens": "0"}, 2, "--tokens must be at least 1"),
         ({"--prompts": "nowhere.txt"}, 2, "cannot be read"),
     ],
