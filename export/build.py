@@ -149,11 +149,8 @@ def _check(args: argparse.Namespace) -> None:
             raise UsageError(f"--{flag} must be at least 1, not {value}")
     if args.threads is not None and args.engine != "ort":
         raise UsageError("--threads is for --engine ort")
-    if args.serve_network not in (
-        None,
-        "none",
-        *(("tensorrt",) if args.engine == "trt" else ("python", "onnxruntime")),
-    ):
+    able = ("tensorrt",) if args.engine == "trt" else ("python", "onnxruntime")
+    if args.serve_network not in (None, "none", *able):
         raise UsageError(f"--serve-network {args.serve_network} does not run what --engine {args.engine} makes")
     if args.workspace is not None and args.workspace < 1:
         raise UsageError(f"--workspace must be at least 1 MiB, not {args.workspace}")

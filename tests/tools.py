@@ -7,9 +7,17 @@ from typing import NoReturn
 
 import pytest
 
+from tests.serve import SERVE, installed
+
 
 def unavailable(reason: str) -> NoReturn:
     """Skip the test and say why; fail it where all of them have to run, which is in continuous integration."""
     if os.environ.get("REQUIRE_NVIDIA_TOOLS"):
         pytest.fail(f"REQUIRE_NVIDIA_TOOLS is set, and {reason}")
     pytest.skip(reason)
+
+
+def require_server() -> None:
+    """The Triton server of a package, and its client, in an environment of their own."""
+    if not installed():
+        unavailable(f"{SERVE} is not there: make test makes it, with a Triton server from a package")

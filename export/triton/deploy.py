@@ -31,9 +31,7 @@ def files(name: str, network: str, *, gpu: bool) -> dict[str, str]:
         "IMAGE": IMAGE,
         "NETWORK_FILE": f"{network}/1/model.plan" if gpu else f"{network}/1",
         "GPU": GPU if gpu else "",
-        "RESOURCES": '            limits: {nvidia.com/gpu: "1"}'
-        if gpu
-        else "            requests: {cpu: 2, memory: 4Gi}",
+        "RESOURCES": 'limits: {nvidia.com/gpu: "1"}' if gpu else "requests: {cpu: 2, memory: 4Gi}",
     }
     return {
         path.name: re.sub("@([A-Z_]+)@", lambda found: values[found[1]], path.read_text(encoding="utf-8"))

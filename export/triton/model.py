@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any, cast
 
 import triton_python_backend_utils as pb_utils
@@ -14,6 +12,7 @@ from export.engines.slots import Slots
 from export.triton.answers import Client, Metrics, Refusal
 from export.triton.batching import Batcher
 from export.triton.post import Post
+from export.triton.served import configured, sound_graph
 from export.triton.settings import LARGEST_PROMPT, Settings, parse_messages
 from export.triton.text import Decodes
 
@@ -38,8 +37,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the engine and answer one request, so that the first client waits for nothing."""
-        parameters = {k: v["string_value"] for k, v in json.loads(args["model_config"])["parameters"].items()}
-        artifact = Artifact((Path(args["model_repository"]) / parameters["artifact"]).resolve())
+        artifact, parameters = configured(args)
         slots = Slots(_executor(artifact, parameters), int(parameters["sequences"]))
         from transformers import AutoTokenizer
 
@@ -119,8 +117,7 @@ def _executor(artifact: Artifact, parameters: dict[str, str]) -> Any:
         return load_engine(artifact).executor
     from export.engines.ort import OrtExecutor
 
-    artifact.verify(["onnx"])
-    return OrtExecutor(artifact.require_stage("onnx") / "model.onnx", threads=int(parameters["threads"]))
+    return OrtExecutor(sound_graph(artifact), threads=int(parameters["threads"]))
 
 
 def _text(request: Any, name: str) -> str | None:

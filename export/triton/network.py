@@ -6,16 +6,13 @@ own. The text model (model.py) does not call it.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import triton_python_backend_utils as pb_utils
 
-from compress.artifact import Artifact
 from export.engines.ort import OrtRunner
-from export.graph import MODEL_NAME
+from export.triton.served import configured, sound_graph
 
 errors = onnxruntime.capi.onnxruntime_pybind11_state
 
@@ -25,10 +22,8 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the graph, after a look at its hashes."""
-        parameters = {k: v["string_value"] for k, v in json.loads(args["model_config"])["parameters"].items()}
-        artifact = Artifact((Path(args["model_repository"]) / parameters["artifact"]).resolve())
-        artifact.verify(["onnx"])
-        runner = OrtRunner(artifact.require_stage("onnx") / MODEL_NAME, threads=int(parameters["threads"]))
+        artifact, parameters = configured(args)
+        runner = OrtRunner(sound_graph(artifact), threads=int(parameters["threads"]))
         self.session, self.outputs = runner.session, runner.outputs
         self.inputs = [value.name for value in self.session.get_inputs()]
 

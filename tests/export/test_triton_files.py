@@ -22,8 +22,8 @@ from export.triton.config import INPUTS, Backend, graph_tensors, network_config,
 from export.triton.repository import write_repository
 from tests.export.helpers import llama
 from tests.export.test_graph import Case, export, kron
-from tests.serve import SERVE, environment, installed
-from tests.tools import unavailable
+from tests.serve import SERVE, environment
+from tests.tools import require_server
 
 NAME = "My.Model_7b"
 
@@ -53,8 +53,7 @@ def with_engine(artifact: Artifact) -> None:
 
 def parsed(text: str) -> dict[str, Any]:
     """config.pbtxt as JSON, by the message types of Triton's client: a misspelt field or a wrong type is an error."""
-    if not installed():
-        unavailable(f"{SERVE} is not there: make test makes it, with Triton's client")
+    require_server()
     code = "import sys; from google.protobuf import json_format, text_format; "
     code += "from tritonclient.grpc import model_config_pb2 as m; "
     code += "print(json_format.MessageToJson(text_format.Parse(sys.stdin.read(), m.ModelConfig())))"
@@ -177,8 +176,7 @@ def run_launch(artifact: Artifact, path: str, *arguments: str) -> subprocess.Com
 
 
 def test_launch_says_what_is_missing(artifact: Artifact, tmp_path: Path) -> None:
-    if not installed():
-        unavailable(f"{SERVE} is not there: make test makes it, with a Triton server from a package")
+    require_server()
     write_repository(artifact, engine="trt", name="m")
     usual = "/usr/bin:/bin"
     done = run_launch(artifact, usual)

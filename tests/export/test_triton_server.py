@@ -25,8 +25,8 @@ from compress.checkpoint import load_model
 from compress.errors import run_cli
 from export.build import main
 from tests import tiny
-from tests.serve import SERVE, free_ports, installed, ready, running
-from tests.tools import unavailable
+from tests.serve import SERVE, free_ports, ready, running
+from tests.tools import require_server
 from validate.serving import http_client, one_round
 
 HERE = Path(__file__).parent
@@ -111,8 +111,7 @@ def built(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def server(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    if not installed():
-        unavailable(f"{SERVE} is not there: make test makes it, with a Triton server from a package")
+    require_server()
     started = start(built, tmp_path_factory.mktemp("server"), network=True)
     yield started
     started.stop()
@@ -376,8 +375,7 @@ def test_a_killed_server_starts_again(server: Server, tmp_path_factory: pytest.T
 @pytest.mark.slow
 def test_soak(built: Path, tmp_path: Path) -> None:
     """Five minutes of clients that come, go, leave early and err: nobody waits for ever, memory stays what it was."""
-    if not installed():
-        unavailable(f"{SERVE} is not there: make test makes it, with a Triton server from a package")
+    require_server()
     server = start(built, tmp_path)
     expected = server.ask(text_input="The quick brown", max_tokens=8)["tokens"]
     seconds = float(os.environ.get("SOAK_SECONDS", "300"))

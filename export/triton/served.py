@@ -1,0 +1,21 @@
+"""What a model of OUT/triton is told by its config.pbtxt, and finds in OUT."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from compress.artifact import Artifact
+from export.graph import MODEL_NAME
+
+
+def configured(args: dict[str, str]) -> tuple[Artifact, dict[str, str]]:
+    """OUT and the parameters of config.pbtxt, from what Triton's python backend gives `initialize`."""
+    parameters = {k: v["string_value"] for k, v in json.loads(args["model_config"])["parameters"].items()}
+    return Artifact((Path(args["model_repository"]) / parameters["artifact"]).resolve()), parameters
+
+
+def sound_graph(artifact: Artifact) -> Path:
+    """OUT/onnx/model.onnx, after a look at its hashes. Raises ArtifactError for a file that was changed."""
+    artifact.verify(["onnx"])
+    return artifact.require_stage("onnx") / MODEL_NAME
