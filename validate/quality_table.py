@@ -33,7 +33,8 @@ def document(result: dict[str, Any], level: int = 2) -> str:
         parts += [f"{head} Calibration text and its size", table(calibration)]
     if result["tasks"]:
         parts += [f"{head} Zero-shot tasks", tasks_text(result["tasks"])]
-    parts += [f"{head} Bars", bars_table(result["bars"])]
+    if any(bar["value"] is not None for bar in result["bars"]):
+        parts += [f"{head} Bars", bars_table(result["bars"])]
     return "\n\n".join(parts) + "\n"
 
 
