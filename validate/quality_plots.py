@@ -19,7 +19,7 @@ def plot_calibration(
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -33,8 +33,9 @@ def plot_calibration(
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sorted(sizes), [str(size) for size in sorted(sizes)])
+    axes.yaxis.set_major_locator(MaxNLocator(8))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter() if len(sizes) > 4 else FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel(f"calibration sequences of {sequence_length:,} tokens")
     axes.set_ylabel("perplexity")
     axes.set_title(title)
