@@ -62,8 +62,8 @@ def add_compress_arguments(parser: argparse.ArgumentParser, *, model_required: b
         "--embedding",
         type=float,
         metavar="R",
-        help="fraction of embedding and head to keep, in two factors (default: 1, untouched). A lower --ratio saves the "
-        "same bytes at a far smaller loss on the model measured in docs/quality.md",
+        help="fraction of embedding and head to keep, in two factors (default: 1, untouched). A lower --ratio saves "
+        "the same bytes at a far smaller loss on the model measured in docs/quality.md",
     )
     what.add_argument(
         "--budget-bytes", type=int, metavar="N", help="bytes of all projections and skips, in place of --ratio"
