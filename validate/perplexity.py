@@ -158,7 +158,7 @@ def compare(dense: LogitsSource, compressed: LogitsSource, windows: Windows, bat
         position = 0
         scored_from = [windows.scored_from(first + i) for i in range(len(ids))]
         for whole in _pairs(dense, compressed, ids):
-            for a, b in zip(*(logits.split(SCORED_AT_ONCE, 1) for logits in whole), strict=True):
+            for a, b in zip(*(torch.split(x, SCORED_AT_ONCE, dim=1) for x in whole), strict=True):
                 sums += _score(a, b, ids, position, scored_from)
                 position += a.shape[1]
         kept.append(sums)
