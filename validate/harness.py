@@ -26,9 +26,9 @@ MOST_NEW_TOKENS = 256
 
 def load_harness_model(target: str | Path, dtype: str = "float32") -> Any:
     """An `lm_eval.api.model.LM` of an artefact folder or a checkpoint. Raises MissingDependencyError."""
-    from validate.tasks import _compressed
+    from validate.tasks import load_compressed
 
-    return harness_model(*_compressed(Path(target), dtype))
+    return harness_model(*load_compressed(Path(target), dtype))
 
 
 def harness_model(model: ProcrustesForCausalLM, tokenizer: Any) -> Any:

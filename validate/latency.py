@@ -204,7 +204,7 @@ def build_table(
 ) -> dict[str, Any]:
     """What the command writes; `model` names the model in it. unit: alignment of sizes, None for the default one."""
     from compress.budgets import default_unit
-    from validate.report import machine
+    from validate.machine import machine_facts
 
     aligned = unit or default_unit(arch)
     jobs = jobs_of(arch, structures, inner, aligned)
@@ -225,7 +225,7 @@ def build_table(
         "inner": list(inner),
         "entries": entries,
         "dense_seconds": dense_seconds(arch, entries),
-        "machine": machine(),
+        "machine": machine_facts(),
     }
 
 

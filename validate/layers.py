@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import UsageError
 from compress.progress import log
-from validate.marked import with_table
+from validate.markdown import with_table
 from validate.timing import Paired, paired
 
 if TYPE_CHECKING:
@@ -285,9 +285,9 @@ def beginning(file: Path) -> str:
 
 def document(rows: Sequence[Row], file: Path, threads: int) -> str:
     """The text of `file` with the table between its marks. Raises as `marked.surroundings`."""
-    from validate.report import machine
+    from validate.machine import machine_facts
 
-    facts = machine()
+    facts = machine_facts()
     ratios = [row.timing.ratio.median for row in rows]
     lines = [
         f"Time of dense over time of the structure, float32, {threads} thread(s), {rows[0].timing.clock}, medians of",

@@ -45,10 +45,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", metavar="M", help="folder, .gguf file, ORG/NAME on the hub, or an alias")
     p.add_argument("--out", type=Path, metavar="OUT", help="a folder for all methods (default: out/quality)")
     what = p.add_argument_group("which methods")
-    what.add_argument(
-        "--methods", metavar="NAME,...", help="names, or names with a ratio: kron,auto-0.85 (default: all)"
-    )
-    what.add_argument("--ratios", metavar="R,...", help="in place of the methods' own")
+    what.add_argument("--methods", metavar="NAME,...", help="names, also with any ratio: kron,auto-0.8 (default: all)")
+    what.add_argument("--ratios", metavar="R,...", help="in place of the methods' own, the ablation's too")
     what.add_argument("--ablation", action="store_true", help="also the best recipe with one thing switched off")
     what.add_argument(
         "--known",
@@ -124,9 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check_now(args)
     bench = _bench(args)
     result = run(bench, lines, args)
-    from validate.marked import with_table
+    from validate.markdown import with_table
     from validate.quality_table import document
-    from validate.report import write_json
+    from validate.reportfiles import write_json
 
     text = f"# Quality\n\n{document(result)}"
     write_json(args.out / "quality.json", result)
@@ -153,11 +151,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(bench: Bench, lines: Sequence[Line], args: argparse.Namespace) -> dict[str, Any]:
     """All lines, one after the other, and what is asked for beside them: OUT/quality.json's object."""
+    from validate.machine import machine_facts
     from validate.quality_run import result_of
     from validate.quality_table import bars_json, gates
-    from validate.report import machine
 
-    rows, here = [], machine()
+    rows, here = [], machine_facts()
     recipes = {line.key: _portable_recipe(line.recipe) for line in lines}
     known = {key: row for key, row in _known(args.known, bench).items() if row["recipe"] == recipes.get(key)}
     if len(known) < len(lines):
@@ -233,7 +231,7 @@ def _check_now(args: argparse.Namespace) -> None:
         if (value := getattr(args, flag)) is not None and value < 1:
             raise UsageError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
     if args.write_docs is not None:
-        from validate.marked import surroundings
+        from validate.markdown import surroundings
 
         surroundings(args.write_docs, MARK, "")
     if args.sensitivity_plot is not None:

@@ -6,6 +6,7 @@ in by the command, unless a recipe says otherwise.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -134,22 +135,41 @@ def lines(
 ) -> list[Line]:
     """The lines to run, dense first. `calibration`: the recipe field of all of them, below their own.
 
-    `names` are those of methods, or keys of lines (kron, auto-0.85); None: every method of the table, and the
-    ablation where it is asked for. `ratios` replace the methods' own. Raises UsageError for an unknown name.
+    `names` are those of methods, or of methods at any ratio (kron, auto-0.85); None: every method of the table.
+    `ablation` adds what changes something in the best recipe. `ratios` replace the methods' own, but not those in
+    names. Raises UsageError for an unknown name.
     """
-    every = [line for method in METHODS for line in _at(method, calibration, ratios)]
-    known = {name for line in every for name in (line.method, line.key)}
-    if unknown := [name for name in names or () if name not in known]:
-        raise UsageError(f"there is no method {unknown[0]!r}; --methods takes {', '.join(m.name for m in METHODS)}")
+    asked = None if names is None else _asked(names)
+    found = []
+    for method in METHODS:
+        own = method.ratios if ratios is None else ratios
+        if method.name == "dense":
+            found += _at(method, calibration, method.ratios)
+        elif asked is not None and method.name in asked:
+            found += _at(method, calibration, [r for ratio in asked[method.name] for r in (ratio or own)])
+        elif method.group == "ablation" and ablation:
+            found += [line for line in _at(method, calibration, own) if not _changes_nothing(line, calibration)]
+        elif method.group != "ablation" and asked is None:
+            found += _at(method, calibration, own)
+    return found
 
-    def chosen(line: Line) -> bool:
-        if line.method == "dense" or (names is not None and not {line.method, line.key}.isdisjoint(names)):
-            return True
-        if line.group == "ablation":
-            return ablation and not _changes_nothing(line, calibration)
-        return names is None
 
-    return [line for line in every if chosen(line)]
+def _asked(names: Sequence[str]) -> dict[str, list[tuple[float, ...]]]:
+    """The ratios asked for by method; () is the method's own."""
+    known = {method.name for method in METHODS}
+    found: dict[str, list[tuple[float, ...]]] = {}
+    for name in names:
+        method, _, digits = name.rpartition("-")
+        if name in known:
+            found.setdefault(name, []).append(())
+        elif method in known - {"dense"} and re.fullmatch(r"[0-9]*\.?[0-9]+", digits) and 0 < float(digits) <= 1:
+            found.setdefault(method, []).append((float(digits),))
+        else:
+            raise UsageError(
+                f"there is no method {name!r}; --methods takes these, also with a ratio such as auto-0.8: "
+                f"{', '.join(m.name for m in METHODS)}"
+            )
+    return found
 
 
 def calibration_lines(calibration: Fields, name: str, sources: Iterable[str], sizes: Sequence[int]) -> list[Line]:
@@ -159,7 +179,7 @@ def calibration_lines(calibration: Fields, name: str, sources: Iterable[str], si
         raise UsageError(
             f"there is no method {name!r}; --sensitivity-method takes {', '.join(m.name for m in METHODS)}"
         )
-    line = _at(method, calibration, None)[0]
+    line = _at(method, calibration, method.ratios)[0]
     found = []
     for source in sources:
         safe = "".join(c if c.isalnum() else "-" for c in source)
@@ -170,12 +190,12 @@ def calibration_lines(calibration: Fields, name: str, sources: Iterable[str], si
     return found
 
 
-def _at(method: Method, calibration: Fields, ratios: Sequence[float] | None) -> list[Line]:
-    fixed = method.name == "dense"  # which knows no ratio
+def _at(method: Method, calibration: Fields, ratios: Iterable[float]) -> list[Line]:
+    """A line for each ratio, in their order, once."""
     found = []
-    for ratio in method.ratios if fixed or ratios is None else ratios:
+    for ratio in dict.fromkeys(ratios):
         shared = {"calibration": {**calibration, **method.recipe.get("calibration", {})}, "ratio": ratio}
-        key = method.name if fixed else f"{method.name}-{ratio:g}"
+        key = method.name if method.name == "dense" else f"{method.name}-{ratio:g}"  # dense knows no ratio
         found.append(Line(key, method.name, method.title, ratio, {**SHARED, **method.recipe, **shared}, method.group))
     return found
 

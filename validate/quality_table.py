@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from validate.gates import Gate
+from validate.machine import machine_text
+from validate.markdown import markdown_table
 from validate.quality_methods import BARS, Bar
-from validate.report import _machine_text, _table
 
 Row = dict[str, Any]
 
@@ -48,7 +49,7 @@ LEGEND = (
 
 def table(rows: Sequence[Row]) -> str:
     """A line for each row; one that failed has the reason in place of its figures."""
-    return _table(HEADER, [_cells(row) for row in rows])
+    return markdown_table(HEADER, [_cells(row) for row in rows])
 
 
 def _cells(row: Row) -> list[str]:
@@ -116,7 +117,7 @@ def bars_table(bars: Sequence[dict[str, Any]]) -> str:
     for bar in bars:
         verdict = "passed" if bar["passed"] else ("not run" if bar["value"] is None else "**FAILED**")
         rows.append((bar["name"], _figure(bar["value"]), _figure(bar["limit"]), verdict))
-    return _table(("bar", "value", "limit", ""), rows)
+    return markdown_table(("bar", "value", "limit", ""), rows)
 
 
 def _figure(value: float | None) -> str:
@@ -170,7 +171,7 @@ def _protocol_text(result: dict[str, Any]) -> str:
             f"{both['compressed']['perplexity']:.4f}, in float32 {both['dense']['perplexity']:.4f} "
             f"({both['relative_increase']:+.3%}). "
         )
-    text += _machine_text(result["machine"])
+    text += machine_text(result["machine"])
     for processor in sorted({row["processor"] for row in result["rows"]} - {result["machine"]["processor"]}):
         titles = [f"{row['title']} {row['asked']:g}" for row in result["rows"] if row["processor"] == processor]
         text += f" Measured on another machine ({processor}): {'; '.join(titles)}."

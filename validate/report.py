@@ -6,7 +6,6 @@ Everything here is made from one dictionary, `Report`, that validate/run.py fill
 from __future__ import annotations
 
 import json
-import platform
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,9 @@ from typing import Any
 
 from compress.errors import ArtifactError
 from compress.lazy import require
+from validate.machine import machine_text
+from validate.markdown import markdown_table
+from validate.reportfiles import write_json
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,6 @@ def write(report: Report, folder: Path, plot: bool = True) -> None:
         plot_layers(report.fit, folder / "layers.png", report.name)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Indented, and NaN is an error."""
-    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
 def read_fit(checkpoint: Path) -> list[dict[str, Any]]:
     """checkpoint/fit.json: what became of each linear. Raises ArtifactError when it is missing or malformed."""
     path = checkpoint / "fit.json"
@@ -76,25 +73,6 @@ def read_fit(checkpoint: Path) -> list[dict[str, Any]]:
     if not isinstance(records, list) or not all(isinstance(r, dict) and needed <= r.keys() for r in records):
         raise ArtifactError(f"{path} is not a list of records with {', '.join(sorted(needed))}")
     return records
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores, memory in bytes, and the versions that figures depend on."""
-    import importlib.metadata
-    import os
-
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in _lines(info) if line.startswith("model name")]
-    memory = [int(line.split()[1]) * 1024 for line in _lines(Path("/proc/meminfo")) if line.startswith("MemTotal")]
-    packages = ("torch", "transformers", "onnx", "onnxruntime", "numpy")
-    return {
-        "processor": names[0] if names else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_bytes": memory[0] if memory else None,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-    }
 
 
 # --- Text ---
@@ -150,7 +128,7 @@ def summary(report: Report, plot: bool = True) -> str:
         _fit_text(report, plot),
         "## How to reproduce",
         "```sh\n" + "\n".join(report.commands) + "\n```",
-        _machine_text(report.machine),
+        machine_text(report.machine),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -184,7 +162,7 @@ def _model_table(report: Report) -> str:
     note = "Kept fractions count what the rotation adds (skip matrices, the map before a tied head)."
     if source.get("kind") == "gguf":
         note += " The source is a quantised file: the dense baseline is the de-quantised model."
-    return _table(("", ""), rows) + "\n\n" + note
+    return markdown_table(("", ""), rows) + "\n\n" + note
 
 
 def _dense_layers(report: Report) -> str:
@@ -202,7 +180,7 @@ def _failed_fits(report: Report) -> str:
     parts = []
     if notes:
         parts.append(f"**Warning**: {len(notes)} of {len(report.fit)} fits failed; these layers are as they were:")
-        parts.append(_table(("layer", "what happened"), notes))
+        parts.append(markdown_table(("layer", "what happened"), notes))
     singular = sum(bool(r.get("damped")) for r in report.fit)
     if singular:
         parts.append(f"{singular} fits rest on damped singular moments: too little calibration text, or dead features.")
@@ -224,7 +202,7 @@ def _quality_text(quality: dict[str, Any] | None) -> str:
     stride = "non-overlapping" if protocol["stride"] == protocol["window"] else f"{protocol['stride']} apart"
     bos = "begins with BOS" if protocol["begins_with_bos"] else "without BOS"
     text = [
-        _table(("", "perplexity", "nats per token"), rows),
+        markdown_table(("", "perplexity", "nats per token"), rows),
         f"Perplexity changes by **{quality['relative_increase']:+.2%}**"
         f"{_error(quality['increase_standard_error'], ' (standard error of the log-ratio: {:.4f})')}. "
         f"KL(dense || compressed) is {quality['kl']:.4f} nats per token; both rank the same token first on "
@@ -272,11 +250,11 @@ def _speed_text(speed: dict[str, Any] | None) -> str:
     case = speed["cases"][0]
     return "\n\n".join(
         [
-            _table(header, rows),
+            markdown_table(header, rows),
             f"{speed['runtime']}, {speed['dtype']}, {speed['threads']} thread(s), against the dense model exported by "
             f"the same code and timed in turn ({case['clock']}, medians of pairwise ratios). The limit is what the "
             "model's own size allows: bytes moved in a decode step, FLOPs of a prefill.",
-            _table(("", "dense", "compressed"), more),
+            markdown_table(("", "dense", "compressed"), more),
         ]
     )
 
@@ -297,7 +275,7 @@ def _engine_text(engine: dict[str, Any] | None) -> str:
     note = (
         f"{engine['gpu']['name']}, {versions}; medians of pairwise ratios of wall time. OUT/engine is {engine['kept']}."
     )
-    return "\n\n".join(["### TensorRT engines", _table(("case", "dense", *ways), rows), note])
+    return "\n\n".join(["### TensorRT engines", markdown_table(("case", "dense", *ways), rows), note])
 
 
 def _engine_line(case: dict[str, Any]) -> str:
@@ -317,7 +295,7 @@ def _parity_text(parity: list[dict[str, Any]] | None) -> str:
         )
         for rung in parity
     ]
-    text = [_table(("rung", "compared", "worst error", "tolerance", ""), rows)]
+    text = [markdown_table(("rung", "compared", "worst error", "tolerance", ""), rows)]
     for rung in parity:
         if "top1_agreement" in rung["facts"]:
             greedy = rung["facts"]["greedy"]
@@ -341,13 +319,9 @@ def _fit_text(report: Report, plot: bool) -> str:
     mean = sum(r["relative_error"] for r in structured) / len(structured)
     image = "![Errors by layer](layers.png)" if plot else ""
     text = f"Relative error of the layer's output on the calibration text: mean {mean:.4f}; the five largest:"
-    return "\n\n".join(filter(None, [text, _table(("layer", "structure", "kept", "relative error"), rows), image]))
-
-
-def _machine_text(facts: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    memory = f", {facts['memory_bytes'] / 2**30:.0f} GiB" if facts["memory_bytes"] else ""
-    return f"Machine: {facts['processor']}, {facts['cores']} cores{memory}; Python {facts['python']}, {versions}."
+    return "\n\n".join(
+        filter(None, [text, markdown_table(("layer", "structure", "kept", "relative error"), rows), image])
+    )
 
 
 def _kept(report: Report) -> str:
@@ -388,12 +362,6 @@ def _rung_line(rung: dict[str, Any]) -> str:
     return f"{_figure(rung['value'])} (tolerance {rung['tolerance']:g}) {verdict}: {rung['title']}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
-    lines.insert(1, "|" + "---|" * len(header))
-    return "\n".join(lines)
-
-
 def _error(value: float | None, form: str = " ± {:.4f}") -> str:
     return "" if value is None else form.format(value)
 
@@ -408,10 +376,6 @@ def _millions(count: int) -> str:
 
 def _mb(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(errors="replace").splitlines() if path.is_file() else []
 
 
 # --- Plot ---

@@ -1,14 +1,19 @@
-"""Single reports in OUT/reports, kept beside those that are there already."""
+"""JSON files of figures; single reports in OUT/reports, kept beside those that are there already."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 from compress.artifact import Artifact
 from compress.errors import ArtifactError
-from validate.report import write_json
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented, and NaN is an error."""
+    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_report(artifact: Artifact, name: str) -> dict[str, Any] | None:

@@ -309,7 +309,8 @@ def _report(
     from dataclasses import asdict
 
     from compress.accounting import model_size
-    from validate.report import Report, machine, read_fit
+    from validate.machine import machine_facts
+    from validate.report import Report, read_fit
 
     reader = baseline.reader
     structures = {n: s for n in reader.linears() if (s := reader.structure(n)).name != "dense"}
@@ -335,7 +336,7 @@ def _report(
         size=counts,
         fit=read_fit(baseline.checkpoint),
         commands=_commands(baseline, args),
-        machine=machine(),
+        machine=machine_facts(),
         parity=parity,
         quality=quality,
         speed=speed,

@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
     from compress.artifact import Artifact
     from validate.gates import Gate, failures, parse_batch_sizes, parse_speedup
-    from validate.report import machine
+    from validate.machine import machine_facts
     from validate.reportfiles import add_report
 
     counts = parse_batch_sizes(args.clients, "--clients")
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "requests_per_client": args.requests,
         "prompt_words": [min(len(p.split()) for p in prompts), max(len(p.split()) for p in prompts)],
         "cases": cases,
-        "machine": machine(),
+        "machine": machine_facts(),
     }
     add_report(artifact, "serving.json", report)
     print(json.dumps(report) if args.json else table(report))
@@ -220,7 +220,7 @@ def cut_prompts(text: str, count: int) -> list[str]:
 
 def table(report: dict[str, Any]) -> str:
     """Markdown: a line for each number of clients."""
-    from validate.report import _table
+    from validate.markdown import markdown_table
 
     header = ["clients", "dense, tokens/s", "compressed, tokens/s", "speed-up (quartiles)"]
     header += ["first token, ms: dense", "compressed", "between tokens, ms: dense", "compressed"]
@@ -234,7 +234,7 @@ def table(report: dict[str, Any]) -> str:
                 value = c[f"{name}_seconds_{model}"]
                 row.append("" if value is None else f"{1e3 * value:.1f}")
         rows.append(row)
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def served_name(artifact: Any) -> str:

@@ -285,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _layers(args: argparse.Namespace) -> int:
     from validate.layers import MARK, beginning, benchmark, document, table
-    from validate.marked import surroundings
+    from validate.markdown import surroundings
 
     if args.write_docs is not None:
         surroundings(

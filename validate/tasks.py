@@ -68,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.model is not None:
         results["dense"] = evaluate(*_dense(args.model, args.dtype), tasks, examples, args.tokens_at_once)
     if args.target is not None:
-        results["compressed"] = evaluate(*_compressed(args.target, args.dtype), tasks, examples, args.tokens_at_once)
+        results["compressed"] = evaluate(
+            *load_compressed(args.target, args.dtype), tasks, examples, args.tokens_at_once
+        )
     if args.target is not None and args.model is not None:
         results["difference"] = difference(results["dense"], results["compressed"])
     protocol = {"dtype": args.dtype, "limit": args.limit, "shots": 0}
@@ -163,7 +165,7 @@ def difference(dense: dict[str, Any], compressed: dict[str, Any]) -> dict[str, A
 
 def table(results: dict[str, Any]) -> str:
     """A Markdown table: a line for each task, in percent; the main figure of a task in bold."""
-    from validate.report import _table
+    from validate.markdown import markdown_table
     from validate.taskdata import TASKS
 
     models = [name for name in ("dense", "compressed") if name in results]
@@ -177,7 +179,7 @@ def table(results: dict[str, Any]) -> str:
             entry = results["difference"][name]
             row.append(f"{100 * entry['difference']:+.1f}" + _plus_minus(entry["standard_error"]))
         rows.append(row)
-    return _table(header + (["difference"] if "difference" in results else []), rows)
+    return markdown_table(header + (["difference"] if "difference" in results else []), rows)
 
 
 def _percent(entry: dict[str, Any], metric: str) -> str:
@@ -222,7 +224,8 @@ def _dense(name: str, dtype: str) -> tuple[ProcrustesForCausalLM, Any]:
         return load_model(Path(folder), getattr(torch, dtype)), source.tokenizer()
 
 
-def _compressed(target: Path, dtype: str) -> tuple[ProcrustesForCausalLM, Any]:
+def load_compressed(target: Path, dtype: str) -> tuple[ProcrustesForCausalLM, Any]:
+    """Model and tokenizer of an artefact folder, which is verified first, or of a checkpoint."""
     import torch
     from transformers import AutoTokenizer
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -185,3 +186,16 @@ def test_max_windows() -> None:
     assert windows.count == 3
     assert windows.predicted() == 15 + 8 + 8
     assert SimpleNamespace(count=windows.count).count == len(list(windows.batches(1)))
+
+
+def test_a_wide_head_leaves_the_tied_embedding_alone(built: Any) -> None:
+    from compress.checkpoint import load_model
+
+    model = load_model(built.out / "checkpoint", torch.bfloat16)
+    wide = TorchLogits(model, wide_head=True)
+    [logits] = wide.slices(tiny.token_ids(1, 20))
+    assert logits.dtype == torch.float32
+    assert model.model.embed_tokens.weight.dtype == torch.bfloat16
+    [narrow] = TorchLogits(model).slices(tiny.token_ids(1, 20))
+    assert narrow.dtype == torch.bfloat16
+    assert 0 < float((logits - narrow.float()).abs().max()) < 0.1

@@ -1,34 +1,26 @@
-"""The quality table: what is run once and kept, what a failure does, what the table and the bars say."""
+"""The quality command: what is run once and kept, what a failure does, what it costs, what is written where."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from compress.artifact import Artifact
-from compress.errors import UsageError, run_cli
-from compress.modeling import ProcrustesForCausalLM
-from compress.recipe import Recipe, parse_recipe
+from compress.errors import run_cli
 from tests import tiny
 from tests.validate.test_perplexity import windows_of
-from validate import hidden, measure, quality, quality_methods, quality_plots, quality_run, quality_table
-from validate.marked import marks
-from validate.perplexity import HiddenLogits, TorchLogits, compare
-from validate.quality_methods import BARS, METHODS, Bar, Method, calibration_lines, lines
-from validate.reportfiles import add_report, read_report
+from validate import measure, quality, quality_methods, quality_plots, quality_run, quality_table
+from validate.markdown import marks
+from validate.quality_methods import METHODS, Bar, Method
 
-MakeModel = Callable[..., ProcrustesForCausalLM]
-CALIBRATION = {"data": "boolq", "samples": 128, "sequence_length": 1024}
 FAST = {"sensitivity": "none", "correction": 0.0, "unit": 4, "rotation": "none"}
 TINY_METHODS = (
     METHODS[0],
@@ -36,147 +28,6 @@ TINY_METHODS = (
     Method("refused", "not a recipe", {"structure": "lowrank", "rotation": "block", "skip": "none"}),
     Method("textless", "no such text", {"structure": "lowrank", **FAST, "calibration": {"data": "nowhere.txt"}}),
 )
-
-
-# --- Methods ---
-
-
-def test_every_method_is_a_recipe_or_says_why_not() -> None:
-    """Fields are those of the recipe: a misspelt one would otherwise fail hours into a run."""
-    fields = set(Recipe.model_fields)
-    for method in METHODS:
-        assert set(method.recipe) <= fields, method.name
-        assert all(0 < ratio <= 1 for ratio in method.ratios)
-    assert len({method.name for method in METHODS}) == len(METHODS)
-    found = lines(CALIBRATION, ablation=True)
-    for line in found:
-        parse_recipe(line.recipe, line.key)
-    keys = {line.key for line in found}
-    assert {bar.key for bar in BARS} | {bar.against for bar in BARS if bar.against} <= keys
-
-
-def test_lines() -> None:
-    keys = [line.key for line in lines(CALIBRATION)]
-    assert keys[:4] == ["dense", "auto-0.75", "auto-0.85", "auto-0.9375"]
-    assert not any(line.group == "ablation" for line in lines(CALIBRATION))
-    assert [line.key for line in lines(CALIBRATION, names=["kron", "auto-0.85"])] == ["dense", "auto-0.85", "kron-0.75"]
-    assert [line.key for line in lines(CALIBRATION, names=["kron"], ratios=[0.5, 0.6])] == [
-        "dense",
-        "kron-0.5",
-        "kron-0.6",
-    ]
-    [_, line] = lines(CALIBRATION, names=["svd-llm"])
-    assert line.recipe["calibration"] == CALIBRATION
-    assert (line.recipe["ratio"], line.recipe["allocation"]) == (0.75, "uniform")
-    with pytest.raises(UsageError, match="no method 'svd'"):
-        lines(CALIBRATION, names=["svd"])
-
-
-def test_an_ablation_that_changes_nothing_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    best = {"structure": "kron", "correction": 0.0}
-    methods = (
-        METHODS[0],
-        Method("no-correction", "", {**best, "correction": 0.0}, group="ablation"),
-        Method("no-ties", "", {**best, "ties": False}, group="ablation"),
-    )
-    monkeypatch.setattr(quality_methods, "BEST", best)
-    monkeypatch.setattr(quality_methods, "METHODS", methods)
-    assert [line.key for line in lines(CALIBRATION, ablation=True)] == ["dense", "no-ties-0.75"]
-    assert [line.key for line in lines(CALIBRATION, names=["no-correction"])] == ["dense", "no-correction-0.75"]
-
-
-def test_calibration_lines() -> None:
-    found = calibration_lines(CALIBRATION, "kron", ["boolq", "a/b.txt"], [4, 8])
-    assert [line.key for line in found] == [f"calibration-{s}-{n}" for s in ("boolq", "a-b-txt") for n in (4, 8)]
-    assert found[-1].recipe["calibration"] == {"data": "a/b.txt", "samples": 8, "sequence_length": 1024}
-    assert {line.group for line in found} == {"calibration"}
-
-
-# --- Kept hidden states ---
-
-
-@pytest.mark.parametrize("kind", ["llama", "opt", "opt-block"])
-def test_kept_hidden_states_give_what_the_model_gives(make_model: MakeModel, kind: str, tmp_path: Path) -> None:
-    """150 positions cross the slices of the head; the windows overlap."""
-    model, other = make_model(kind), make_model(kind, seed=1)
-    windows = windows_of(460, 100, 90) if kind == "llama" else windows_of(200, 50)
-    hidden.fill_hidden(model, windows, tmp_path / "hidden.f32")
-    kept = hidden.read_hidden(windows, model.config.hidden_size, tmp_path / "hidden.f32")
-    source = HiddenLogits(windows, kept, model.lm_head.weight, model.lm_head.bias)
-    for batch in (1, 3):
-        a, b = (compare(s, TorchLogits(other), windows, batch) for s in (source, TorchLogits(model)))
-        assert a == replace(b, dense=a.dense) or a.kl == pytest.approx(b.kl, rel=1e-5)
-        assert a.dense.mean_nll == pytest.approx(b.dense.mean_nll, rel=1e-6)
-        assert a.top1_agreement == b.top1_agreement
-
-
-def test_hidden_states_of_other_windows_are_refused(make_model: MakeModel, tmp_path: Path) -> None:
-    model, windows = make_model("llama"), windows_of(64, 16)
-    hidden.fill_hidden(model, windows, tmp_path / "hidden.f32")
-    source = HiddenLogits(windows, hidden.read_hidden(windows, 64, tmp_path / "hidden.f32"), model.lm_head.weight)
-    with pytest.raises(ValueError, match="not a window"):
-        compare(source, TorchLogits(model), windows_of(64, 16, seed=1))
-
-
-def test_filling_goes_on_where_it_was(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, windows, path = make_model("llama"), windows_of(64, 16), tmp_path / "hidden.f32"
-    seen: list[int] = []
-
-    def stop(message: str) -> None:
-        seen.append(len(seen))
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(hidden, "log", stop)
-    with pytest.raises(KeyboardInterrupt):
-        hidden.fill_hidden(model, windows, path)
-    assert not path.exists()
-    hidden.fill_hidden(model, windows, path)
-    assert len(seen) == 4  # two windows before the interrupt, the other two after it
-    whole = tmp_path / "whole.f32"
-    hidden.fill_hidden(model, windows, whole)
-    assert path.read_bytes() == whole.read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["hidden.f32", "whole.f32"]
-
-
-def test_hash_of_windows_is_that_of_what_they_hold() -> None:
-    windows = windows_of(64, 16)
-    other = replace(windows, ids=torch.cat([windows.ids, torch.tensor([1])]))
-    assert hidden.window_sha256(windows) == hidden.window_sha256(other)
-    changed = windows.ids.clone()
-    changed[3] += 1
-    for different in (replace(windows, ids=changed), replace(windows, count=3), replace(windows, length=8, stride=8)):
-        assert hidden.window_sha256(windows) != hidden.window_sha256(different)
-
-
-def test_a_wide_head_leaves_the_tied_embedding_alone(built: Any) -> None:
-    from compress.checkpoint import load_model
-
-    model = load_model(built.out / "checkpoint", torch.bfloat16)
-    wide = TorchLogits(model, wide_head=True)
-    [logits] = wide.slices(tiny.token_ids(1, 20))
-    assert logits.dtype == torch.float32
-    assert model.model.embed_tokens.weight.dtype == torch.bfloat16
-    [narrow] = TorchLogits(model).slices(tiny.token_ids(1, 20))
-    assert narrow.dtype == torch.bfloat16
-    assert 0 < float((logits - narrow.float()).abs().max()) < 0.1
-
-
-# --- Reports ---
-
-
-def test_reports_are_kept_beside_each_other(built: Any, tmp_path: Path) -> None:
-    artifact = Artifact(built.copy(tmp_path / "out").out)
-    assert read_report(artifact, "a.json") is None
-    add_report(artifact, "a.json", {"a": 1})
-    add_report(artifact, "b.json", {"b": 2})
-    assert (read_report(artifact, "a.json"), read_report(artifact, "b.json")) == ({"a": 1}, {"b": 2})
-    artifact.verify()
-    with artifact.stage("checkpoint") as folder:  # another one: its reports say nothing of it
-        (folder / "config.json").write_text("{}")
-    assert read_report(artifact, "a.json") is None
-    add_report(artifact, "c.json", {"c": 3})
-    assert sorted(p.name for p in artifact.path("reports").iterdir()) == ["c.json"]
 
 
 # --- The command ---
@@ -493,58 +344,3 @@ def test_measured_command(tmp_path: Path) -> None:
     assert found["exit_code"] == 2
     assert 0 < found["seconds"] < 600
     assert found["peak_bytes"] > 10e6
-
-
-# --- Table ---
-
-ROW = {
-    "key": "kron-0.75", "title": "kron", "asked": 0.75, "group": "methods", "error": None, "kept": 0.7499,
-    "projection_bytes": 159_000_000, "model_bytes": 216e6, "bytes_per_token": 215e6, "macs_per_token": 108e6,
-    "perplexity": 29.1234, "standard_error": 0.4, "x_dense": 1.3483, "x_dense_standard_error": 0.004, "kl": 0.31234,
-    "kl_standard_error": 0.002, "top1": 0.7213, "cost": {"seconds": 1234.5, "peak_bytes": 3 << 30, "complete": True},
-}  # fmt: skip
-
-
-def test_table_of_a_made_up_result() -> None:
-    killed = ROW | {"title": "again", "cost": {"seconds": 10.0, "peak_bytes": None, "complete": False}}
-    one = ROW | {
-        "title": "one window",
-        "standard_error": None,
-        "x_dense_standard_error": None,
-        "kl_standard_error": None,
-    }
-    failed = {"key": "x", "title": "broken", "asked": 0.5, "group": "methods", "error": "a | b"}
-    cells = [line.split(" | ") for line in quality_table.table([ROW, killed, one, failed]).splitlines()]
-    assert cells[2] == [
-        *("| kron", "0.75", "0.7499", "159.0", "216.0", "215.0", "108.0", "29.12 ± 0.40", "1.348 ± 0.004"),
-        *("0.3123 ± 0.0020", "72.1%", "1234", "3.00 |"),
-    ]
-    assert cells[3][-2:] == [">= 10", " |"]
-    assert cells[4][7:10] == ["29.12", "1.348", "0.3123"]
-    assert cells[5][2] == "**failed**: a / b"
-    assert len({len(line) for line in cells}) == 2  # the rule has no spaces
-
-
-def test_bars_of_a_made_up_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    def row(key: str, x_dense: float, kept: float = 0.75) -> dict[str, Any]:
-        return ROW | {"key": key, "x_dense": x_dense, "kept": kept}
-
-    monkeypatch.setattr(quality_table, "BARS", quality_methods.BARS)
-    rows = [row("svd-llm-0.75", 5.0), row("kron-0.75", 2.9), row("gs-0.75", 3.1), row("auto-0.75", 1.4, kept=0.751)]
-    found = {gate.name: gate for gate in quality_table.gates(rows)}
-    assert found["kron-half-of-svd-llm"].limit == 2
-    assert {name: gate.passed for name, gate in found.items()} == {
-        "auto-0.75": True,
-        "auto-0.75-kept": False,  # more bytes than were asked for
-        "auto-0.85": False,
-        "auto-0.9375": False,
-        "kron-half-of-svd-llm": True,
-        "kron-half-of-svd-llm-kept": True,
-        "gs-half-of-svd-llm": False,
-        "gs-half-of-svd-llm-kept": True,
-        "compress-minutes": True,
-    }
-    assert math.isnan(found["auto-0.85"].value)
-    without = {gate.name: gate for gate in quality_table.gates(rows[1:])}
-    assert not without["kron-half-of-svd-llm"].passed  # nothing to compare with
-    assert json.dumps(quality_table.bars_json(list(without.values())), allow_nan=False)

@@ -19,7 +19,7 @@ from export.graph import export_onnx
 from validate import layers, speed
 from validate.baseline import Baseline
 from validate.graphfacts import GraphFacts
-from validate.marked import marks, surroundings
+from validate.markdown import marks, surroundings
 from validate.speed import measure_model, peak_memory
 from validate.timing import Quartiles, paired
 

@@ -247,7 +247,7 @@ def test_command(built: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert report == json.loads((copy.out / "reports" / "tasks.json").read_text())
     Artifact(copy.out).verify()
     # Choices with a context of their own and with a common one are scored alike.
-    model, tokenizer = tasks._compressed(copy.out, "float32")
+    model, tokenizer = tasks.load_compressed(copy.out, "float32")
     example = taskdata.TASKS["piqa"].load()[1]
     by_choice = [by_hand(model, encode(tokenizer, c, [text]))[0].log_likelihood for c, text in example.choices]
     answer = by_choice.index(max(by_choice)) == example.gold
@@ -305,7 +305,7 @@ def request(*arguments: Any) -> SimpleNamespace:
 def test_adapter_for_the_harness(built: Any) -> None:
     from validate.harness import harness_model
 
-    model, tokenizer = tasks._compressed(built.out, "float32")
+    model, tokenizer = tasks.load_compressed(built.out, "float32")
     adapter = harness_model(model, tokenizer)
     assert isinstance(adapter, sys.modules["lm_eval.api.model"].LM)  # type: ignore[attr-defined]
     pairs = [
@@ -325,7 +325,7 @@ def test_adapter_rolls_over_long_text(built: Any) -> None:
     """Each token once, the first from BOS, with as much context as fits."""
     from validate.harness import harness_model
 
-    model, tokenizer = tasks._compressed(built.out, "float32")
+    model, tokenizer = tasks.load_compressed(built.out, "float32")
     text = tiny.TEXT[:350]
     ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
     longest = tiny.MAX_POSITIONS
@@ -342,7 +342,7 @@ def test_adapter_rolls_over_long_text(built: Any) -> None:
 def test_adapter_generates_until(built: Any) -> None:
     from validate.harness import harness_model
 
-    model, tokenizer = tasks._compressed(built.out, "float32")
+    model, tokenizer = tasks.load_compressed(built.out, "float32")
     inputs = tokenizer("The mill", return_tensors="pt")
     text = tokenizer.decode(
         model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :],

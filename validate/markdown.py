@@ -1,10 +1,18 @@
-"""Documents that hold a table between two marks, which a command writes anew and nobody edits by hand."""
+"""Markdown tables, and documents that hold one between two marks, written anew by a command and never by hand."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from compress.errors import UsageError
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A line for each row, without a newline at its end; cells are taken as they are."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
+    lines.insert(1, "|" + "---|" * len(header))
+    return "\n".join(lines)
 
 
 def marks(name: str) -> tuple[str, str]:
