@@ -9,7 +9,7 @@ from typing import Any
 from validate.gates import Gate
 from validate.machine import machine_text
 from validate.markdown import markdown_table
-from validate.quality_methods import BARS, Bar
+from validate.quality.methods import BARS, Bar
 
 Row = dict[str, Any]
 
@@ -84,7 +84,7 @@ def _error(value: float | None, digits: int) -> str:
 
 
 def gates(rows: Sequence[Row]) -> list[Gate]:
-    """Each bar of validate/quality_methods.py; one whose line did not run, or failed, has the value NaN and fails."""
+    """Each bar of validate/quality/methods.py; one whose line did not run, or failed, has the value NaN and fails."""
     by_key = {row["key"]: row for row in rows if row["error"] is None}
     found = []
     for bar in BARS:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from validate import quality_methods, quality_table
+from validate.quality import methods, table
 
 ROW = {
     "key": "kron-0.75", "title": "kron", "asked": 0.75, "group": "methods", "error": None, "kept": 0.7499,
@@ -27,7 +27,7 @@ def test_table_of_a_made_up_result() -> None:
         "kl_standard_error": None,
     }
     failed = {"key": "x", "title": "broken", "asked": 0.5, "group": "methods", "error": "a | b"}
-    cells = [line.split(" | ") for line in quality_table.table([ROW, killed, one, failed]).splitlines()]
+    cells = [line.split(" | ") for line in table.table([ROW, killed, one, failed]).splitlines()]
     assert cells[2] == [
         *("| kron", "0.75", "0.7499", "159.0", "216.0", "215.0", "108.0", "29.12 ± 0.40", "1.348 ± 0.004"),
         *("0.3123 ± 0.0020", "72.1%", "1234", "3.00 |"),
@@ -42,9 +42,9 @@ def test_bars_of_a_made_up_result(monkeypatch: pytest.MonkeyPatch) -> None:
     def row(key: str, x_dense: float, kept: float = 0.75) -> dict[str, Any]:
         return ROW | {"key": key, "x_dense": x_dense, "kept": kept}
 
-    monkeypatch.setattr(quality_table, "BARS", quality_methods.BARS)
+    monkeypatch.setattr(table, "BARS", methods.BARS)
     rows = [row("svd-llm-0.75", 5.0), row("kron-0.75", 2.9), row("gs-0.75", 3.1), row("auto-0.75", 1.4, kept=0.751)]
-    found = {gate.name: gate for gate in quality_table.gates(rows)}
+    found = {gate.name: gate for gate in table.gates(rows)}
     assert found["kron-half-of-svd-llm"].limit == 2
     assert {name: gate.passed for name, gate in found.items()} == {
         "auto-0.75": True,
@@ -58,6 +58,6 @@ def test_bars_of_a_made_up_result(monkeypatch: pytest.MonkeyPatch) -> None:
         "compress-minutes": True,
     }
     assert math.isnan(found["auto-0.85"].value)
-    without = {gate.name: gate for gate in quality_table.gates(rows[1:])}
+    without = {gate.name: gate for gate in table.gates(rows[1:])}
     assert not without["kron-half-of-svd-llm"].passed  # nothing to compare with
-    assert json.dumps(quality_table.bars_json(list(without.values())), allow_nan=False)
+    assert json.dumps(table.bars_json(list(without.values())), allow_nan=False)

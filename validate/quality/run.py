@@ -38,7 +38,7 @@ from validate.reportfiles import add_report, read_report
 if TYPE_CHECKING:
     from compress.models import ModelSource
     from validate.data import Windows
-    from validate.quality_methods import Line
+    from validate.quality.methods import Line
     from validate.taskdata import Task
 
 PROTOCOL = 1  # raised whenever this program measures anything differently
@@ -121,7 +121,7 @@ class Bench:
         if not has_checkpoint(artifact, self.source, recipe):
             raise FailedError(
                 f"compress.run made another checkpoint than {file.name} asks for: the extra arguments "
-                f"{' '.join(self.extra)!r} change the recipe; put them into validate/quality_methods.py"
+                f"{' '.join(self.extra)!r} change the recipe; put them into validate/quality/methods.py"
             )
 
     def cost(self, key: str) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from compress.errors import GateError, UsageError, run_cli
 from compress.progress import log
 
 if TYPE_CHECKING:
-    from validate.quality_methods import Line
-    from validate.quality_run import Bench
+    from validate.quality.methods import Line
+    from validate.quality.run import Bench
 
 EXAMPLES = """examples:
   python -m validate.quality --list
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench = _bench(args)
     result = run(bench, lines, args)
     from validate.markdown import with_table
-    from validate.quality_table import document
+    from validate.quality.table import document
     from validate.reportfiles import write_json
 
     text = f"# Quality\n\n{document(result)}"
@@ -152,8 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(bench: Bench, lines: Sequence[Line], args: argparse.Namespace) -> dict[str, Any]:
     """All lines, one after the other, and what is asked for beside them: OUT/quality.json's object."""
     from validate.machine import machine_facts
-    from validate.quality_run import result_of
-    from validate.quality_table import bars_json, gates
+    from validate.quality.run import result_of
+    from validate.quality.table import bars_json, gates
 
     rows, here = [], machine_facts()
     recipes = {line.key: _portable_recipe(line.recipe) for line in lines}
@@ -194,7 +194,7 @@ def run(bench: Bench, lines: Sequence[Line], args: argparse.Namespace) -> dict[s
 
 
 def _lines(args: argparse.Namespace) -> list[Line]:
-    from validate.quality_methods import calibration_lines, lines
+    from validate.quality.methods import calibration_lines, lines
 
     calibration = _calibration(args)
     names = None if args.methods is None else args.methods.split(",")
@@ -235,7 +235,7 @@ def _check_now(args: argparse.Namespace) -> None:
 
         surroundings(args.write_docs, MARK, "")
     if args.sensitivity_plot is not None:
-        from validate.quality_plots import require_matplotlib
+        from validate.quality.plots import require_matplotlib
 
         require_matplotlib()
     if args.tasks is not None:
@@ -251,7 +251,7 @@ def _bench(args: argparse.Namespace) -> Bench:
     from compress.models import resolve
     from compress.textdata import load_text
     from validate.data import make_windows
-    from validate.quality_run import Bench
+    from validate.quality.run import Bench
 
     source = resolve(args.model)
     arch = source.architecture()
@@ -289,7 +289,7 @@ def _known(file: Path | None, bench: Bench) -> dict[str, dict[str, Any]]:
 
 
 def _plot(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
-    from validate.quality_plots import plot_calibration
+    from validate.quality.plots import plot_calibration
 
     path = Path(args.sensitivity_plot) if args.sensitivity_plot else args.out / "quality-calibration.png"
     dense = next(row["perplexity"] for row in rows if row["key"] == "dense")

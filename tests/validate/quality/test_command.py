@@ -17,9 +17,14 @@ import torch
 from compress.errors import run_cli
 from tests import tiny
 from tests.validate.test_perplexity import windows_of
-from validate import measure, quality, quality_methods, quality_plots, quality_run, quality_table
+from validate import measure
 from validate.markdown import marks
-from validate.quality_methods import METHODS, Bar, Method
+from validate.quality import __main__ as quality
+from validate.quality import methods as quality_methods
+from validate.quality import plots as quality_plots
+from validate.quality import run as quality_run
+from validate.quality import table as quality_table
+from validate.quality.methods import METHODS, Bar, Method
 
 FAST = {"sensitivity": "none", "correction": 0.0, "unit": 4, "rotation": "none"}
 TINY_METHODS = (

@@ -8,8 +8,8 @@ import pytest
 
 from compress.errors import UsageError
 from compress.recipe import Recipe, parse_recipe
-from validate import quality_methods
-from validate.quality_methods import BARS, METHODS, Method, calibration_lines, lines
+from validate.quality import methods as registered
+from validate.quality.methods import BARS, METHODS, Method, calibration_lines, lines
 
 CALIBRATION = {"data": "boolq", "samples": 128, "sequence_length": 1024}
 
@@ -64,8 +64,8 @@ def test_an_ablation_that_changes_nothing_is_left_out(monkeypatch: pytest.Monkey
         Method("no-correction", "", {**best, "correction": 0.0}, group="ablation"),
         Method("no-ties", "", {**best, "ties": False}, group="ablation"),
     )
-    monkeypatch.setattr(quality_methods, "BEST", best)
-    monkeypatch.setattr(quality_methods, "METHODS", methods)
+    monkeypatch.setattr(registered, "BEST", best)
+    monkeypatch.setattr(registered, "METHODS", methods)
     assert [line.key for line in lines(CALIBRATION, ablation=True)] == ["dense", "no-ties-0.75"]
     assert [line.key for line in lines(CALIBRATION, names=["no-correction"])] == ["dense", "no-correction-0.75"]
 
