@@ -51,7 +51,7 @@ PAPER = {"fit": "paper", "rotation": "block", "skip": "dense"}
 
 METHODS: tuple[Method, ...] = (
     Method("dense", "dense", {"structure": "dense"}, (1.0,)),
-    Method("auto", "best recipe (auto)", BEST, (0.75, 0.85, 0.9375)),
+    Method("auto", "best recipe (auto)", BEST, (0.75, 0.85, 0.9375, 0.678)),  # 0.678: the bytes of `embedding`
     Method("kron", "kron (and selected neurons)", {"structure": "kron"}),
     Method("gs", "gs (and selected neurons)", {"structure": "gs"}),
     Method("svd-llm", "low rank, whitened, uniform (SVD-LLM)", {"structure": "lowrank", **WHITENED, **FINE}),
