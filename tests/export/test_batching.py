@@ -240,6 +240,7 @@ def test_nobody_waits_for_ever_when_the_thread_fails(model: Path) -> None:
     assert [client.wait().finish for client in clients] == ["error", "error"]
     with pytest.raises(UsageError, match="being unloaded"):
         ask(batcher, [7])
+    batcher.close()  # waits for the thread, whose exception would otherwise be told in the next test
 
 
 def test_closing_answers_everybody(model: Path) -> None:
