@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import UsageError
 from compress.progress import log
-from validate.markdown import with_table
+from validate.markdown import markdown_table, with_table
 from validate.timing import Paired, paired
 
 if TYPE_CHECKING:
@@ -245,21 +245,17 @@ def benchmark(
 def table(rows: Sequence[Row]) -> str:
     """Markdown: a line for each layer and structure, a column for each number of tokens."""
     counts = sorted({row.tokens for row in rows})
-    lines = [
-        "| model | layer (in -> out) | structure | kept | limit | " + " | ".join(f"{c} tokens" for c in counts) + " |",
-        "|---|---|---|---|---|" + "---|" * len(counts),
-    ]
     groups: dict[tuple[Shape, str], dict[int, Row]] = {}
     for row in rows:
         groups.setdefault((row.shape, row.structure), {})[row.tokens] = row
+    lines = []
     for (shape, _), cells in groups.items():
         one = next(iter(cells.values()))
-        figures = " | ".join(f"{cells[c].timing.ratio.median:.2f}" if c in cells else "" for c in counts)
         layer = f"{shape.roles} ({shape.in_features} -> {shape.out_features})"
-        lines.append(
-            f"| {shape.model} | {layer} | {sizes(one.config)} | {one.kept:.3f} | {1 / one.macs_kept:.2f} | {figures} |"
-        )
-    return "\n".join(lines)
+        figures = (f"{cells[c].timing.ratio.median:.2f}" if c in cells else "" for c in counts)
+        lines.append((shape.model, layer, sizes(one.config), f"{one.kept:.3f}", f"{1 / one.macs_kept:.2f}", *figures))
+    header = ("model", "layer (in -> out)", "structure", "kept", "limit", *(f"{c} tokens" for c in counts))
+    return markdown_table(header, lines)
 
 
 def sizes(config: dict[str, Any]) -> str:
@@ -284,7 +280,7 @@ def beginning(file: Path) -> str:
 
 
 def document(rows: Sequence[Row], file: Path, threads: int) -> str:
-    """The text of `file` with the table between its marks. Raises as `marked.surroundings`."""
+    """The text of `file` with the table between its marks. Raises as `markdown.surroundings`."""
     from validate.machine import machine_facts
 
     facts = machine_facts()

@@ -139,35 +139,32 @@ def lines(
     `ablation` adds what changes something in the best recipe. `ratios` replace the methods' own, but not those in
     names. Raises UsageError for an unknown name.
     """
-    asked = None if names is None else _asked(names)
+    own = {m.name: m.ratios if ratios is None or m.name == "dense" else ratios for m in METHODS}
+    table = {m.name: own[m.name] for m in METHODS if m.group != "ablation"}
+    asked = {"dense": own["dense"], **(table if names is None else _asked(names, own))}
     found = []
     for method in METHODS:
-        own = method.ratios if ratios is None else ratios
-        if method.name == "dense":
-            found += _at(method, calibration, method.ratios)
-        elif asked is not None and method.name in asked:
-            found += _at(method, calibration, [r for ratio in asked[method.name] for r in (ratio or own)])
+        if method.name in asked:
+            found += _at(method, calibration, asked[method.name])
         elif method.group == "ablation" and ablation:
-            found += [line for line in _at(method, calibration, own) if not _changes_nothing(line, calibration)]
-        elif method.group != "ablation" and asked is None:
-            found += _at(method, calibration, own)
+            at_own = _at(method, calibration, own[method.name])
+            found += [line for line in at_own if not _changes_nothing(line, calibration)]
     return found
 
 
-def _asked(names: Sequence[str]) -> dict[str, list[tuple[float, ...]]]:
-    """The ratios asked for by method; () is the method's own."""
-    known = {method.name for method in METHODS}
-    found: dict[str, list[tuple[float, ...]]] = {}
+def _asked(names: Iterable[str], own: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """The ratios that `names` ask for, by method; `own`: those of each method's bare name."""
+    found: dict[str, list[float]] = {}
     for name in names:
         method, _, digits = name.rpartition("-")
-        if name in known:
-            found.setdefault(name, []).append(())
-        elif method in known - {"dense"} and re.fullmatch(r"[0-9]*\.?[0-9]+", digits) and 0 < float(digits) <= 1:
-            found.setdefault(method, []).append((float(digits),))
+        if name in own:
+            found.setdefault(name, []).extend(own[name])
+        elif method in own.keys() - {"dense"} and re.fullmatch(r"[0-9]*\.?[0-9]+", digits) and 0 < float(digits) <= 1:
+            found.setdefault(method, []).append(float(digits))
         else:
             raise UsageError(
                 f"there is no method {name!r}; --methods takes these, also with a ratio such as auto-0.8: "
-                f"{', '.join(m.name for m in METHODS)}"
+                f"{', '.join(own)}"
             )
     return found
 
