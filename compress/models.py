@@ -318,16 +318,19 @@ def _file_sha256(path: Path) -> str:
 
 
 def _supported_model_type(folder: Path) -> None:
-    """Read `model_type` before transformers does: its list of supported types is not ours."""
+    """Read config.json before transformers does: it knows other types than we, and believes any number."""
+    from compress.config_values import check_config
     from compress.weight_files import read_json
 
-    model_type = read_json(folder / "config.json").get("model_type")
+    values = read_json(folder / "config.json")
+    model_type = values.get("model_type")
     if not isinstance(model_type, str):
         raise ArtifactError(
             f"The file {folder / 'config.json'} has no model_type; supported are "
             f"{', '.join(families.supported_model_types())}."
         )
     families.family_of(model_type)
+    check_config(values, folder / "config.json")
 
 
 def _unknown(name: str) -> str:
