@@ -22,7 +22,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = ("torch", "transformers", "tokenizers", "onnx", "compress.pipeline", "compress.forecast", "compress.materialize")
+HEAVY = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "onnx",
+    "compress.pipeline",
+    "compress.forecast",
+    "compress.materialize",
+)
 CPU_SECONDS = 20
 EXTRA_BYTES = 1 << 30
 """Address space beyond what the imports take: far more than a tiny model needs."""
