@@ -32,6 +32,9 @@ ENTRIES = (
 )
 
 
+_LFS = b"version https://git-lfs"
+
+
 class WeightFile(Protocol):
     """One open file: shapes by tensor name, and the tensors, which may share the file's mapping."""
 
@@ -117,6 +120,7 @@ def open_file(path: Path) -> WeightFile:
         raise ArtifactError(
             f"The weight file {path} is missing, but the index beside it lists it; download the model again."
         )
+    refuse_pointer(path)
     return _SafetensorsFile(path) if path.suffix == ".safetensors" else _PickleFile(path)
 
 
@@ -147,10 +151,11 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ArtifactError(f"The file {path} has the key {twice!r} twice; download it again.")
         return dict(pairs)
 
+    refuse_pointer(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"The file {path} is not JSON ({first_line(error)}); download it again.") from error
+        raise ArtifactError(f"The file {path} is not JSON ({reason(error)}); download it again.") from error
     if not isinstance(content, dict):
         raise ArtifactError(f"The file {path} is not a JSON object; download it again.")
     return content
@@ -173,13 +178,29 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def first_line(error: Exception) -> str:
-    """The first line of a library's message, or the name of the exception when it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def reason(error: BaseException) -> str:
+    """A library's message in one line without the full stop, or the name of the exception when it says nothing.
+
+    Messages of several lines are joined ("Validation error for field 'hidden_size':" has its reason in the second),
+    and cut after 300 characters.
+    """
+    lines = [line.strip() for line in str(error).splitlines()]
+    text = " ".join(line for line in lines if line)
+    text = text if len(text) <= 300 else text[:300].rsplit(" ", 1)[0] + " ..."
+    return text.rstrip(".") or type(error).__name__
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise ArtifactError when `path` is what git writes in the place of a large file that git-lfs has not fetched."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise ArtifactError(
+                f"The file {path} is a git-lfs pointer, not the file itself: run `git lfs install` and `git lfs pull` "
+                "in that folder, or download the model again."
+            )
 
 
 def _damaged(path: Path, error: Exception) -> ArtifactError:
     return ArtifactError(
-        f"The weight file {path} cannot be read ({first_line(error)}); it is truncated or damaged: download it again."
+        f"The weight file {path} cannot be read ({reason(error)}); it is truncated or damaged: download it again."
     )
