@@ -84,19 +84,19 @@ def fault_of(path: Path) -> str | None:
     return None
 
 
-def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
+def read_json(path: Path, limit: int = MAX_JSON_BYTES, *, unique: bool = True) -> Any:
     """The value of a JSON file. Raises RefusedError and OSError."""
-    return parse_json(read_bytes(path, limit))
+    return parse_json(read_bytes(path, limit), unique=unique)
 
 
-def parse_json(data: bytes) -> Any:
+def parse_json(data: bytes, *, unique: bool = True) -> Any:
     """The value of a JSON document in UTF-8.
 
-    Raises RefusedError when it is not one, or one that no honest program writes: a key twice in one object, values
-    nested more than MAX_DEPTH deep, half a surrogate pair, which UTF-8 cannot hold.
+    Raises RefusedError when it is not one, or one that no honest program writes: a key twice in one object (where
+    `unique`), values nested more than MAX_DEPTH deep, half a surrogate pair, which UTF-8 cannot hold.
     """
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique if unique else None)
     except UnicodeDecodeError as error:
         raise RefusedError(f"is not UTF-8 text (byte {data[error.start]:#04x} at offset {error.start})") from error
     except RecursionError as error:

@@ -34,6 +34,9 @@ ENTRIES = (
 )
 
 
+_LFS = b"version https://git-lfs"
+
+
 class WeightFile(Protocol):
     """One open file: shapes by tensor name, and the tensors, which may share the file's mapping."""
 
@@ -142,6 +145,7 @@ def locate(folder: Path, entry: str) -> dict[str, str] | None:
 def open_file(path: Path) -> WeightFile:
     """Open one weight file; ArtifactError when it is missing or damaged."""
     _check_shard(path)
+    refuse_pointer(path)
     return _SafetensorsFile(path) if path.suffix == ".safetensors" else _PickleFile(path)
 
 
@@ -171,6 +175,8 @@ def check_index(entry: str, file_of: Mapping[str, str], files: Mapping[str, Weig
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds one object and no key twice; ArtifactError otherwise."""
+    if fault_of(path) is None:
+        refuse_pointer(path)
     try:
         content = reading.read_json(path)
     except reading.RefusedError as error:
@@ -197,13 +203,29 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def first_line(error: Exception) -> str:
-    """The first line of a library's message, or the name of the exception when it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def reason(error: BaseException) -> str:
+    """A library's message in one line without the full stop, or the name of the exception when it says nothing.
+
+    Messages of several lines are joined ("Validation error for field 'hidden_size':" has its reason in the second),
+    and cut after 300 characters.
+    """
+    lines = [line.strip() for line in str(error).splitlines()]
+    text = " ".join(line for line in lines if line)
+    text = text if len(text) <= 300 else text[:300].rsplit(" ", 1)[0] + " ..."
+    return text.rstrip(".") or type(error).__name__
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise ArtifactError when `path` is what git writes in the place of a large file that git-lfs has not fetched."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise ArtifactError(
+                f"The file {path} is a git-lfs pointer, not the file itself: run `git lfs install` and `git lfs pull` "
+                "in that folder, or download the model again."
+            )
 
 
 def _damaged(path: Path, error: Exception) -> ArtifactError:
     return ArtifactError(
-        f"The weight file {path} cannot be read ({first_line(error)}); it is truncated or damaged: download it again."
+        f"The weight file {path} cannot be read ({reason(error)}); it is truncated or damaged: download it again."
     )
