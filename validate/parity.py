@@ -23,6 +23,7 @@ from torch import Tensor
 from compress.blocks import positions_from_mask
 from compress.errors import ArtifactError
 from compress.progress import track
+from compress.structures import cast
 
 if TYPE_CHECKING:
     from compress.checkpoint import CheckpointReader
@@ -148,10 +149,10 @@ def rung_2(reader: CheckpointReader, seed: int = 0) -> Rung:
     names = [n for n in reader.linears() if reader.structure(n).name != "dense"]
     for linear in track(names, description="parity rung 2"):
         structure = reader.structure(linear)
-        factors = {k: v.float() for k, v in reader.factors(linear).items()}
+        factors = cast(reader.factors(linear), torch.float32)
         x = torch.randn(FACTOR_TOKENS, structure.in_features, generator=generator)
         x[:, ::64] *= 10.0
-        exact = x.double() @ structure.dense({k: v.double() for k, v in factors.items()}).T
+        exact = x.double() @ structure.dense(cast(factors, torch.float64)).T
         errors[linear] = worst(
             relative_error(exact[:rows], structure.apply(factors, x[:rows])) for rows in (FACTOR_TOKENS, 1)
         )

@@ -18,8 +18,16 @@ from compress.checkpoint import CheckpointReader, load_model
 from compress.errors import ArtifactError
 from compress.models import resolve
 from compress.pipeline import rewritten_model
-from compress.structures import KroneckerStructure
+from compress.structures import (
+    DenseStructure,
+    KroneckerStructure,
+    PivotedStructure,
+    SelectStructure,
+    Structure,
+    registry,
+)
 from export.engines.ort import OrtRunner
+from tests.export.helpers import llama, write_checkpoint
 from tests.validate.damaging import damage
 from validate.parity import (
     Choices,
@@ -117,6 +125,31 @@ def test_rung_2_passes_and_counts(built: Any) -> None:
     structured = sum(reader.structure(name).name != "dense" for name in reader.linears())
     assert rung.facts["layers"] == structured > 0
     assert rung.facts["layers"] + rung.facts["dense_layers"] == len(reader.linears())
+
+
+def every_structure() -> list[Structure]:
+    """Each registered structure in both directions, and what lies between kept features in each that may."""
+    found: list[Structure] = []
+    for name, cls in registry().items():
+        if name in ("dense", "select"):
+            continue
+        for n, m in ((128, 64), (64, 128)):
+            found.append(cls.for_ratio(m, n, "in" if n > m else "out", 0.75, 16))
+    cores = [PivotedStructure(48, 128, 16, "in"), PivotedStructure(48, 128, 16, "out"), DenseStructure(48, 128)]
+    return [*found, *(SelectStructure(64, 128, 48, 1, "in", core) for core in cores)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("structure", every_structure(), ids=str)
+def test_rung_2_on_every_structure(structure: Structure, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Integers among the factors included, and factors stored in 16 bits."""
+    arch = llama(hidden_size=64, intermediate_size=128, head_dim=16, num_layers=1)
+    n, m = structure.out_features, structure.in_features
+    role = next(role for role, shape in arch.linears().items() if shape == (n, m))
+    write_checkpoint(tmp_path, arch, {f"layers.0.{role}": structure}, dtype=dtype)
+    rung = rung_2(CheckpointReader(tmp_path))
+    assert rung.passed, rung
+    assert rung.facts["layers"] == 1
 
 
 def test_rung_2_catches_one_wrong_factor_value(built: Any, monkeypatch: pytest.MonkeyPatch) -> None:
