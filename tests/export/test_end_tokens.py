@@ -1,4 +1,4 @@
-"""A chat model whose second end token is in generation_config.json (or a GGUF's eot key) alone stops at it everywhere."""
+"""A chat model whose second end token is in generation_config.json (or a GGUF's eot key) alone stops everywhere."""
 
 from __future__ import annotations
 
