@@ -18,6 +18,7 @@ from compress.blocks import StructuredLinear
 from compress.errors import ArtifactError
 from compress.generation import write_generation_config
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
+from compress.reading import RefusedError, read_json, shown
 from compress.skips import SkipForm, skip_from_config
 from compress.structures import DenseStructure, Structure
 from compress.structures.joint import leader_of
@@ -159,11 +160,11 @@ class CheckpointReader:
         self.folder = Path(folder)
         raw, index = self._json("config.json"), self._json(INDEX)
         if raw.get("model_type") != ProcrustesConfig.model_type:
-            raise ArtifactError(f"{folder}/config.json has model_type {raw.get('model_type')!r}, not 'procrustes'")
+            raise ArtifactError(f"{folder}/config.json has model_type {shown(raw.get('model_type'))}, not 'procrustes'")
         if raw.get("format_version") != FORMAT:
             raise ArtifactError(
-                f"{folder}/config.json has format_version {raw.get('format_version')!r}, this program reads {FORMAT}; "
-                f"compress the model again"
+                f"{folder}/config.json has format_version {shown(raw.get('format_version'))}, this program reads "
+                f"{FORMAT}; compress the model again"
             )
         self.config = ProcrustesConfig.from_pretrained(self.folder)
         self.architecture: Architecture = self.config.parsed_architecture()
@@ -172,7 +173,7 @@ class CheckpointReader:
         self.extra_biases = self.config.parsed_extra_biases()
         if unknown := sorted(self._structures.keys() - set(self.linears())):
             raise ArtifactError(
-                f"{folder}/config.json has a structure for {unknown[0]!r}, which is no linear of its model"
+                f"{folder}/config.json has a structure for {shown(unknown[0])}, which is no linear of its model"
             )
         for linear in self._structures:
             leader_of(self._structures, linear)
@@ -182,15 +183,17 @@ class CheckpointReader:
         self._weight_map: dict[str, str] = weight_map
         for file in sorted(set(weight_map.values())):
             if Path(file).name != file:
-                raise ArtifactError(f"{self.folder / INDEX} points outside its folder: {file!r}")
+                raise ArtifactError(f"{self.folder / INDEX} points outside its folder: {shown(file)}")
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self.folder / name
         try:
-            value = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            value = read_json(path)
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be read ({error.strerror}); change its permissions") from error
+        except RefusedError as error:
             raise ArtifactError(
-                f"{self.folder} is not a compressed checkpoint ({name}: {error}); run compress.run first"
+                f"{self.folder} is not a compressed checkpoint ({name} {error}); run compress.run first"
             ) from error
         if not isinstance(value, dict):
             raise ArtifactError(f"{path} is not a JSON object; compress the model again")

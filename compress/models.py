@@ -15,6 +15,7 @@ from compress.aliases import ALIASES, PACKAGED, PackagedModel
 from compress.architecture import Architecture
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.generation import GENERATION_CONFIG, end_tokens, read_generation_config
+from compress.tokenizer_files import check_files, check_use, rust_errors
 from compress.weight_files import reason, refuse_pointer
 
 if TYPE_CHECKING:
@@ -30,7 +31,16 @@ Kind = Literal["folder", "gguf", "hub"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 # What transformers lets through on damaged files: it indexes and converts as they say.
-_ERRORS = (ValueError, LookupError, OSError, RuntimeError, OverflowError, TypeError, AttributeError)
+_ERRORS = (
+    ValueError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    ArithmeticError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,7 @@ class ModelSource:
                     f"The folder {self.path} has no tokenizer: one of {', '.join(_TOKENIZER_FILES)} is needed; "
                     "copy the original model's tokenizer files there."
                 )
+            check_files(self.path)
             for file in present:
                 refuse_pointer(file)
             tokenizer = self._from_pretrained(AutoTokenizer, "tokenizer")
@@ -191,9 +202,13 @@ class ModelSource:
         if self.gguf_file is not None:
             options["gguf_file"] = self.gguf_file
         try:
-            return auto_class.from_pretrained(
-                str(self.path), local_files_only=True, trust_remote_code=self.trust_remote_code, **options
-            )
+            with rust_errors():
+                found = auto_class.from_pretrained(
+                    str(self.path), local_files_only=True, trust_remote_code=self.trust_remote_code, **options
+                )
+            if what == "tokenizer":
+                check_use(found)
+            return found
         except ImportError as error:
             raise MissingDependencyError(
                 f"Reading the {what} of {self.name!r} needs a package that is not installed: {reason(error)}"
@@ -352,16 +367,19 @@ def _file_sha256(path: Path) -> str:
 
 
 def _supported_model_type(folder: Path) -> None:
-    """Read `model_type` before transformers does: its list of supported types is not ours."""
+    """Read config.json before transformers does: it knows other types than we, and believes any number."""
+    from compress.config_values import check_config
     from compress.weight_files import read_json
 
-    model_type = read_json(folder / "config.json").get("model_type")
+    values = read_json(folder / "config.json")
+    model_type = values.get("model_type")
     if not isinstance(model_type, str):
         raise ArtifactError(
             f"The file {folder / 'config.json'} has no model_type; supported are "
             f"{', '.join(families.supported_model_types())}."
         )
     families.family_of(model_type)
+    check_config(values, folder / "config.json")
 
 
 def _unknown(name: str) -> str:
