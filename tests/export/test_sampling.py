@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import settings as budget
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -38,6 +39,7 @@ def with_impossible_tokens(draw: st.DrawFn) -> Any:
     return logits
 
 
+@budget(max_examples=100, deadline=None, derandomize=True)
 @given(
     logits=with_impossible_tokens(),
     temperature=st.one_of(singles(0, HUGE), st.floats(0, 1.7e308)),
@@ -61,6 +63,7 @@ def test_whatever_the_options_a_possible_token_is_drawn(
         assert np.count_nonzero(p) <= min(top_k or len(p), np.isfinite(logits).sum())
 
 
+@budget(max_examples=100, deadline=None, derandomize=True)
 @given(
     logits=logits_of_a_model,
     settings=st.builds(
