@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -44,6 +45,9 @@ class Manifest:
     @classmethod
     def read(cls, path: Path) -> Manifest:
         """Raises ArtifactError, naming the file and the first thing wrong in it."""
+        elsewhere = f"build in another folder, or move {path.parent} away first"
+        if not path.is_file() and os.path.lexists(path):
+            raise ArtifactError(f"{path} is not a regular file; {elsewhere}")
         try:
             value = json.loads(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
@@ -52,10 +56,10 @@ class Manifest:
                 f"run python -m export.build --out {path.parent} first"
             ) from None
         except (ValueError, RecursionError) as error:
-            raise ArtifactError(f"{path} is not JSON ({error}); build the artefact again") from error
+            raise ArtifactError(f"{path} is not JSON ({error}); {elsewhere}") from error
         fault = _fault(value)
         if fault is not None:
-            raise ArtifactError(f"{path} is malformed: {fault}")
+            raise ArtifactError(f"{path} is malformed: {fault}; {elsewhere}")
         return cls(**value)
 
     def to_dict(self) -> dict[str, Any]:
