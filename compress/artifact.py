@@ -278,6 +278,9 @@ class Artifact:
     def _clean_up(self) -> None:
         """Recover what a killed process had begun and remove what it left. Call it once the lock is taken."""
         for pending in self.out.glob(_PENDING + "*"):
+            if pending.is_symlink() or not pending.is_file():
+                remove(pending)  # not what step 2 wrote
+                continue
             self._recover(pending.name.removeprefix(_PENDING))
         for pattern in (_TMP + "*", _OLD + "*", _SCRATCH + "*", _DRAFT):
             for leftover in self.out.glob(pattern):
