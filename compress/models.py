@@ -15,9 +15,9 @@ from compress.aliases import ALIASES, PACKAGED, PackagedModel
 from compress.architecture import Architecture
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.generation import GENERATION_CONFIG, end_tokens, read_generation_config
+from compress.reading import reason
 from compress.tokenizer_files import check_use, rust_errors, tokenizer_class
 from compress.vocabulary import warn_beyond
-from compress.weight_files import reason
 
 if TYPE_CHECKING:
     import torch

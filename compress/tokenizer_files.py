@@ -11,8 +11,7 @@ from typing import Any
 
 from compress.errors import ArtifactError, UsageError
 from compress.lazy import require
-from compress.reading import RefusedError, fault_of, read_bytes, read_json, shown
-from compress.weight_files import reason, refuse_pointer
+from compress.reading import RefusedError, fault_of, read_bytes, read_json, reason, refuse_pointer, shown
 
 # One of these must be there. Without any, transformers makes up an empty tokenizer instead of failing.
 ANY_OF = ("tokenizer.json", "tokenizer.model", "vocab.json")
