@@ -22,6 +22,7 @@ from compress.reading import RefusedError, read_json, shown
 from compress.skips import SkipForm, skip_from_config
 from compress.structures import DenseStructure, Structure
 from compress.structures.joint import leader_of
+from compress.weight_files import reason
 
 if TYPE_CHECKING:
     from compress.invariance import Rotations
@@ -166,7 +167,7 @@ class CheckpointReader:
                 f"{folder}/config.json has format_version {shown(raw.get('format_version'))}, this program reads "
                 f"{FORMAT}; compress the model again"
             )
-        self.config = ProcrustesConfig.from_pretrained(self.folder)
+        self.config = _config(self.folder)
         self.architecture: Architecture = self.config.parsed_architecture()
         self._structures = self.config.parsed_structures()
         self._skips = self.config.parsed_skips()
@@ -175,7 +176,13 @@ class CheckpointReader:
             raise ArtifactError(
                 f"{folder}/config.json has a structure for {shown(unknown[0])}, which is no linear of its model"
             )
-        for linear in self._structures:
+        for linear, structure in self._structures.items():
+            n, m = self.architecture.linears()[linear.split(".", 2)[2]]
+            if (structure.out_features, structure.in_features) != (n, m):
+                raise ArtifactError(
+                    f"{folder}/config.json gives {linear} a structure of {structure.out_features} x "
+                    f"{structure.in_features} features, where its model has {n} x {m}; compress the model again"
+                )
             leader_of(self._structures, linear)
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -184,6 +191,13 @@ class CheckpointReader:
         for file in sorted(set(weight_map.values())):
             if Path(file).name != file:
                 raise ArtifactError(f"{self.folder / INDEX} points outside its folder: {shown(file)}")
+        # Before a module is made for each layer that config.json claims.
+        stored = {name.split(".")[2] for name in weight_map if name.startswith("model.layers.")}
+        if stored != {str(i) for i in range(self.architecture.num_layers)}:
+            raise ArtifactError(
+                f"{folder}/config.json has {self.architecture.num_layers} layers, but {INDEX} has tensors of "
+                f"{len(stored)}; compress the model again"
+            )
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self.folder / name
@@ -258,6 +272,18 @@ class CheckpointReader:
         """The bias of one linear, or None."""
         name = f"model.{linear}.bias"
         return self.get(name) if name in self._weight_map else None
+
+
+def _config(folder: Path) -> ProcrustesConfig:
+    """config.json as transformers reads it; ArtifactError for values that it refuses."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        return ProcrustesConfig.from_pretrained(folder)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, StrictDataclassError) as error:
+        raise ArtifactError(
+            f"transformers refuses {folder / 'config.json'} ({reason(error)}); compress the model again"
+        ) from error
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> ProcrustesForCausalLM:
