@@ -13,7 +13,6 @@ With bias correction the moments are centred, and a bias makes up for what the m
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,13 +28,14 @@ from compress.errors import UsageError
 from compress.fallback import Fit, Linear, fit_linears
 from compress.inner import RewrittenModel, bias_correction, centred, extra_biases
 from compress.invariance import FoldedModel, Weights, rotate_block
+from compress.kept import KeptFolder
 from compress.planning import Moments, Plan
 from compress.procrustes import damped
 from compress.progress import log, track
 from compress.recipe import Recipe
 from compress.rotating import position_of
 from compress.statistics import SUB_BLOCKS, StreamMoments
-from compress.streams import GramSum, Runner, embed, mapped, save_whole
+from compress.streams import GramSum, Runner, embed, mapped, mapped_anew, save_whole
 from compress.structures import DenseStructure, SelectStructure, Structure, structure_from_config
 from compress.structures.joint import leader_of
 from compress.structures.linalg import all_finite, is_singular, noted_damping
@@ -85,7 +85,7 @@ class FitMoments:
 class LayerFitter:
     """Fits one block after the other; `run` returns a file of state-dict entries for each, and all records.
 
-    The two streams after each block are kept in `state`, so that a run that was interrupted goes on at the next block.
+    The two streams after each block are kept in `kept`, so that a run that was interrupted goes on at the next block.
     """
 
     def __init__(
@@ -96,13 +96,13 @@ class LayerFitter:
         moments: Moments,
         tokens: Tensor,
         runner: Runner,
-        state: Path,
+        kept: KeptFolder,
         ends: Weights,
     ) -> None:
         self.ends = ends
         self.model: FoldedModel = RewrittenModel(model, plan.rewrites)
         self.plan, self.recipe, self.moments = plan, recipe, moments
-        self.runner, self.state, self.shape = runner, state, (*tokens.shape, model.arch.hidden_size)
+        self.runner, self.kept, self.shape = runner, kept, (*tokens.shape, model.arch.hidden_size)
         self.tokens = tokens
         self._last_step: tuple[FitMoments, tuple[Tensor, Tensor | None]] | None = None
         self._last_moment: tuple[tuple[int, str], StreamMoments | None] | None = None
@@ -118,32 +118,28 @@ class LayerFitter:
         files: list[Path] = []
         records: list[FitRecord] = []
         for layer in track(range(self.model.arch.num_layers), description="fit"):
-            file, record_file = self.state / f"block-{layer}.safetensors", self.state / f"block-{layer}.json"
-            if not record_file.exists():
+            name = f"block-{layer}"
+            if f"{name}.json" not in self.kept:
                 tensors, fresh = self._fit(layer)
-                save_whole(tensors, file)
+                save_whole(tensors, self.kept.path(f"{name}.safetensors"))
                 structures = {r.name: self._structure(r.name).to_config() for r in fresh if r.failed}
-                partial = record_file.with_suffix(".partial")
-                partial.write_text(json.dumps({"records": [asdict(r) for r in fresh], "structures": structures}))
-                partial.rename(record_file)  # last: its presence says that block and streams are complete
-                for name in ("dense", "compressed"):
-                    self._stream_file(name, layer).unlink(missing_ok=True)
-            files.append(file)
-            found = json.loads(record_file.read_text())
+                self.kept.write_value(name, {"records": [asdict(r) for r in fresh], "structures": structures})
+                self.kept.keep(
+                    f"{name}.safetensors", f"{name}.json", *_stream_files(layer + 1), drop=_stream_files(layer)
+                )
+            files.append(self.kept.path(f"{name}.safetensors"))
+            found = self.kept.read_value(name)
             records.extend(FitRecord(**r) for r in found["records"])
-            for name, config in found["structures"].items():  # of a run that was interrupted, the plan knows nothing
-                self._replace(name, structure_from_config(config))
+            for linear, config in found["structures"].items():  # of an interrupted run, the plan knows nothing
+                self._replace(linear, structure_from_config(config))
         return files, records
-
-    def _stream_file(self, name: str, layer: int) -> Path:
-        return self.state / f"fit-{name}-{layer}.f32"
 
     def _streams(self, layer: int) -> tuple[Tensor, Tensor]:
         """The two streams at the entry of `layer`."""
         if layer == 0:
             dense = self.model.ends(self.plan.rotations)
             return tuple(embed(ends, self.model.arch, self.tokens) for ends in (dense, self.ends))  # type: ignore[return-value]
-        return tuple(mapped(self._stream_file(n, layer), self.shape) for n in ("dense", "compressed"))  # type: ignore[return-value]
+        return tuple(mapped(self.kept.path(name), self.shape) for name in _stream_files(layer))  # type: ignore[return-value]
 
     @torch.no_grad()
     def _fit(self, layer: int) -> tuple[dict[str, Tensor], list[FitRecord]]:
@@ -168,8 +164,8 @@ class LayerFitter:
             for part, (c, a_c) in runner.batches(x_c, inner):
                 with runner.computing():
                     x_c[part] = (skip(c) + writer(a_c)).cpu()
-        for name, stream in (("dense", x_f), ("compressed", x_c)):
-            mapped(self._stream_file(name, layer + 1), self.shape).copy_(stream)
+        for name, stream in zip(_stream_files(layer + 1), (x_f, x_c), strict=True):
+            mapped_anew(self.kept.path(name), self.shape).copy_(stream)
         return state, records
 
     def _groups(self, layer: int, sub: str) -> list[tuple[str, ...]]:
@@ -370,6 +366,11 @@ class LayerFitter:
         metric = damped(gradient, self.recipe.metric_damping).to(self.runner.device)
         q = self.plan.rotations.at(position_of(layer, role)) if role in WRITERS.values() else None
         return metric if q is None else q.T.to(metric) @ metric @ q.to(metric)
+
+
+def _stream_files(layer: int) -> tuple[str, str]:
+    """Of the dense model's stream and of the compressed one's at the entry of `layer`."""
+    return f"fit-dense-{layer}.f32", f"fit-compressed-{layer}.f32"
 
 
 def _drops_outputs(structure: Structure) -> TypeGuard[SelectStructure]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Baseline:
-    """OUT, verified, and its source. As a context it holds OUT's lock and removes what it made in OUT/state.
+    """OUT, verified, and its source. As a context it holds OUT's lock and removes what it made beside it.
 
     `model` names the source where the manifest cannot (a local folder); `dense` is a dense ONNX export to use.
     Raises ArtifactError when OUT is damaged or the source is not the one that it was made from.
@@ -36,7 +36,11 @@ class Baseline:
         self.manifest = self.artifact.read_manifest()
         self.artifact.verify()
         self.checkpoint = self.artifact.require_stage("checkpoint")
-        self._stack.enter_context(self.artifact.lock())
+        with ExitStack() as stack:
+            stack.enter_context(self.artifact.lock())
+            self.artifact.claim("reports")
+            self.artifact.clear_finished_state()
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -102,7 +106,7 @@ class Baseline:
         return ModelCost.of(dense), ModelCost.of(config)
 
     def dense_onnx(self) -> Path:
-        """The dense model, exported by the same code with the same options; made in OUT/state when not given."""
+        """The dense model, exported by the same code with the same options; made beside it when not given."""
         if self._dense is not None:
             path = self._dense / "model.onnx" if self._dense.is_dir() else self._dense
             if not path.is_file():
@@ -112,8 +116,7 @@ class Baseline:
         from export.graph import export_onnx
         from validate.graphfacts import GraphFacts
 
-        folder = self.artifact.state_folder() / "dense-baseline"
-        self._stack.callback(_remove, folder)
+        folder = self._stack.enter_context(self.artifact.scratch("dense-baseline"))
         facts = GraphFacts.of(self.onnx)
         log("exporting the dense model as the baseline")
         write_dense(self.source, folder / "checkpoint")
@@ -133,10 +136,3 @@ def source_name(recorded: dict[str, Any]) -> str:
         if name == f"{package.distribution}=={package.version}":
             return alias
     raise UsageError(f"the manifest knows the source model only as {name!r}; say where it is with --model PATH")
-
-
-def _remove(folder: Path) -> None:
-    """Remove what we made in OUT/state, and OUT/state itself when nothing else is in it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    if folder.parent.is_dir() and not any(folder.parent.iterdir()):
-        folder.parent.rmdir()

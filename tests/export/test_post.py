@@ -1,84 +1,110 @@
-"""The thread that delivers answers: in order, all of them, with looks in between. No test here depends on speed."""
+"""The thread that delivers answers: in order, all of them, with looks in between, and each by itself."""
 
 from __future__ import annotations
 
 import threading
-import time
-from itertools import pairwise
 
+import pytest
+
+from compress.errors import UsageError
+from export.triton.failures import A_BUG
 from export.triton.post import Post
 
-PATIENCE = 60.0  # seconds until a test gives up
+SOON = 60.0
+"""Seconds that nothing here takes."""
 
 
 class Parcel:
-    """Complete after some deliveries; keeps when it was looked at, and by which thread."""
+    """Complete after some deliveries, each of which waits for `go`; keeps what was called, and by which thread."""
 
-    def __init__(self, deliveries: int, seen: list[Parcel] | None = None, gate: threading.Event | None = None) -> None:
-        self.left, self.seen, self.gate = deliveries, [] if seen is None else seen, gate
-        self.looks, self.threads = list[float](), set[str]()
-        self.complete, self.looked_at = threading.Event(), threading.Semaphore(0)
+    def __init__(self, deliveries: int, seen: list[Parcel] | None = None, error: Exception | None = None) -> None:
+        self.left, self.seen, self.error = deliveries, [] if seen is None else seen, error
+        self.looks, self.reasons, self.threads = 0, list[str](), set[str]()
+        self.go, self.delivered, self.looked = threading.Event(), threading.Event(), threading.Event()
+        self.go.set()
 
     def deliver(self) -> bool:
-        if self.gate is not None:
-            assert self.gate.wait(PATIENCE)
         self.threads.add(threading.current_thread().name)
+        assert self.go.wait(SOON)
         self.seen.append(self)
         self.left -= 1
-        if self.left <= 0:
-            self.complete.set()
+        self.delivered.set()
+        if self.error is not None:
+            raise self.error
         return self.left <= 0
 
     def look(self) -> None:
         self.threads.add(threading.current_thread().name)
-        self.looks.append(time.monotonic())
-        self.looked_at.release()
+        self.looks += 1
+        if self.looks == 3:
+            self.looked.set()
 
-    def wait_for_looks(self, count: int) -> None:
-        for _ in range(count):
-            assert self.looked_at.acquire(timeout=PATIENCE)
+    def fail(self, reason: str) -> None:
+        self.threads.add(threading.current_thread().name)
+        self.reasons.append(reason)
 
 
 def test_what_is_put_is_delivered_in_order_before_the_end() -> None:
-    post, seen, gate = Post(10.0), list[Parcel](), threading.Event()
-    parcels = [Parcel(3, seen, gate) for _ in range(5)]
+    post, seen = Post(SOON), list[Parcel]()
+    parcels = [Parcel(3, seen) for _ in range(5)]
+    parcels[0].go.clear()
     order = parcels * 3
-    for parcel in order:
+    for parcel in order:  # who puts does not wait for the first one
         post.put(parcel)
-    assert not seen  # who puts does not wait for a delivery: none can happen yet
-    gate.set()
+    assert not seen
+    parcels[0].go.set()
     post.close()
     assert seen == order
     assert {name for parcel in parcels for name in parcel.threads} == {"post"}
 
 
 def test_parcels_under_way_are_looked_at_until_they_are_complete() -> None:
-    every = 0.02
-    post, quick, slow, other = Post(every), Parcel(1), Parcel(2), Parcel(2)
+    post, quick, slow = Post(0.001), Parcel(1), Parcel(2)
     for parcel in (quick, slow):
         post.put(parcel)
-    slow.wait_for_looks(3)
+    assert slow.looked.wait(SOON)
     assert not quick.looks
+    slow.delivered.clear()
     post.put(slow)
-    assert slow.complete.wait(PATIENCE)
-    looks = len(slow.looks)
+    assert slow.delivered.wait(SOON)
+    other = Parcel(2)
     post.put(other)
-    other.wait_for_looks(3)
-    assert len(slow.looks) == looks
+    assert other.delivered.wait(SOON)  # after the completion of `slow`
+    looks = slow.looks
+    assert other.looked.wait(SOON)
+    assert slow.looks == looks
     post.close()
-    for looked in (slow.looks, other.looks):
-        assert all(b - a >= every for a, b in pairwise(looked))  # no more often than asked for
 
 
 def test_looks_are_not_put_off_by_deliveries() -> None:
-    class Lasting(Parcel):
-        def deliver(self) -> bool:
-            time.sleep(0.005)
-            return super().deliver()
-
-    post, waiting = Post(0.02), Parcel(1000)
+    post, waiting = Post(0.0), Parcel(1000)
     post.put(waiting)
     for _ in range(60):
-        post.put(Lasting(1))
+        post.put(Parcel(1))
     post.close()
-    assert len(waiting.looks) >= 5  # a look falls due with every fourth delivery at the latest
+    assert waiting.looks >= 60
+
+
+@pytest.mark.parametrize(("error", "reason"), [(KeyError("a bug"), A_BUG), (UsageError("no"), "no")])
+def test_a_parcel_that_fails_ends_alone(error: Exception, reason: str) -> None:
+    post, broken, sound = Post(SOON), Parcel(5, error=error), Parcel(2)
+    for parcel in (sound, broken, sound):
+        post.put(parcel)
+    post.close()
+    assert broken.reasons == [reason]
+    assert (sound.reasons, sound.left) == ([], 0)
+
+
+def test_a_look_that_fails_ends_alone() -> None:
+    class Unseen(Parcel):
+        def look(self) -> None:
+            super().look()
+            raise KeyError("a bug")
+
+    post, broken, sound = Post(0.0), Unseen(3), Parcel(3)
+    for parcel in (broken, sound):
+        post.put(parcel)
+    assert sound.looked.wait(SOON)
+    post.close()
+    assert (broken.reasons, broken.looks) == ([A_BUG], 1)
+    assert not sound.reasons
