@@ -1,7 +1,7 @@
-"""Triton's python backend in this process: OUT/triton's own model behind a small HTTP server, as far as clients see it.
+"""Triton's python backend in this process: OUT/triton's own model behind a small HTTP server, as clients see it.
 
-`tests/export/test_triton_server.py` has the real server, which takes seconds to start; this one takes none, so that every
-cell of the matrix is served. What runs is `export.triton.model`, as config.pbtxt of OUT/triton describes it.
+`tests/export/test_triton_server.py` has the real server, which takes seconds to start; this one takes none, so that
+every cell of the matrix is served. What runs is `export.triton.model`, as config.pbtxt of OUT/triton describes it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class InferenceResponse:
         self.tensors, self.error = {tensor.name: tensor for tensor in output_tensors}, error
 
 
-class TritonModelException(Exception):
+class TritonModelException(Exception):  # noqa: N818 (Triton's name)
     """What the server raises in the model."""
 
 

@@ -1,4 +1,4 @@
-"""Commands as a user gives them, run in this process: importing torch anew takes longer than all that tiny models do."""
+"""Commands as a user gives them, run in this process: importing torch anew takes longer than tiny models do."""
 
 from __future__ import annotations
 
