@@ -14,6 +14,9 @@ from typing import Any
 
 from compress.errors import run_cli
 
+ROAD = "processor seconds of a road"
+"""Property of the tests that drive one."""
+
 
 @dataclass(frozen=True)
 class Done:
