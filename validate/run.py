@@ -320,6 +320,8 @@ def _report(
         reader.architecture,
         structures,
         config.rotation,
+        extra_biases=config.parsed_extra_biases(),
+        skip_parameters=sum(form.parameter_count() for form in config.parsed_skips()),
         embedding_rank=config.embedding_rank,
         head_rank=config.head_rank,
     )
