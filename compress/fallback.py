@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UsageError
-from compress.structures import CompotStructure, DenseStructure, LowRankStructure, SelectStructure, Structure
+from compress.structures import CompotStructure, DenseStructure, LowRankStructure, SelectStructure, Structure, cast
 from compress.structures.joint import joint_fit
 from compress.structures.linalg import NumericalError, weighted_error
 
@@ -127,7 +127,7 @@ def _factors(parts: Sequence[Linear], gram: Tensor | None) -> list[dict[str, Ten
 def _attempt(fit: Callable[[], list[dict[str, Tensor]]]) -> tuple[list[dict[str, Tensor]] | None, str]:
     """Factors in float32, or None and why there are none."""
     try:
-        found = [{k: f.float() if f.is_floating_point() else f for k, f in factors.items()} for factors in fit()]
+        found = [cast(factors, torch.float32) for factors in fit()]
     except FAILURES as error:
         return None, str(error).partition("\n")[0]
     if not all(bool(torch.isfinite(f).all()) for factors in found for f in factors.values()):

@@ -24,6 +24,7 @@ from compress.blocks import (
 )
 from compress.errors import ArtifactError
 from compress.families.base import check_sizes
+from compress.reading import shown
 from compress.skips import SkipForm, skips_from_config
 from compress.structures import Structure, structure_from_config
 
@@ -89,7 +90,9 @@ class ProcrustesConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             raise ArtifactError("config.json has model_type procrustes but no `architecture`: compress the model again")
         arch = check_sizes(Architecture.from_dict(self.architecture))
         if arch.activation not in ACTIVATIONS:
-            raise ArtifactError(f"config.json gives the activation {arch.activation!r}, which this version has not")
+            raise ArtifactError(
+                f"config.json gives the activation {shown(arch.activation)}, which this version has not"
+            )
         return arch
 
     def parsed_skips(self) -> tuple[SkipForm, ...]:
@@ -99,7 +102,7 @@ class ProcrustesConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
     def parsed_structures(self) -> dict[str, Structure]:
         """Linear name -> structure, for the linears that are not dense."""
-        structures = self.structures or {}
+        structures = {} if self.structures is None else self.structures
         if not isinstance(structures, dict):
             raise ArtifactError("config.json has `structures` that are not a JSON object: compress the model again")
         return {name: structure_from_config(c) for name, c in structures.items()}
@@ -113,10 +116,10 @@ class ProcrustesConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         for name, rank in (("embedding_rank", self.embedding_rank), ("head_rank", self.head_rank)):
             full = min(arch.hidden_size, arch.vocab_size)
             if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= full:
-                raise ArtifactError(f"config.json has {name} {rank!r}, not 0 to {full}: compress the model again")
+                raise ArtifactError(f"config.json has {name} {shown(rank)}, not 0 to {full}: compress the model again")
         if self.tie_word_embeddings and self.head_rank:
             raise ArtifactError(
-                f"config.json has head_rank {self.head_rank} but its head is tied to the embedding: "
+                f"config.json has head_rank {shown(self.head_rank)} but its head is tied to the embedding: "
                 f"compress the model again"
             )
         return self.embedding_rank, self.embedding_rank if self.tie_word_embeddings else self.head_rank
@@ -129,10 +132,10 @@ class ProcrustesConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         arch, names = self.parsed_architecture(), self.extra_biases
         if names is None:
             return frozenset()
-        known = [f"layers.{i}.{role}" for i in range(arch.num_layers) for role in arch.linears()]
-        if not isinstance(names, list) or any(name not in known for name in names):
+        known = {f"layers.{i}.{role}" for i in range(arch.num_layers) for role in arch.linears()}
+        if not isinstance(names, list) or any(not isinstance(name, str) or name not in known for name in names):
             raise ArtifactError(
-                f"config.json has `extra_biases` that are no list of this model's linears: {names!r}; "
+                f"config.json has `extra_biases` that are no list of this model's linears: {shown(names)}; "
                 f"compress the model again"
             )
         return frozenset(names)

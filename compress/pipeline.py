@@ -147,7 +147,8 @@ def compress_model(
                 for file in fitted.files:
                     for name, tensor in load_file(file).items():
                         shards.add(name, tensor)
-            write_config(folder, config_for(arch, fitted.structures, fitted.rotations, **fitted.choices()), dtype)
+            config = config_for(arch, fitted.structures, fitted.rotations, **fitted.choices())
+            write_config(folder, config, dtype, source.generation_config())
             write_rotations(folder, fitted.rotations)
             tokenizer.save_pretrained(folder)
             (folder / "fit.json").write_text(json.dumps([asdict(r) for r in fitted.records], indent=1) + "\n")
@@ -221,7 +222,7 @@ def write_rewritten(
         for layer in range(arch.num_layers):
             for name, tensor in rotate_block(model.block(layer), arch, layer, rotations).items():
                 shards.add(f"model.layers.{layer}.{name}", tensor)
-    write_config(folder, config_for(arch, {}, rotations), dtype)
+    write_config(folder, config_for(arch, {}, rotations), dtype, source.generation_config())
     write_rotations(folder, rotations)
     source.tokenizer().save_pretrained(folder)
 

@@ -23,12 +23,13 @@ from compress.budgets import (
 )
 from compress.errors import ArtifactError, UsageError
 from compress.gauge import with_skips
-from compress.groups import CORES, LayerMenus
+from compress.groups import LayerMenus
 from compress.inner import InnerRewrites, selection
 from compress.invariance import FoldedModel, Rotations
 from compress.jrk import jrk_structures
 from compress.kept import Keeper, Nowhere
 from compress.keptmenus import kept_groups
+from compress.menus import CORES
 from compress.paper.accounting import largest_kept
 from compress.paper.shapes import Kind, paper_structures
 from compress.pooled import normalised_spectrum, pooled_allocation

@@ -14,11 +14,13 @@ from compress.kept import Keeper
 from compress.procrustes import (
     Member,
     StreamTerm,
+    curve_of,
     damped,
     frobenius_rotation,
     majorised_rotation,
     nested_rotation,
     nested_start,
+    whitened_columns,
 )
 from compress.progress import log
 from compress.recipe import Recipe
@@ -76,10 +78,17 @@ class StreamRotations:
             dtype=torch.float32 if self.width >= 256 else torch.float64,
         )
 
-    def curve(self, position: int, term: StreamTerm) -> Tensor:
-        """Loss of keeping 0 ... d coordinates (d + 1,)."""
-        curve = self.term(term).curve(self.matrices[self.index(position)])
-        return curve if self.basis is None else torch.cat((curve, curve[-1:]))
+    def columns(self, position: int, p: Tensor) -> Tensor:
+        """Z of `whitened_columns` for terms with this P (d, d) at a position of the stream; (d, d) or (d - 1, d)."""
+        q = self.matrices[self.index(position)]
+        if self.basis is None:
+            return whitened_columns(p, q)
+        return whitened_columns(self.basis.T @ p @ self.basis, q) @ self.basis.T
+
+    def curves(self, gains: Tensor) -> Tensor:
+        """Loss of keeping 0 ... d coordinates (..., d + 1) from the diagonals of Z M Z^T."""
+        curve = curve_of(gains)
+        return curve if self.basis is None else torch.cat((curve, curve[..., -1:]), dim=-1)
 
     def index(self, position: int) -> int:
         """Which of the matrices serves a position of the stream."""

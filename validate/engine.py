@@ -19,6 +19,7 @@ from compress.progress import log
 from validate.parity import (
     DECODE_CHUNKS,
     GREEDY_TOKENS,
+    Choices,
     Prompts,
     Rung,
     greedy_choices,
@@ -44,7 +45,7 @@ MOST_PAIRS, WARM_UP = 48, 3  # steps that are timed, at most, after steps that a
 def rung_4(model: ProcrustesForCausalLM, runner: Runner, prompts: Sequence[Prompts], dtype: str) -> Rung:
     """PyTorch in float32, one full forward, vs prefill and decode steps of the engine; then greedy continuations."""
     cases: dict[str, float] = {}
-    same = positions = 0
+    choices = Choices(TIE[dtype])
     for prompt in prompts:
         ids, mask = prompt.continued()
         full = torch_logits(model, ids, mask)
@@ -55,16 +56,11 @@ def rung_4(model: ProcrustesForCausalLM, runner: Runner, prompts: Sequence[Promp
                 where = mask[:, start : start + got.shape[1]].bool()
                 expected, found = full[:, start : start + got.shape[1]][where], got[where]
                 divergences.append(divergence(expected, found))
-                same += int((expected.argmax(-1) == found.argmax(-1)).sum())
-                positions += len(expected)
+                choices.add(expected, found)
             cases[f"{prompt.name}: {kind}"] = float(torch.cat(divergences).mean())
-    greedy = greedy_choices(model, runner, prompts, TIE[dtype])
-    failures = []
-    if greedy["different"]:
-        failures.append(f"{greedy['different']} of {greedy['sequences']} greedy continuations differ")
-    facts = {"top1_agreement": same / positions, "positions": positions, "greedy": greedy}
+    facts, failures = choices.result(greedy_choices(model, runner, prompts, TIE[dtype]))
     title = f"PyTorch decoder vs TensorRT engine ({dtype}), mean KL in nats"
-    return Rung(4, title, worst(cases.values()), KL_TOLERANCE[dtype], cases, facts, tuple(failures))
+    return Rung(4, title, worst(cases.values()), KL_TOLERANCE[dtype], cases, facts, failures)
 
 
 def divergence(expected: Tensor, found: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from compress.families.base import (
     has_source_bias,
     refuse_quantized,
 )
+from compress.reading import shown
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -88,7 +89,7 @@ def _rope(config: PretrainedConfig, head_dim: int) -> dict[str, Any]:
     rope_type = rope.get("rope_type")
     if rope_type not in ROPE_TYPES:
         raise UsageError(
-            f"This model's rotary positions are of type {rope_type!r}, which is not supported (supported: "
+            f"This model's rotary positions are of type {shown(rope_type)}, which is not supported (supported: "
             f"{', '.join(ROPE_TYPES)}); types whose frequencies depend on the input's length, such as "
             "dynamic and longrope, cannot be exported as constants."
         )

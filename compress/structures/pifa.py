@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from typing_extensions import Self
 
 from compress.errors import ArtifactError, UsageError
-from compress.structures.base import Side, Structure, register
+from compress.structures.base import Side, Structure, cast, register
 from compress.structures.linalg import Problem, result_dtype
 from compress.structures.lowrank import best_factors
 
@@ -104,7 +104,7 @@ class PivotedStructure(Structure):
             factors = {"C": combine.T, "U": U @ V[:, pivots]}
         else:
             factors, order = {"V": U[pivots] @ V, "C": combine}, order.argsort()
-        return {**{name: f.to(dtype).contiguous() for name, f in factors.items()}, "order": order.to(INDEX)}
+        return {**{name: f.contiguous() for name, f in cast(factors, dtype).items()}, "order": order.to(INDEX)}
 
     def apply(self, factors: Mapping[str, Tensor], x: Tensor) -> Tensor:
         order = factors["order"]

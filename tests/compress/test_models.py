@@ -191,16 +191,17 @@ def test_config_that_is_none(tmp_path: Path, content: str | bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "says"),
     [
-        {"model_type": "llama", "hidden_size": "wide"},
-        {"model_type": "llama", "hidden_size": 100, "num_attention_heads": 3},
-        {"model_type": "llama", "rope_scaling": {"rope_type": "linear"}},
+        ({"hidden_size": "wide"}, "hidden_size = 'wide', but a whole number"),
+        ({"hidden_size": 100, "num_attention_heads": 3}, "cannot read the config"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling of type 'linear' without its factor"),
+        ({"initializer_range": "small"}, "cannot read the config"),
     ],
 )
-def test_config_that_transformers_refuses(tmp_path: Path, config: dict[str, object]) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ArtifactError, match="cannot read the config"):
+def test_config_that_no_model_has(tmp_path: Path, config: dict[str, object], says: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    with pytest.raises(ArtifactError, match=says):
         resolve(str(tmp_path)).config()
 
 

@@ -1,0 +1,76 @@
+"""The files of a tokenizer, which may come from anybody: bounds before transformers reads them, and a sentence for what
+the Rust library behind it raises."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from compress.errors import ArtifactError
+from compress.reading import RefusedError, fault_of, read_bytes, read_json, shown
+
+OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+TEXTS = ("merges.txt", "chat_template.jinja")
+MAX_TEXT_BYTES = 32 << 20
+MODELS = ("tokenizer.json", "tokenizer.model")
+MAX_MODEL_BYTES = 256 << 20
+"""Of a vocabulary with its merges; the largest known, of 262,000 tokens, takes 33 MB."""
+
+PROBE = "It takes 2 words, <s>and a mark.\n"
+
+
+def check_files(folder: Path) -> None:
+    """Raise ArtifactError for a file of the tokenizer in `folder` that is no file, too large, or not of its kind."""
+    for name in (*OBJECTS, *TEXTS, *MODELS):
+        path = folder / name
+        if not os.path.lexists(path):
+            continue
+        try:
+            if name in OBJECTS:
+                # transformers has written a key twice itself, and reads such files.
+                if not isinstance(value := read_json(path, unique=False), dict):
+                    raise RefusedError(f"is not a JSON object but {shown(value)}")
+            elif name in TEXTS:
+                read_bytes(path, MAX_TEXT_BYTES).decode()
+            elif (fault := fault_of(path)) is not None:
+                raise RefusedError(fault)
+            elif path.stat().st_size > MAX_MODEL_BYTES:
+                raise RefusedError(f"has more than the {MAX_MODEL_BYTES:,} bytes that such a file can need")
+        except UnicodeDecodeError as error:
+            raise _damaged(path, f"is not UTF-8 text ({error.reason} at offset {error.start})") from error
+        except RefusedError as error:
+            raise _damaged(path, str(error)) from error
+
+
+def check_use(tokenizer: Any) -> None:
+    """Use the tokenizer once, as calibration and the checkpoint will: what is wrong with it shows now.
+
+    Raises RefusedError when it cannot take a text apart and put it together again, and whatever transformers raises
+    for a value of tokenizer_config.json that has the wrong type.
+    """
+    with rust_errors():
+        ids = tokenizer(PROBE, add_special_tokens=False, verbose=False)["input_ids"]
+        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+            raise RefusedError(f"gives no list of tokens for a text but {shown(ids)}")
+        if not ids:
+            raise RefusedError("gives no token at all for a text")
+        tokenizer.decode(ids)
+        tokenizer(PROBE, verbose=False)
+
+
+@contextmanager
+def rust_errors() -> Iterator[None]:
+    """What the library tokenizers raises, a plain Exception or Rust's panic, as RefusedError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is Exception or type(error).__name__ == "PanicException":
+            raise RefusedError(f"is refused by the library tokenizers: {error}") from error
+        raise
+
+
+def _damaged(path: Path, fault: str) -> ArtifactError:
+    return ArtifactError(f"The file {path} {fault}; copy the original model's tokenizer files there.")
