@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from compress.errors import ArtifactError, UsageError
+from compress.errors import UsageError
 from compress.textdata import ROW_SEPARATOR, TextData
+from compress.vocabulary import check_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,8 +31,8 @@ def token_sequences(
     """`samples` sequences of `length` tokens, int64 (samples, length).
 
     The rows are shuffled with `seed`, joined by blank lines and tokenised once, as far as they are needed; the
-    sequences follow one another without overlap. Raises UsageError when the text is too short and ArtifactError when
-    the tokenizer yields ids that the model has no embedding for.
+    sequences follow one another without overlap. Raises UsageError when the text is too short, or holds tokens that
+    the model does not have.
     """
     if samples < 1 or length < 2:
         raise UsageError(f"{samples} samples of {length} tokens cannot calibrate anything: give at least 1 of 2")
@@ -45,11 +46,7 @@ def token_sequences(
             f"for: lower --calibration-samples or --sequence-length, or give a longer --calibration-data"
         )
     tokens = torch.tensor(ids[:needed], dtype=torch.int64).view(samples, length)
-    if int(tokens.max()) >= vocab_size:
-        raise ArtifactError(
-            f"the tokenizer yields id {int(tokens.max())} but the model has {vocab_size} embeddings: "
-            f"the folder mixes the files of two models"
-        )
+    check_ids(ids[:needed], tokenizer, vocab_size, f"the calibration text {text.name!r}")
     return tokens
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from compress.architecture import Architecture
 from compress.blocks import StructuredLinear
 from compress.errors import ArtifactError
+from compress.generation import write_generation_config
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
-from compress.reading import RefusedError, read_json, shown
+from compress.reading import RefusedError, read_json, reason, shown
 from compress.skips import SkipForm, skip_from_config
 from compress.structures import DenseStructure, Structure
 from compress.structures.joint import leader_of
-from compress.weight_files import reason
 
 if TYPE_CHECKING:
     from compress.invariance import Rotations
@@ -100,13 +100,14 @@ class ShardWriter:
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_config(folder: Path, config: ProcrustesConfig, dtype: torch.dtype, generation: Any = None) -> None:
-    """config.json, and generation_config.json when the source has one."""
+def write_config(
+    folder: Path, config: ProcrustesConfig, dtype: torch.dtype, generation: Mapping[str, Any] | None = None
+) -> None:
+    """config.json, and generation_config.json with the content `generation`, None where the source has none."""
     config.architectures = ["ProcrustesForCausalLM"]
     config.dtype = dtype
     config.save_pretrained(folder)
-    if generation is not None:
-        generation.save_pretrained(folder)
+    write_generation_config(folder, generation)
 
 
 def write_rotations(folder: Path, rotations: Rotations) -> None:

@@ -11,9 +11,11 @@ from compress.architecture import WRITERS
 from compress.checkpoint import CheckpointReader, ShardWriter, read_rotations
 from compress.errors import UsageError
 from compress.families import TensorNames, tensor_names
+from compress.generation import write_generation_config
 from compress.invariance import FoldedModel, Rotations, unrotate
 from compress.models import ModelSource
 from compress.statistics import SUB_BLOCKS
+from compress.structures import cast
 
 
 def write_plain(
@@ -53,7 +55,8 @@ def write_plain(
                 for role in (*arch.readers(sub), WRITERS[sub]):
                     linear, side = f"layers.{i}.{role}", arch.side(role)
                     q = rotations.at(2 * i + SUB_BLOCKS.index(sub) + (side == "out"))
-                    dense = unrotate(reader.structure(linear).dense(reader.factors(linear)).float(), side, q)
+                    factors = cast(reader.factors(linear), torch.float32)  # before their product, not after it
+                    dense = unrotate(reader.structure(linear).dense(factors), side, q)
                     if arch.norm == "layernorm" and side == "out":
                         _check_mean_free(dense, linear, stored)
                     shards.add(layer.linears[role].weight, dense)
@@ -72,6 +75,7 @@ def write_plain(
     config = type(source.config())(**{k: v for k, v in source.config().to_dict().items() if k != "quantization_config"})
     config.dtype = dtype
     config.save_pretrained(folder)
+    write_generation_config(folder, source.generation_config())
     source.tokenizer().save_pretrained(folder)
 
 

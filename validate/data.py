@@ -12,6 +12,7 @@ from torch import Tensor
 
 from compress.errors import UsageError
 from compress.textdata import TextData
+from compress.vocabulary import check_ids
 
 CHARACTERS = 4 << 20
 """Of text that are tokenised at the least: what is longer is read as far as the windows go."""
@@ -77,10 +78,8 @@ def make_windows(
             f"the text {text.name!r} is too short: {len(ids)} tokens, and one window takes {length}; "
             "give a longer text or a smaller --sequence-length"
         )
-    if vocab_size is not None and int(ids.max()) >= vocab_size:
-        raise UsageError(
-            f"the tokenizer gives token {int(ids.max())} and the model has {vocab_size}: they do not belong together"
-        )
+    if vocab_size is not None:
+        check_ids([int(ids.max())], tokenizer, vocab_size, f"the text {text.name!r}")
     count = 1 + (len(ids) - length) // stride
     bos = getattr(tokenizer, "bos_token_id", None)
     return Windows(

@@ -27,7 +27,7 @@ from compress.paper.projections import frobenius_factors, weighted_factors
 from compress.paper.shapes import Kind, paper_structures
 from compress.procrustes import polar
 from compress.statistics import SUB_BLOCKS
-from compress.structures import KroneckerStructure, Structure
+from compress.structures import KroneckerStructure, Structure, cast
 
 ALS_ITERATIONS = 10
 """Of stage 1: the paper's configuration file; its text has 50, and 25 for the 13b models."""
@@ -276,7 +276,7 @@ def solve_position(
         rotation_seconds,
         projection_seconds,
     )
-    stored = {name: {k: v.float() for k, v in parts.items()} for name, parts in factors.items()}
+    stored = {name: cast(parts, torch.float32) for name, parts in factors.items()}
     if not all(bool(torch.isfinite(v).all()) for parts in stored.values() for v in (q, *parts.values())):
         raise ArithmeticError(f"the paper's fit at position {position} is not finite")
     return PaperPosition(position, q, stored, errors, record)

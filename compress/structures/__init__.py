@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compress.structures.base import Structure, register, registry, structure_from_config
+    from compress.structures.base import Structure, cast, register, registry, structure_from_config
     from compress.structures.compot import Compot24Structure, CompotStructure
     from compress.structures.dense import DenseStructure
     from compress.structures.gs import GroupShuffleStructure
@@ -29,6 +29,7 @@ __all__ = [
     "PivotedStructure",
     "SelectStructure",
     "Structure",
+    "cast",
     "core_of",
     "register",
     "registry",
@@ -46,6 +47,7 @@ _HOME = {
     "PivotedStructure": "pifa",
     "SelectStructure": "select",
     "Structure": "base",
+    "cast": "base",
     "core_of": "select",
     "register": "base",
     "registry": "base",

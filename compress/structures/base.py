@@ -162,6 +162,11 @@ def registry() -> dict[str, type[Structure]]:
     return dict(sorted(_REGISTRY.items()))
 
 
+def cast(factors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The factors in another floating type; integers (an order, a mask) stay what they are."""
+    return {name: f.to(dtype) if f.is_floating_point() else f for name, f in factors.items()}
+
+
 def structure_from_config(config: Mapping[str, Any]) -> Structure:
     """Read back what `Structure.to_config` wrote. Raises ArtifactError, naming the field, for anything else."""
     if not isinstance(config, Mapping):

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from typing_extensions import Self
 
 from compress.errors import UsageError
-from compress.structures.base import Side, Structure, register
+from compress.structures.base import Side, Structure, cast, register
 from compress.structures.dense import DenseStructure
 from compress.structures.linalg import Problem, result_dtype
 
@@ -121,7 +121,7 @@ class SelectStructure(Structure):
         else:
             factors = self.reduced.fit(target, moment, other)
         dtype = result_dtype(weight)
-        return {n: f.to(dtype).contiguous() if f.is_floating_point() else f for n, f in factors.items()}
+        return {name: f.contiguous() for name, f in cast(factors, dtype).items()}
 
     def apply(self, factors: Mapping[str, Tensor], x: Tensor) -> Tensor:
         lead, kept, size = x.shape[:-1], self.kept, self.group_size

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from compress.artifact import Artifact
-from compress.checkpoint import load_model
+from compress.checkpoint import CheckpointReader, load_model
 from compress.errors import UsageError
 from compress.pipeline import compress_model, has_checkpoint
+from compress.structures import cast
 from tests import tiny
 from tests.compress import helpers
 from tests.compress.helpers import TinyModel, logits_of, once, relative, text_file, tiny_source
@@ -110,6 +112,17 @@ def test_stage_belongs_to_its_checkpoint(artifacts: list[Artifact]) -> None:
     for artifact in artifacts:
         artifact.verify(["dense"])
         assert artifact.require_stage("dense") == artifact.path("dense")
+
+
+def test_products_are_not_rounded_to_half_precision(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Factors in 16 bits are multiplied in more: OUT/dense is in float32."""
+    wanted = helpers.recipe(text_file(tmp_path), structure="lowrank", ratio=0.5, checkpoint_dtype="bfloat16")
+    out = compress_model(tiny_source(tiny_model, "tiny_llama"), wanted, tmp_path / "out", materialize_dense=True).out
+    reader = CheckpointReader(out / "checkpoint")
+    linear = next(n for n in reader.linears() if n.endswith("mlp.gate") and reader.structure(n).name == "lowrank")
+    exact = reader.structure(linear).dense(cast(reader.factors(linear), torch.float64))
+    stored = {k: v for file in (out / "dense").glob("*.safetensors") for k, v in load_file(file).items()}
+    assert relative(stored[f"model.{linear}_proj.weight"].double(), exact) < 1e-6
 
 
 @pytest.mark.parametrize("changes", [{"structure": "kron", "rotation": "none"}, {"structure": "gs"}])

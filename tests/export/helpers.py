@@ -73,6 +73,7 @@ def write_checkpoint(
     arch: Architecture,
     structures: Mapping[str, Structure] | None = None,
     override: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
     **choices: Any,
 ) -> ProcrustesForCausalLM:
     """Random weights of the right scale under `folder`, but for those in `override`; returns the model."""
@@ -83,7 +84,7 @@ def write_checkpoint(
         shapes = {name: value.shape for name, value in ProcrustesForCausalLM(config).state_dict().items()}
     if config.tie_word_embeddings:
         shapes = {n: s for n, s in shapes.items() if n not in ("lm_head.weight", "lm_head.U", "lm_head.R")}
-    with ShardWriter(folder) as writer:
+    with ShardWriter(folder, dtype) as writer:
         for name, shape in shapes.items():
             structure = (structures or {}).get(name.removeprefix("model.").rpartition(".")[0])
             if name.endswith(".mask") and isinstance(structure, CompotStructure):
@@ -94,7 +95,7 @@ def write_checkpoint(
             else:
                 value = _random(name, shape, generator)
             writer.add(name, value if override is None else override.get(name, value))
-    write_config(folder, config, torch.float32)
+    write_config(folder, config, dtype)
     return load_model(folder)
 
 

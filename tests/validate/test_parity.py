@@ -18,10 +18,28 @@ from compress.checkpoint import CheckpointReader, load_model
 from compress.errors import ArtifactError
 from compress.models import resolve
 from compress.pipeline import rewritten_model
-from compress.structures import KroneckerStructure
+from compress.structures import (
+    DenseStructure,
+    KroneckerStructure,
+    PivotedStructure,
+    SelectStructure,
+    Structure,
+    registry,
+)
 from export.engines.ort import OrtRunner
+from tests.export.helpers import llama, write_checkpoint
 from tests.validate.damaging import damage
-from validate.parity import Rung, dense_export_error, make_prompts, relative_error, rung_1, rung_2, rung_3, worst
+from validate.parity import (
+    Choices,
+    Rung,
+    dense_export_error,
+    make_prompts,
+    relative_error,
+    rung_1,
+    rung_2,
+    rung_3,
+    worst,
+)
 
 PROMPTS = make_prompts(300, 24)
 
@@ -109,6 +127,31 @@ def test_rung_2_passes_and_counts(built: Any) -> None:
     assert rung.facts["layers"] + rung.facts["dense_layers"] == len(reader.linears())
 
 
+def every_structure() -> list[Structure]:
+    """Each registered structure in both directions, and what lies between kept features in each that may."""
+    found: list[Structure] = []
+    for name, cls in registry().items():
+        if name in ("dense", "select"):
+            continue
+        for n, m in ((128, 64), (64, 128)):
+            found.append(cls.for_ratio(m, n, "in" if n > m else "out", 0.75, 16))
+    cores = [PivotedStructure(48, 128, 16, "in"), PivotedStructure(48, 128, 16, "out"), DenseStructure(48, 128)]
+    return [*found, *(SelectStructure(64, 128, 48, 1, "in", core) for core in cores)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("structure", every_structure(), ids=str)
+def test_rung_2_on_every_structure(structure: Structure, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Integers among the factors included, and factors stored in 16 bits."""
+    arch = llama(hidden_size=64, intermediate_size=128, head_dim=16, num_layers=1)
+    n, m = structure.out_features, structure.in_features
+    role = next(role for role, shape in arch.linears().items() if shape == (n, m))
+    write_checkpoint(tmp_path, arch, {f"layers.0.{role}": structure}, dtype=dtype)
+    rung = rung_2(CheckpointReader(tmp_path))
+    assert rung.passed, rung
+    assert rung.facts["layers"] == 1
+
+
 def test_rung_2_catches_one_wrong_factor_value(built: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The factored product sees another value than the dense equivalent, in one layer only."""
     reader = CheckpointReader(built.out / "checkpoint")
@@ -148,6 +191,22 @@ def test_rung_3_passes(built: Any) -> None:
         assert {f"{prompt.name}: {kind}" for kind in ("full forward", "prefill", "decode with cache")} <= set(
             rung.cases
         )
+
+
+def test_clear_choices_must_agree_and_near_ties_need_not() -> None:
+    reference = torch.tensor([[10.0, 0.0, 0.0], [10.0, 9.9, 0.0], [0.0, 10.0, 5.0]])
+    rounded = torch.tensor([[10.0, 0.0, 0.0], [9.9, 10.0, 0.0], [0.0, 10.0, 5.0]])
+    greedy = {"sequences": 1, "equal": 1, "ties": 0, "different": 0}
+    choices = Choices(0.01)  # two errors of 1 % of 10: closer than 0.2 is a near tie
+    choices.add(reference, rounded)
+    facts, failures = choices.result(greedy)
+    assert (facts["positions"], facts["clear_positions"], failures) == (3, 2, ())
+    assert facts["top1_agreement"] == pytest.approx(2 / 3)
+    choices.add(reference, reference.roll(1, dims=-1))
+    assert choices.result({**greedy, "different": 2})[1] == (
+        "2 of 4 clear top-1 choices differ",
+        "2 of 1 greedy continuations differ",
+    )
 
 
 @pytest.mark.parametrize("which", [0, -1])

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress.errors import ArtifactError, UsageError
-from compress.structures import CompotStructure, Structure, structure_from_config, weighted_error
+from compress.structures import CompotStructure, Structure, cast, structure_from_config, weighted_error
 from compress.structures.compot import pack
 
 bounded = settings(
@@ -155,8 +155,22 @@ class StructureBattery:
         x = torch.randn(5, spec.in_features, generator=generator(), dtype=torch.float64).to(dtype)
         y = spec.apply(factors, x)
         assert y.dtype == dtype
-        exact = x.double() @ spec.dense({**factors, **{name: f.double() for name, f in floating(factors).items()}}).T
+        exact = x.double() @ spec.dense(cast(factors, torch.float64)).T
         assert (y.double() - exact).norm() <= 4 * torch.finfo(dtype).eps * max(float(exact.norm()), 1.0)
+
+    @bounded
+    @given(data=st.data())
+    def test_cast_factors_are_still_factors(self, data: st.DataObject) -> None:
+        """In another floating type the factors pass their check and give the same matrix; integers are the same."""
+        spec = data.draw(self.specs())
+        factors = random_factors(spec, 1)
+        found = cast(factors, torch.float32)
+        spec.check_factors(found)
+        torch.testing.assert_close(spec.dense(found).double(), spec.dense(factors), rtol=1e-4, atol=1e-5)
+        for name in factors.keys() - floating(factors).keys():
+            assert found[name].dtype == factors[name].dtype
+            assert torch.equal(found[name], factors[name])
+        assert {f.dtype for f in floating(found).values()} == {torch.float32}
 
     @bounded
     @given(data=st.data())
