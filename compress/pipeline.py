@@ -114,11 +114,10 @@ def compress_model(
     artifact = Artifact(out)
     arch = source.architecture()
     check_recipe(arch, recipe)
-    request = request_digest(source, recipe)
     runner_device = torch_device(device)
     with artifact.lock():
         artifact.claim("checkpoint", "recipe.yaml", *(["dense"] if materialize_dense else []))
-        state = artifact.open_state(request | {"versions": versions()})
+        # Weights, tokenizer and text are looked at before anything that takes long, such as hashing the weights.
         model = folded(source)
         tokenizer = source.tokenizer()
         tokens = None
@@ -133,6 +132,8 @@ def compress_model(
                 vocab_size=arch.vocab_size,
             )
             _warn_when_short(tokens.numel(), max(m for _, m in arch.linears().values()))
+        request = request_digest(source, recipe)
+        state = artifact.open_state(request | {"versions": versions()})
         folder = None if statistics is None else statistics / statistics_digest(source, recipe)
         fitted = fit_model(model, recipe, tokens, state, runner_device, batch, folder)
         summarise(fitted.records)
