@@ -14,6 +14,9 @@ from tests import tiny
 from tests.hostile.conftest import assert_refused
 from tests.hostile.sandbox import Sandbox
 
+# As short as the tiny model's positions.
+SHORT = ("--calibration-samples", 4, "--sequence-length", 32)
+
 
 def billion() -> str:
     """Nine lines of aliases that stand for a billion values."""
@@ -30,7 +33,7 @@ RECIPES: dict[str, tuple[str, str]] = {
     "an object of Python": ("ratio: !!python/object/apply:os.getcwd []", "is not YAML"),
     "a seed of 2^70": (f"calibration: {{seed: {2**70}}}", "calibration.seed"),
     "a ratio of nan": ("ratio: .nan", "ratio"),
-    "infinite layers": ("latency_table: x\nbudget_latency: .inf", "budget_latency"),
+    "an infinite budget": ("latency_table: x\nbudget_latency: .inf", "budget_latency: .*finite number"),
     "a number of 10,000 digits": (f"budget_bytes: {'9' * 10_000}", "is no number"),
     "nested open": ("layers: " + "[" * 5_000, "nested more than 64 deep"),
     "nested closed": ("layers: " + "[" * 70 + "]" * 70, "nested more than 64 deep"),
@@ -54,7 +57,7 @@ def test_recipe(name: str, sandbox: Sandbox, sound: Callable[[str], Path], text:
     content, says = RECIPES[name]
     (tmp_path / "r.yaml").write_text(content)
     flags = ("--recipe", tmp_path / "r.yaml", "--calibration-data", text, "--out", tmp_path / "out")
-    outcome = sandbox.run("compress.run", "--model", sound("tiny_llama"), *flags)
+    outcome = sandbox.run("compress.run", "--model", sound("tiny_llama"), *SHORT, *flags)
     assert_refused(outcome, 2, says)
 
 
@@ -77,7 +80,7 @@ def test_what_is_no_file(
 ) -> None:
     not_files(tmp_path / file)[kind]()
     outcome = sandbox.run(
-        "compress.run", "--model", sound("tiny_llama"), flag, tmp_path / file, "--out", tmp_path / "out"
+        "compress.run", "--model", sound("tiny_llama"), *SHORT, flag, tmp_path / file, "--out", tmp_path / "out"
     )
     assert_refused(outcome, 2, f"{kind}")
 
@@ -89,8 +92,8 @@ def test_a_latency_table_that_is_no_file(
     not_files(tmp_path / "table.json")[kind]()
     flags = ("--structure", "auto", "--budget-latency", "1", "--latency-table", tmp_path / "table.json")
     outcome = sandbox.run(
-        *("compress.run", "--model", sound("tiny_llama"), *flags, "--calibration-data", text),
-        *("--out", tmp_path / "out", "--dry-run"),
+        *("compress.run", "--model", sound("tiny_llama"), *SHORT, *flags),
+        *("--calibration-data", text, "--out", tmp_path / "out"),
     )
     assert_refused(outcome, 2, kind)
 
@@ -113,9 +116,8 @@ def test_a_latency_table_that_is_no_file(
 def test_flags(
     flags: tuple[object, ...], says: str, sandbox: Sandbox, sound: Callable[[str], Path], text: Path, tmp_path: Path
 ) -> None:
-    if "--calibration-data" not in flags:
-        flags = ("--calibration-data", text, "--calibration-samples", 4, "--sequence-length", 32, *flags)
-    outcome = sandbox.run("compress.run", "--model", sound("tiny_llama"), "--out", tmp_path / "out", *flags)
+    flags = (*SHORT, "--calibration-data", text, "--out", tmp_path / "out", *flags)
+    outcome = sandbox.run("compress.run", "--model", sound("tiny_llama"), *flags)
     assert_refused(outcome, 2, says)
 
 
@@ -131,6 +133,7 @@ def test_half_a_surrogate_pair_in_the_text(
     assert "warning: line 2 of" in outcome.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t.txt", "t.jsonl", "one-row.jsonl"])
 def test_a_large_text_for_few_tokens(
     name: str, sandbox: Sandbox, sound: Callable[[str], Path], small: tuple[object, ...], tmp_path: Path
