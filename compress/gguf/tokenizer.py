@@ -15,21 +15,9 @@ _KINDS = ("gpt2", "llama")
 _DIGITS = ("smollm", "starcoder", "refact", "codeshell", "command-r")
 # and those that it splits rightly.
 _KNOWN = (
-    *(
-        "default",
-        "gpt-2",
-        "gpt2",
-        "llama3",
-        "llama-v3",
-        "llama-bpe",
-        "falcon3",
-        "falcon-h1",
-        "pixtral",
-        "midm-2.0",
-        "lfm2",
-    ),
-    *("dbrx", "smaug-bpe", "tekken", "qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "qwen35", "gpt-4o"),
-    *("llama4", "kanana2", "talkie", "minimax-m2", "jina-v5-nano"),
+    *("default", "gpt-2", "gpt2", "llama3", "llama-v3", "llama-bpe", "llama4", "falcon3", "falcon-h1", "pixtral"),
+    *("midm-2.0", "lfm2", "dbrx", "smaug-bpe", "tekken", "qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez"),
+    *("qwen35", "gpt-4o", "kanana2", "talkie", "minimax-m2", "jina-v5-nano"),
 )
 _IDS = ("bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id")
 
