@@ -7,10 +7,10 @@ from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compress.artifact import Artifact
-from compress.errors import ArtifactError, UsageError
+from compress.errors import UsageError
 from compress.progress import log
 
 if TYPE_CHECKING:
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 
 class Baseline:
-    """OUT, verified, and its source. As a context it holds OUT's lock and removes what it made in OUT/state.
+    """OUT, verified, and its source. As a context it holds OUT's lock and removes what it made beside it.
 
-    `model` names the source where the manifest cannot (a local folder); `dense` is a dense ONNX export to use.
-    Raises ArtifactError when OUT is damaged or the source is not the one that it was made from.
+    `model` names the source, in place of what the manifest says of it; `dense` is a dense ONNX export to use.
+    Raises ArtifactError when OUT is damaged or the source is not the one that it was made from, UsageError when it is
+    not found.
     """
 
     def __init__(self, out: Path, *, model: str | None = None, dense: Path | None = None) -> None:
@@ -36,7 +37,11 @@ class Baseline:
         self.manifest = self.artifact.read_manifest()
         self.artifact.verify()
         self.checkpoint = self.artifact.require_stage("checkpoint")
-        self._stack.enter_context(self.artifact.lock())
+        with ExitStack() as stack:
+            stack.enter_context(self.artifact.lock())
+            self.artifact.claim("reports")
+            self.artifact.clear_finished_state()
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -59,17 +64,9 @@ class Baseline:
     @cached_property
     def source(self) -> ModelSource:
         """The model that OUT was made from, found again and held against the manifest's hashes."""
-        from compress.models import resolve
+        from compress.provenance import find_source
 
-        recorded = self.manifest["source"]
-        revision = recorded.get("revision") if self._model is None else None
-        source = resolve(self._model or source_name(recorded), revision=revision)
-        if source.sha256 != recorded.get("sha256"):
-            raise ArtifactError(
-                f"{source.name!r} is not the model that {self.artifact.out} was made from: its weight files have "
-                "other SHA-256 sums than those in the manifest; name the right one with --model"
-            )
-        return source
+        return find_source(self.manifest["source"], self.artifact.out, self._model)
 
     @cached_property
     def dense(self) -> ProcrustesForCausalLM:
@@ -102,7 +99,7 @@ class Baseline:
         return ModelCost.of(dense), ModelCost.of(config)
 
     def dense_onnx(self) -> Path:
-        """The dense model, exported by the same code with the same options; made in OUT/state when not given."""
+        """The dense model, exported by the same code with the same options; made beside it when not given."""
         if self._dense is not None:
             path = self._dense / "model.onnx" if self._dense.is_dir() else self._dense
             if not path.is_file():
@@ -112,31 +109,10 @@ class Baseline:
         from export.graph import export_onnx
         from validate.graphfacts import GraphFacts
 
-        folder = self.artifact.state_folder() / "dense-baseline"
-        self._stack.callback(_remove, folder)
+        folder = self._stack.enter_context(self.artifact.scratch("dense-baseline"))
         facts = GraphFacts.of(self.onnx)
         log("exporting the dense model as the baseline")
         write_dense(self.source, folder / "checkpoint")
         info = export_onnx(folder / "checkpoint", folder / "onnx", dtype=facts.dtype, logits=facts.logits)
         shutil.rmtree(folder / "checkpoint")
         return info.path
-
-
-def source_name(recorded: dict[str, Any]) -> str:
-    """What to call the source by, from the manifest. Raises UsageError for a local folder or file."""
-    from compress.aliases import PACKAGED
-
-    kind, name = recorded.get("kind"), str(recorded.get("id", ""))
-    if kind == "hub":
-        return f"hf:{name}"
-    for alias, package in PACKAGED.items():
-        if name == f"{package.distribution}=={package.version}":
-            return alias
-    raise UsageError(f"the manifest knows the source model only as {name!r}; say where it is with --model PATH")
-
-
-def _remove(folder: Path) -> None:
-    """Remove what we made in OUT/state, and OUT/state itself when nothing else is in it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    if folder.parent.is_dir() and not any(folder.parent.iterdir()):
-        folder.parent.rmdir()
