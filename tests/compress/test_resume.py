@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from compress import streams
 from compress.artifact import Artifact
 from compress.errors import ArtifactError, UsageError
 from compress.models import ModelSource
@@ -21,8 +22,6 @@ from compress.recipe import Recipe
 from compress.streams import Runner
 from tests.compress import helpers
 from tests.compress.helpers import TinyModel, interrupted_at, same_files, text_file, tiny_source
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -115,60 +114,52 @@ def test_damaged_shared_statistics_are_found_out(
     assert next(shared.rglob("forward-1.safetensors")).read_bytes() == content
 
 
-RUN = """
-import sys
-from pathlib import Path
-from compress.models import resolve
-from compress.pipeline import compress_model
-from tests.compress import helpers
-model, text, out, shared = map(Path, sys.argv[1:])
-save, reached = streams.save_file, []
-def paused(*arguments):
-    if not reached:  # the first piece: the others are to come while this one works
-        reached.append(True)
-        print("collecting", flush=True)
-        sys.stdin.readline()
-    save(*arguments)
-streams.save_file = paused
-recipe = helpers.recipe(text, structure="lowrank", ratio=0.7)
-compress_model(resolve(str(model)), recipe, out, statistics=shared)
-"""
+def started(work: Callable[[], object], log: Path) -> int:
+    """The id of a child that does it; what it says goes to `log`."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            with log.open("w") as file:
+                os.dup2(file.fileno(), 2)
+                sys.stderr = file
+                work()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for it, at most five minutes."""
+    for _ in range(30_000):
+        if condition():
+            return
+        time.sleep(0.01)
+    pytest.fail("it did not come to that")
 
 
 def test_two_processes_share_statistics_one_after_the_other(
-    source: ModelSource, wanted: Recipe, tiny_model: TinyModel, tmp_path: Path
+    source: ModelSource, wanted: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shared, text = tmp_path / "statistics", tmp_path / "text.txt"
+    shared, save, logs = tmp_path / "statistics", streams.save_file, {n: tmp_path / f"{n}.log" for n in "ab"}
+    go_on = tmp_path / "go-on"
 
-    def start(name: str) -> subprocess.Popen[str]:
-        arguments = [tiny_model("tiny_llama_tied"), text, tmp_path / name, shared]
-        return subprocess.Popen(
-            [sys.executable, "-c", RUN, *map(str, arguments)],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def paused(*arguments: Any) -> None:
+        until(go_on.exists)
+        save(*arguments)
 
-    first = start("first")
-    assert first.stdout is not None
-    assert first.stdin is not None
-    assert first.stdout.readline() == "collecting\n"
-    second = start("second")
-    assert second.stderr is not None
-    for line in second.stderr:
-        if f"waiting for process {first.pid}" in line:
-            break
-    else:
-        pytest.fail("the second process did not wait")
-    first.stdin.write("\n")
-    first.stdin.flush()
-    assert first.communicate(timeout=300) is not None
-    second.communicate("\n", timeout=300)
-    assert (first.returncode, second.returncode) == (0, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(streams, "save_file", paused)  # the first has begun, and has kept no moments yet
+        first = started(lambda: compress_model(source, wanted, tmp_path / "a", statistics=shared), logs["a"])
+        until(lambda: any(shared.rglob("dense-1.f32")))
+    second = started(lambda: compress_model(source, wanted, tmp_path / "b", statistics=shared), logs["b"])
+    until(lambda: logs["b"].exists() and f"waiting for process {first}" in logs["b"].read_text())
+    go_on.touch()
+    assert [os.waitpid(child, 0)[1] for child in (first, second)] == [0, 0], logs["b"].read_text()
+    assert "calibrate" not in logs["b"].read_text()  # they were there
     alone = compress_model(source, wanted, tmp_path / "alone")
-    for name in ("first", "second"):
+    for name in "ab":
         same_files(Artifact(tmp_path / name), alone)
     assert len(list(shared.iterdir())) == 1
 
@@ -181,7 +172,7 @@ def test_every_file_honours_the_umask(source: ModelSource, wanted: Recipe, tmp_p
         finally:
             os.umask(before)
         paths = list(out.rglob("*"))
-        assert {path.name for path in paths} >= {"checkpoint", "dense", "manifest.json", "model.safetensors"}
+        assert {path.name for path in paths} >= {"checkpoint", "dense", "manifest.json", "recipe.yaml"}
         for path in paths:
             assert stat.S_IMODE(path.stat().st_mode) == (of_folders if path.is_dir() else of_files), path
 
