@@ -6,6 +6,7 @@ folded into the neighbouring weights (compress/invariance.py), which leaves the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -39,7 +40,10 @@ def rms_normalise(x: Tensor, eps: float) -> Tensor:
 
 
 def rope_frequencies(arch: Architecture) -> tuple[Tensor, float]:
-    """Inverse frequencies (head_dim / 2,) in float32 and the factor on cos and sin, by transformers' own rules."""
+    """Inverse frequencies (head_dim / 2,) in float32 and the factor on cos and sin, by transformers' own rules.
+
+    Raises ArtifactError for parameters from which these rules make no finite numbers.
+    """
     from transformers.models.llama.configuration_llama import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -50,8 +54,14 @@ def rope_frequencies(arch: Architecture) -> tuple[Tensor, float]:
         max_position_embeddings=arch.max_positions,
         rope_parameters=dict(arch.rope or {}),
     )
-    rotary = LlamaRotaryEmbedding(config)
-    return rotary.inv_freq.float(), float(rotary.attention_scaling)
+    try:
+        rotary = LlamaRotaryEmbedding(config)
+        frequencies, scaling = rotary.inv_freq.float(), float(rotary.attention_scaling)
+    except (ArithmeticError, ValueError, TypeError, KeyError) as error:
+        raise ArtifactError(f"the rotary parameters {arch.rope} cannot be computed with ({error!r})") from error
+    if not bool(torch.isfinite(frequencies).all()) or not math.isfinite(scaling):
+        raise ArtifactError(f"the rotary parameters {arch.rope} give frequencies that are not finite")
+    return frequencies, scaling
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ from torch import Tensor
 from compress.architecture import Architecture
 from compress.blocks import StructuredLinear
 from compress.errors import ArtifactError
+from compress.generation import write_generation_config
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
+from compress.reading import RefusedError, read_json, reason, shown
 from compress.skips import SkipForm, skip_from_config
 from compress.structures import DenseStructure, Structure
 from compress.structures.joint import leader_of
@@ -98,13 +100,14 @@ class ShardWriter:
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_config(folder: Path, config: ProcrustesConfig, dtype: torch.dtype, generation: Any = None) -> None:
-    """config.json, and generation_config.json when the source has one."""
+def write_config(
+    folder: Path, config: ProcrustesConfig, dtype: torch.dtype, generation: Mapping[str, Any] | None = None
+) -> None:
+    """config.json, and generation_config.json with the content `generation`, None where the source has none."""
     config.architectures = ["ProcrustesForCausalLM"]
     config.dtype = dtype
     config.save_pretrained(folder)
-    if generation is not None:
-        generation.save_pretrained(folder)
+    write_generation_config(folder, generation)
 
 
 def write_rotations(folder: Path, rotations: Rotations) -> None:
@@ -157,22 +160,28 @@ class CheckpointReader:
         self.folder = Path(folder)
         raw, index = self._json("config.json"), self._json(INDEX)
         if raw.get("model_type") != ProcrustesConfig.model_type:
-            raise ArtifactError(f"{folder}/config.json has model_type {raw.get('model_type')!r}, not 'procrustes'")
+            raise ArtifactError(f"{folder}/config.json has model_type {shown(raw.get('model_type'))}, not 'procrustes'")
         if raw.get("format_version") != FORMAT:
             raise ArtifactError(
-                f"{folder}/config.json has format_version {raw.get('format_version')!r}, this program reads {FORMAT}; "
-                f"compress the model again"
+                f"{folder}/config.json has format_version {shown(raw.get('format_version'))}, this program reads "
+                f"{FORMAT}; compress the model again"
             )
-        self.config = ProcrustesConfig.from_pretrained(self.folder)
+        self.config = _config(self.folder)
         self.architecture: Architecture = self.config.parsed_architecture()
         self._structures = self.config.parsed_structures()
         self._skips = self.config.parsed_skips()
         self.extra_biases = self.config.parsed_extra_biases()
         if unknown := sorted(self._structures.keys() - set(self.linears())):
             raise ArtifactError(
-                f"{folder}/config.json has a structure for {unknown[0]!r}, which is no linear of its model"
+                f"{folder}/config.json has a structure for {shown(unknown[0])}, which is no linear of its model"
             )
-        for linear in self._structures:
+        for linear, structure in self._structures.items():
+            n, m = self.architecture.linears()[linear.split(".", 2)[2]]
+            if (structure.out_features, structure.in_features) != (n, m):
+                raise ArtifactError(
+                    f"{folder}/config.json gives {linear} a structure of {structure.out_features} x "
+                    f"{structure.in_features} features, where its model has {n} x {m}; compress the model again"
+                )
             leader_of(self._structures, linear)
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -180,15 +189,24 @@ class CheckpointReader:
         self._weight_map: dict[str, str] = weight_map
         for file in sorted(set(weight_map.values())):
             if Path(file).name != file:
-                raise ArtifactError(f"{self.folder / INDEX} points outside its folder: {file!r}")
+                raise ArtifactError(f"{self.folder / INDEX} points outside its folder: {shown(file)}")
+        # Before a module is made for each layer that config.json claims.
+        stored = {name.split(".")[2] for name in weight_map if name.startswith("model.layers.")}
+        if stored != {str(i) for i in range(self.architecture.num_layers)}:
+            raise ArtifactError(
+                f"{folder}/config.json has {self.architecture.num_layers} layers, but {INDEX} has tensors of "
+                f"{len(stored)}; compress the model again"
+            )
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self.folder / name
         try:
-            value = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            value = read_json(path)
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be read ({error.strerror}); change its permissions") from error
+        except RefusedError as error:
             raise ArtifactError(
-                f"{self.folder} is not a compressed checkpoint ({name}: {error}); run compress.run first"
+                f"{self.folder} is not a compressed checkpoint ({name} {error}); run compress.run first"
             ) from error
         if not isinstance(value, dict):
             raise ArtifactError(f"{path} is not a JSON object; compress the model again")
@@ -253,6 +271,18 @@ class CheckpointReader:
         """The bias of one linear, or None."""
         name = f"model.{linear}.bias"
         return self.get(name) if name in self._weight_map else None
+
+
+def _config(folder: Path) -> ProcrustesConfig:
+    """config.json as transformers reads it; ArtifactError for values that it refuses."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        return ProcrustesConfig.from_pretrained(folder)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, StrictDataclassError) as error:
+        raise ArtifactError(
+            f"transformers refuses {folder / 'config.json'} ({reason(error)}); compress the model again"
+        ) from error
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> ProcrustesForCausalLM:

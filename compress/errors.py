@@ -13,6 +13,8 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from compress.standard_streams import readers_may_leave
+
 
 class ProcrustesError(Exception):
     """A failure that we can put into a sentence. Raised itself only for a bug in this project."""
@@ -33,7 +35,7 @@ class GateError(ProcrustesError):
 
 
 class MissingDependencyError(ProcrustesError):
-    """The environment lacks a package, a library or a device."""
+    """The environment lacks a package, a library, a device, memory or file handles."""
 
     exit_code = 4
 
@@ -65,26 +67,29 @@ def run_cli(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
     traceback unless `--debug` is among the arguments or PROCRUSTES_DEBUG=1. Anything else is a bug and passes
     through, so that the interpreter prints its traceback and exits with 1; so does SystemExit, which argparse
     raises for usage errors. `argv=None` means the process's own arguments, as for argparse.
+
+    A reader of stdout or stderr that has gone (`| head -1`), or was never there (`>&-`), changes neither the work nor
+    the exit code: what was asked for is the artefact, or the answer of a gate, and whether a pipe breaks before the
+    last line is a matter of timing. Programs whose output is all that they make end with 141 instead.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("PROCRUSTES_DEBUG", "0") not in ("", "0")
-    try:
-        code = main(argv)
-        sys.stdout.flush()  # a closed pipe shows here, where it can be handled, and not at interpreter exit
-        return code
-    except KeyboardInterrupt:
-        return _fail("interrupted; run the same command again to resume", INTERRUPTED, debug, prefix="")
-    except BrokenPipeError:
-        # The reader of our output (head, less) is gone. Later writes must not raise again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
-    except ProcrustesError as error:
-        return _fail(str(error), error.exit_code, debug)
-    except OSError as error:
-        advice = _WRITE_ADVICE.get(error.errno or 0)
-        if advice is None:
-            raise
-        return _fail(f"{describe_os_error(error)}; {advice}", ArtifactError.exit_code, debug)
+    from compress.shortages import run_telling
+
+    with readers_may_leave():
+        try:
+            code = run_telling(main, argv)
+            sys.stdout.flush()  # a disk that is full shows here, where it can be told
+            return code
+        except KeyboardInterrupt:
+            return _fail("interrupted; run the same command again to resume", INTERRUPTED, debug, prefix="")
+        except ProcrustesError as error:
+            return _fail(str(error), error.exit_code, debug)
+        except OSError as error:
+            advice = _WRITE_ADVICE.get(error.errno or 0)
+            if advice is None:
+                raise
+            return _fail(f"{describe_os_error(error)}; {advice}", ArtifactError.exit_code, debug)
 
 
 def describe_os_error(error: OSError) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -11,9 +11,12 @@ from compress.allocation import Choice, convex_hull
 from compress.architecture import WRITERS
 from compress.inner import InnerRewrites
 from compress.invariance import FoldedModel
+from compress.kept import Keeper, Nowhere
 from compress.menus import (
+    CORES,
     Cost,
     Linear,
+    core_menu,
     dense_choice,
     every_choice,
     joint_menu,
@@ -24,6 +27,7 @@ from compress.menus import (
     selected_menu,
 )
 from compress.metrics import loss_metric
+from compress.nested import Nested
 from compress.procrustes import StreamTerm, damped
 from compress.recipe import Recipe
 from compress.rotating import StreamRotations, position_of
@@ -31,11 +35,12 @@ from compress.selection import neuron_order, value_output_basis
 from compress.statistics import SUB_BLOCKS, StreamMoments
 from compress.structures import KroneckerStructure, SelectStructure, Structure, core_of
 
-CORES = ("pifa",)
-"""Structures that may lie between what a selection keeps, beside sums of Kronecker products. Pivoted low rank took the
-predicted loss of SmolLM2-135M at 0.75 from 0.166 to 0.150; plain low rank gains nothing there (0.1810 to 0.1806)."""
 CORE_SIZES = 12
 """Of about so many selections, evenly spaced: each takes a decomposition for each of its linears."""
+
+
+SELECTED = {"vo": ("attn.v", "attn.o"), "neurons": ("mlp.gate", "mlp.up", "mlp.down")}
+"""Inner option -> the linears whose inner features are dropped together."""
 
 
 class LayerMenus:
@@ -50,11 +55,12 @@ class LayerMenus:
         kinds: tuple[str, ...],
         unit: int,
         cost: Cost,
+        keeper: Keeper | None = None,
     ) -> None:
         self.model, self.recipe, self.moments, self.measured = model, recipe, moments, measured
         self.leading, self.kinds = "kron" in kinds, tuple(kind for kind in kinds if kind != "kron")
         self.cores = tuple(kind for kind in kinds if kind in CORES)
-        self.unit, self.cost = unit, cost
+        self.unit, self.cost, self.keeper = unit, cost, keeper or Nowhere()
         self.head_unit = max(1, min(16, model.arch.head_dim // 4))
         self.neuron_unit = 64 if model.arch.intermediate_size >= 1024 else max(1, model.arch.intermediate_size // 16)
         self.orders: dict[int, Tensor] = {}
@@ -67,7 +73,7 @@ class LayerMenus:
     def linears(self, layer: int) -> dict[str, Linear]:
         """The linears of a block after its inner rewrites, with damped Gram matrices and loss metrics, in float64."""
         if layer not in self._curves:
-            self._curves[layer] = self._find_rewrites(layer)
+            self._take_rewrites(layer)
         arch, recipe, found = self.model.arch, self.recipe, dict[str, Linear]()
         weights = self.rewrites.block(self.model.block(layer), arch, layer)
         for sub in SUB_BLOCKS:
@@ -79,54 +85,72 @@ class LayerMenus:
                 found[role] = Linear(role, weight, inner if role == WRITERS[sub] else read, metric, arch.side(role))
         return found
 
-    def _find_rewrites(self, layer: int) -> dict[str, Tensor]:
-        """Find the rewrites of a block; returns the predicted loss by kept features of "neurons" and of "vo"."""
-        arch, curves = self.model.arch, dict[str, Tensor]()
-        self._curves[layer] = curves  # what `linears` gives meanwhile is not rewritten
-        asked = set(self.recipe.inner) | self.given.get(layer, set())
-        if asked & {"neurons", "vo"}:
-            plain = self.linears(layer)
-            down, o = plain["mlp.down"], plain["attn.o"]
-            # Both curves are 1/2 tr(H E G E^T); the loss metric has its half inside.
-            if "neurons" in asked:
-                self.orders[layer], curves["neurons"] = neuron_order(down.weight, down.gram, 2 * down.metric)
-            if "vo" in asked:
-                self.bases[layer], curves["vo"] = value_output_basis(
-                    o.weight, o.gram, 2 * o.metric, arch.num_kv_heads, arch.head_dim
-                )
-        return curves
+    def _take_rewrites(self, layer: int) -> None:
+        """Make the rewrites of a block its own, as they are kept or found: orders, bases, and the predicted loss by
+        kept features of "neurons" and of "vo"."""
+        self._curves[layer] = {}  # what `linears` gives meanwhile is not rewritten
+        asked = sorted((set(self.recipe.inner) | self.given.get(layer, set())) & {"neurons", "vo"})
+        if not asked:
+            return
+        name = "-".join(("plan-rewrites", str(layer), *asked))
+        found = self.keeper.tensors(name, lambda: self._find_rewrites(layer, asked))
+        for option, rewrites in (("neurons", self.orders), ("vo", self.bases)):
+            if option in asked:
+                rewrites[layer], self._curves[layer][option] = found[option], found[f"{option}.curve"]
+
+    def _find_rewrites(self, layer: int, asked: Sequence[str]) -> dict[str, Tensor]:
+        arch, found = self.model.arch, dict[str, Tensor]()
+        plain = self.linears(layer)
+        down, o = plain["mlp.down"], plain["attn.o"]
+        # Both curves are 1/2 tr(H E G E^T); the loss metric has its half inside.
+        if "neurons" in asked:
+            found["neurons"], found["neurons.curve"] = neuron_order(down.weight, down.gram, 2 * down.metric)
+        if "vo" in asked:
+            found["vo"], found["vo.curve"] = value_output_basis(
+                o.weight, o.gram, 2 * o.metric, arch.num_kv_heads, arch.head_dim
+            )
+        return found
+
+    def fixed(self, layer: int) -> dict[tuple[int, str, int], list[Choice]]:
+        """The menus of a block that no rotation changes, as far as they are known; `give_fixed` takes them back."""
+        return {key: menu for key, menu in self._fixed.items() if key[0] == layer}
+
+    def give_fixed(self, menus: Mapping[tuple[int, str, int], list[Choice]]) -> None:
+        """Spare the decompositions of menus that are known."""
+        self._fixed.update(menus)
 
     def of(self, layer: int, rotations: StreamRotations | None) -> list[tuple[tuple[int, str], list[Choice]]]:
         """((layer, name of the group), menu) of every group of a block."""
         arch, linears = self.model.arch, self.linears(layer)
         curves = self._curves[layer]
+        nested = {role: Nested(linear, self._groups(role)) for role, linear in linears.items()}
+        sizes = {option: self._sizes(option, rotations) for option in SELECTED if option in curves}
+        cut = {role: sizes[option] for option in sizes for role in SELECTED[option]}
+        leading = {} if rotations is None else self._leading(layer, nested, cut, rotations)
 
         def menu_of(role: str, select: SelectStructure | None) -> list[Choice]:
-            key = (layer, role, 0 if select is None else select.kept)
+            linear = linears[role]
+            n, m = linear.weight.shape
+            shape, kept = ((m, n), 0) if select is None else (select.reduced_sizes, select.kept)
+            key = (layer, role, kept)
             if key not in self._fixed:
                 if select is None:
-                    self._fixed[key] = linear_menu(linears[role], self.kinds, self.unit, self.cost)
-                elif self.cores and select.kept % self._core_step(role, select.group_size) == 0:
-                    self._fixed[key] = linear_menu(reduced(linears[role], select), self.cores, self.unit, self.cost)
+                    self._fixed[key] = linear_menu(linear, self.kinds, self.unit, self.cost)
+                elif self.cores and kept % self._core_step(role, select.group_size) == 0:
+                    squares = nested[role].spectrum(kept)
+                    self._fixed[key] = core_menu(role, shape, linear.side, squares, self.cores, self.unit, self.cost)
                 else:
-                    self._fixed[key] = [dense_choice(role, *select.reduced_sizes, self.cost)]
+                    self._fixed[key] = [dense_choice(role, *shape, self.cost)]
             if rotations is None:
                 return self._fixed[key]
-            linear = linears[role] if select is None else reduced(linears[role], select)
-            curve = rotations.curve(position_of(layer, role), linear.term())
-            return convex_hull(self._fixed[key] + leading_menu(linear, curve, self.unit, self.cost))
+            menu = leading_menu(role, shape, linear.side, leading[role][kept], self.unit, self.cost)
+            return convex_hull(self._fixed[key] + menu)
 
         alone, found = dict(linears), []
-        for option, roles, groups, size, unit in (
-            ("vo", ("attn.v", "attn.o"), (arch.num_kv_heads, arch.num_heads), arch.head_dim, self.head_unit),
-            ("neurons", ("mlp.gate", "mlp.up", "mlp.down"), (1, 1, 1), arch.intermediate_size, self.neuron_unit),
-        ):
-            if option in curves:
-                here = {role: alone.pop(role) for role in roles if role in alone}
-                step = unit if rotations is None else 2 * unit  # each size then has a curve of its own for each round
-                sizes = range(step * max(1, size // (4 * step)), size, step)
-                counts = {role: count for role, count in zip(roles, groups, strict=True) if role in here}
-                found.append(((layer, option), selected_menu(here, counts, curves[option], sizes, menu_of)))
+        for option in sizes:
+            here = {role: alone.pop(role) for role in SELECTED[option] if role in alone}
+            counts = {role: self._groups(role) for role in here}
+            found.append(((layer, option), selected_menu(here, counts, curves[option], sizes[option], menu_of)))
         if self.recipe.joint:
             for sub in SUB_BLOCKS:
                 together = [role for role in arch.readers(sub) if role in alone]
@@ -138,6 +162,38 @@ class LayerMenus:
             # One share for all needs the sizes near it, which may lie above the line from far below it to dense.
             return found + [((layer, r), every_choice(x, self.kinds, self.unit, self.cost)) for r, x in alone.items()]
         return found + [((layer, role), menu_of(role, None)) for role in alone]
+
+    def _groups(self, role: str) -> int:
+        """Groups of the inner side of a linear: heads, or 1 for neurons (and for q and k, which have none)."""
+        arch = self.model.arch
+        return {"attn.v": arch.num_kv_heads, "attn.o": arch.num_heads}.get(role, 1)
+
+    def _sizes(self, option: str, rotations: StreamRotations | None) -> range:
+        """The numbers of kept inner features that are on the menu."""
+        heads = option == "vo"
+        size, unit = (self.model.arch.head_dim if heads else self.model.arch.intermediate_size), self.head_unit
+        unit = unit if heads else self.neuron_unit
+        step = unit if rotations is None else 2 * unit  # each size then has a curve of its own for each round
+        return range(step * max(1, size // (4 * step)), size, step)
+
+    @staticmethod
+    def _leading(
+        layer: int, nested: Mapping[str, Nested], cut: Mapping[str, range], rotations: StreamRotations
+    ) -> dict[str, dict[int, Tensor]]:
+        """By role and number of kept inner features (0: of a linear as it is): loss of keeping 0 ... d coordinates of
+        the stream. What P and the rotation decide is computed once for all linears that have both in common."""
+        columns: dict[tuple[int, int], Tensor] = {}
+        found: dict[str, dict[int, Tensor]] = {}
+        for role, linear in nested.items():
+            position = position_of(layer, role)
+            key = (rotations.index(position), id(linear.stream_moment))  # equal ones are one object in `linears`
+            if key not in columns:
+                columns[key] = rotations.columns(position, linear.stream_moment)
+            z, kept = columns[key], cut.get(role, range(0))
+            found[role] = {0: rotations.curves(linear.total(z))}
+            if kept:
+                found[role] |= dict(zip(kept, rotations.curves(linear.gains(z, kept)), strict=True))
+        return found
 
     def _core_step(self, role: str, size: int) -> int:
         """Selections of multiples of this many of `size` features may have a structure of their own in between."""

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 from compress.errors import MissingDependencyError, UsageError
+from compress.network import unreachable
+from compress.reading import reason
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
@@ -37,10 +39,28 @@ def download(repository: str, revision: str | None, cache_dir: Path | None) -> P
     What is in the cache already is not fetched again, and with all of it there no network is needed. Raises
     MissingDependencyError (exit 4) when the hub cannot be reached, UsageError (exit 2) when it refuses.
     """
+    from compress.weight_files import ENTRIES
+
     folder = _snapshot(repository, revision, cache_dir, _CONFIG + _TOKENIZER + _SAFETENSORS)
     if not any(folder.glob("*.safetensors")):
         folder = _snapshot(repository, revision, cache_dir, _CONFIG + _TOKENIZER + _PICKLES)
+    if not any((folder / entry).is_file() for entry in ENTRIES) and (why := _no_network()) is not None:
+        raise _out_of_reach(repository, why)  # config.json alone is in the cache, from an interrupted download
     return folder
+
+
+def _no_network() -> str | None:
+    """Why the hub is not asked, or None."""
+    from huggingface_hub import constants
+
+    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else unreachable(constants.ENDPOINT)
+
+
+def _out_of_reach(repository: str, why: str) -> MissingDependencyError:
+    return MissingDependencyError(
+        f"The hub model {repository!r} is not in the local cache and the Hugging Face hub cannot be reached ({why}); "
+        "check the network (HF_HUB_OFFLINE, HF_ENDPOINT, proxy), or download the model elsewhere and name its folder."
+    )
 
 
 def commit_of(folder: Path) -> str | None:
@@ -56,9 +76,14 @@ def _snapshot(repository: str, revision: str | None, cache_dir: Path | None, pat
     network_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
 
     page = f"https://huggingface.co/{repository}"
+    why = _no_network()
     try:
         folder = huggingface_hub.snapshot_download(
-            repository, revision=revision, cache_dir=cache_dir, allow_patterns=patterns
+            repository,
+            revision=revision,
+            cache_dir=cache_dir,
+            allow_patterns=patterns,
+            local_files_only=why is not None,  # else it tries five times, for 39 s, before it looks into the cache
         )
     except errors.GatedRepoError as error:
         raise UsageError(
@@ -80,9 +105,5 @@ def _snapshot(repository: str, revision: str | None, cache_dir: Path | None, pat
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's own refusal (full, not writable), which `run_cli` puts into words
         # No connection, or an answer that is none of the above (5xx, 429), and not in the cache.
-        raise MissingDependencyError(
-            f"The hub model {repository!r} is not in the local cache and the Hugging Face hub cannot be "
-            "reached; check the network (HF_HUB_OFFLINE, HF_ENDPOINT, proxy), or download the model "
-            "elsewhere and name its folder."
-        ) from error
+        raise _out_of_reach(repository, why or reason(error)) from error
     return Path(folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -16,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
 from compress.errors import ArtifactError
+from compress.reading import RefusedError, read_json, shown
 
 SCHEMA = 1
 _REPLACED, _MERGED = ("source", "recipe_sha256", "gates"), ("versions",)
@@ -44,18 +46,21 @@ class Manifest:
     @classmethod
     def read(cls, path: Path) -> Manifest:
         """Raises ArtifactError, naming the file and the first thing wrong in it."""
+        elsewhere = f"build in another folder, or move {path.parent} away first"
+        if not path.is_file() and os.path.lexists(path):
+            raise ArtifactError(f"{path} is not a regular file; {elsewhere}")
         try:
-            value = json.loads(path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
-            raise ArtifactError(
-                f"{path} is missing: no build has been completed in {path.parent}; "
-                f"run python -m export.build --out {path.parent} first"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise ArtifactError(f"{path} is not JSON ({error}); build the artefact again") from error
+            value = read_json(path)
+        except RefusedError as error:
+            if not os.path.lexists(path):
+                raise ArtifactError(
+                    f"{path} is missing: no build has been completed in {path.parent}; "
+                    f"run python -m export.build --out {path.parent} first"
+                ) from None
+            raise ArtifactError(f"{path} {error}; {elsewhere}") from error
         fault = _fault(value)
         if fault is not None:
-            raise ArtifactError(f"{path} is malformed: {fault}")
+            raise ArtifactError(f"{path} is malformed: {fault}; {elsewhere}")
         return cls(**value)
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,24 +114,24 @@ def _fault(value: Any) -> str | None:
         return f"it is a JSON {type(value).__name__}, not an object"
     schema = value.get("schema")
     if isinstance(schema, int) and schema > SCHEMA:
-        return f"its schema is {schema}, and this version reads {SCHEMA}; upgrade procrustes-llm"
+        return f"its schema is {shown(schema)}, and this version reads {SCHEMA}; upgrade procrustes-llm"
     if schema != SCHEMA or isinstance(schema, bool):
-        return f"its schema is {schema!r}, not {SCHEMA}"
+        return f"its schema is {shown(schema)}, not {SCHEMA}"
     defaults = asdict(Manifest())
     for key in defaults.keys() - value.keys():
         return f"it has no {key!r}"
     for key in sorted(value.keys() - defaults.keys()):
-        return f"it has an unknown key {key!r}"
+        return f"it has an unknown key {shown(key)}"
     for key, default in defaults.items():
         if not isinstance(value[key], type(default)):
             return f"{key!r} is a {type(value[key]).__name__}, not a {type(default).__name__}"
     for name, entry in value["files"].items():
         fault = _path_fault(name) or _entry_fault(entry)
         if fault is not None:
-            return f"file {name!r} {fault}"
+            return f"file {shown(name)} {fault}"
     for name, facts in value["stages"].items():
         if not isinstance(facts, dict) or not isinstance(facts.get("inputs", {}), dict):
-            return f"stage {name!r} is not an object with an object of inputs"
+            return f"stage {shown(name)} is not an object with an object of inputs"
     return None
 
 
@@ -146,7 +151,7 @@ def _entry_fault(entry: Any) -> str | None:
         return "has not exactly a size and a sha256"
     size, digest = entry["size"], entry["sha256"]
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-        return f"has size {size!r}"
+        return f"has size {shown(size)}"
     if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
-        return f"has sha256 {digest!r}"
+        return f"has sha256 {shown(digest)}"
     return None

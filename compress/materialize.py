@@ -11,6 +11,7 @@ from compress.architecture import WRITERS
 from compress.checkpoint import CheckpointReader, ShardWriter, read_rotations
 from compress.errors import UsageError
 from compress.families import TensorNames, tensor_names
+from compress.generation import write_generation_config
 from compress.invariance import FoldedModel, Rotations, unrotate
 from compress.models import ModelSource
 from compress.statistics import SUB_BLOCKS
@@ -74,6 +75,7 @@ def write_plain(
     config = type(source.config())(**{k: v for k, v in source.config().to_dict().items() if k != "quantization_config"})
     config.dtype = dtype
     config.save_pretrained(folder)
+    write_generation_config(folder, source.generation_config())
     source.tokenizer().save_pretrained(folder)
 
 

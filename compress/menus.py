@@ -33,6 +33,9 @@ from compress.structures.joint import joint_error_by_rank, joint_ranks, joint_st
 from compress.structures.select import refit, with_core
 
 Cost = Callable[[Structure], float]
+CORES: dict[str, type[PivotedStructure]] = {"pifa": PivotedStructure}
+"""Structures that may lie between what a selection keeps, beside sums of Kronecker products. Pivoted low rank took the
+predicted loss of SmolLM2-135M at 0.75 from 0.166 to 0.150; plain low rank gains nothing there (0.1810 to 0.1806)."""
 Label = dict[str, tuple[Structure, float]]
 """Role -> (structure, its part of the predicted loss)."""
 
@@ -56,17 +59,22 @@ class Linear:
 
 
 def whitened_spectrum(weight: Tensor, gram: Tensor, metric: Tensor) -> Tensor:
-    """Squared singular values, descending, of C_H^T W C_G; weight (..., out, in) and its moments may be batched."""
-    left, right = torch.linalg.cholesky(metric), torch.linalg.cholesky(gram)
-    return squared_singular_values(left.mT @ weight @ right)
+    """Squared singular values, descending, of C_H^T W C_G; weight (..., out, in) and its moments may be batched.
+
+    They are the eigenvalues of C_H^T (W G W^T) C_H, and of C_G^T (W^T H W) C_G: the smaller of the two is formed, and
+    the larger moment is not factorised. Several times faster than an SVD, and exact to rounding of the largest, which
+    is all that sums of tails need.
+    """
+    n, m = weight.shape[-2:]
+    moment, product = (metric, weight @ gram @ weight.mT) if n <= m else (gram, weight.mT @ metric @ weight)
+    factor = torch.linalg.cholesky(moment)
+    return descending_eigenvalues(factor.mT @ product @ factor)
 
 
-def squared_singular_values(T: Tensor) -> Tensor:
-    """Of T (..., n, m), descending, by the eigenvalues of the smaller Gram matrix: several times faster than an SVD,
-    and exact to rounding of the largest, which is all that sums of tails need."""
-    n, m = T.shape[-2:]
-    squares: Tensor = torch.linalg.eigvalsh(T @ T.mT if n <= m else T.mT @ T)
-    return squares.clamp(min=0).flip(-1)
+def descending_eigenvalues(matrix: Tensor) -> Tensor:
+    """Of a symmetric positive semi-definite matrix (..., k, k); negative ones are rounding, and become 0."""
+    values: Tensor = torch.linalg.eigvalsh(matrix)
+    return values.clamp(min=0).flip(-1)
 
 
 def tails(squares: Tensor) -> Tensor:
@@ -98,19 +106,40 @@ def dense_choice(role: str, in_features: int, out_features: int, cost: Cost) -> 
     return Choice({role: (dense, 0.0)}, cost(dense), 0.0)
 
 
-def leading_menu(linear: Linear, curve: Tensor, unit: int, cost: Cost) -> list[Choice]:
-    """Its sums of Kronecker products with the mix absorbed in the rotation; curve (d + 1,): loss by kept."""
-    n, m = linear.weight.shape
-    sizes = KroneckerStructure.menu(m, n, linear.side, unit=unit)
-    return [Choice({linear.role: (s, loss := float(curve[s.kept]))}, cost(s), loss) for s in sizes]
+def leading_menu(role: str, sizes: tuple[int, int], side: Side, curve: Tensor, unit: int, cost: Cost) -> list[Choice]:
+    """The sums of Kronecker products of a linear of `sizes` (in, out) with the mix absorbed in the rotation; curve
+    (d + 1,): loss by kept."""
+    losses = curve.tolist()
+    structures = KroneckerStructure.menu(*sizes, side, unit=unit)
+    return [Choice({role: (s, losses[s.kept])}, cost(s), losses[s.kept]) for s in structures]
 
 
 def _rank_curve(
     kind: type[LowRankStructure | PivotedStructure], linear: Linear, unit: int
 ) -> Iterable[tuple[Structure, float]]:
     n, m = linear.weight.shape
-    losses = tails(whitened_spectrum(linear.weight, linear.gram, linear.metric))
-    return [(s, float(losses[s.rank])) for s in kind.menu(m, n, linear.side, unit=unit)]
+    squares = whitened_spectrum(linear.weight, linear.gram, linear.metric)
+    return _ranks(kind, (m, n), linear.side, squares, unit)
+
+
+def _ranks(
+    kind: type[LowRankStructure | PivotedStructure], sizes: tuple[int, int], side: Side, squares: Tensor, unit: int
+) -> list[tuple[Structure, float]]:
+    losses = tails(squares).tolist()
+    return [(s, losses[s.rank]) for s in kind.menu(*sizes, side, unit=unit)]
+
+
+def core_menu(
+    role: str, sizes: tuple[int, int], side: Side, squares: Tensor, kinds: Sequence[str], unit: int, cost: Cost
+) -> list[Choice]:
+    """The hull of what may lie between the features that a selection keeps, of `sizes` (in, out): dense, or of the
+    structures `kinds` those whose loss is a tail of `squares`, its squared whitened singular values."""
+    menu = [dense_choice(role, *sizes, cost)]
+    for kind in kinds:
+        menu += [
+            Choice({role: (s, loss)}, cost(s), loss) for s, loss in _ranks(CORES[kind], sizes, side, squares, unit)
+        ]
+    return convex_hull(menu)
 
 
 def _group_shuffle_curve(linear: Linear, unit: int) -> Iterable[tuple[Structure, float]]:

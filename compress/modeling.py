@@ -20,9 +20,10 @@ from compress.blocks import (
     rms_normalise,
     rotary_for,
 )
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, UsageError
 from compress.families.base import check_sizes
 from compress.masks import check_mask, mask_unless_causal, positions_for
+from compress.reading import shown
 from compress.skips import SkipForm, skips_from_config
 from compress.structures import Structure, structure_from_config
 
@@ -88,7 +89,9 @@ class ProcrustesConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             raise ArtifactError("config.json has model_type procrustes but no `architecture`: compress the model again")
         arch = check_sizes(Architecture.from_dict(self.architecture))
         if arch.activation not in ACTIVATIONS:
-            raise ArtifactError(f"config.json gives the activation {arch.activation!r}, which this version has not")
+            raise ArtifactError(
+                f"config.json gives the activation {shown(arch.activation)}, which this version has not"
+            )
         return arch
 
     def parsed_skips(self) -> tuple[SkipForm, ...]:
@@ -98,7 +101,7 @@ class ProcrustesConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
     def parsed_structures(self) -> dict[str, Structure]:
         """Linear name -> structure, for the linears that are not dense."""
-        structures = self.structures or {}
+        structures = {} if self.structures is None else self.structures
         if not isinstance(structures, dict):
             raise ArtifactError("config.json has `structures` that are not a JSON object: compress the model again")
         return {name: structure_from_config(c) for name, c in structures.items()}
@@ -112,10 +115,10 @@ class ProcrustesConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         for name, rank in (("embedding_rank", self.embedding_rank), ("head_rank", self.head_rank)):
             full = min(arch.hidden_size, arch.vocab_size)
             if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= full:
-                raise ArtifactError(f"config.json has {name} {rank!r}, not 0 to {full}: compress the model again")
+                raise ArtifactError(f"config.json has {name} {shown(rank)}, not 0 to {full}: compress the model again")
         if self.tie_word_embeddings and self.head_rank:
             raise ArtifactError(
-                f"config.json has head_rank {self.head_rank} but its head is tied to the embedding: "
+                f"config.json has head_rank {shown(self.head_rank)} but its head is tied to the embedding: "
                 f"compress the model again"
             )
         return self.embedding_rank, self.embedding_rank if self.tie_word_embeddings else self.head_rank
@@ -128,10 +131,10 @@ class ProcrustesConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         arch, names = self.parsed_architecture(), self.extra_biases
         if names is None:
             return frozenset()
-        known = [f"layers.{i}.{role}" for i in range(arch.num_layers) for role in arch.linears()]
-        if not isinstance(names, list) or any(name not in known for name in names):
+        known = {f"layers.{i}.{role}" for i in range(arch.num_layers) for role in arch.linears()}
+        if not isinstance(names, list) or any(not isinstance(name, str) or name not in known for name in names):
             raise ArtifactError(
-                f"config.json has `extra_biases` that are no list of this model's linears: {names!r}; "
+                f"config.json has `extra_biases` that are no list of this model's linears: {shown(names)}; "
                 f"compress the model again"
             )
         return frozenset(names)
@@ -281,8 +284,9 @@ class ProcrustesForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         input_ids: (batch, length); attention_mask: (batch, past + length), 0 on (left) padding, or four axes, see
         compress/masks.py; position_ids: (batch, length), when not given counted from the first token that is not
         padding, or with a mask of four axes from the start of the cache. Raises UsageError for a mask that could be
-        read in more than one way.
+        read in more than one way, and for ids that are not in the vocabulary, which a tokenizer that is longer gives.
         """
+        _check_ids(input_ids, self.config.vocab_size)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
@@ -298,3 +302,15 @@ class ProcrustesForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+
+
+def _check_ids(ids: Tensor, vocab_size: int) -> None:
+    """On a GPU an id out of range ends the process, and on a CPU it is an IndexError that names nothing."""
+    if torch.compiler.is_compiling() or ids.device.type == "meta" or not ids.numel():
+        return
+    least, most = (int(extreme) for extreme in torch.aminmax(ids))
+    if least < 0 or most >= vocab_size:
+        raise UsageError(
+            f"input_ids hold {least if least < 0 else most}, and this model has the tokens 0 to {vocab_size - 1}: the "
+            f"text has a token that only the tokenizer knows, or the tokenizer belongs to another model"
+        )

@@ -14,19 +14,31 @@ from compress import families, hub
 from compress.aliases import ALIASES, PACKAGED, PackagedModel
 from compress.architecture import Architecture
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
-from compress.lazy import require
+from compress.generation import GENERATION_CONFIG, end_tokens, read_generation_config
+from compress.reading import reason
+from compress.tokenizer_files import check_use, rust_errors, tokenizer_class
+from compress.vocabulary import warn_beyond
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+    from compress.gguf import GgufHeader
     from compress.source import WeightReader
 
 Kind = Literal["folder", "gguf", "hub"]
 
-# One of these must be there. Without any, transformers makes up an empty tokenizer instead of failing.
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_GGUF_MAGIC = b"GGUF"
+# What transformers lets through on damaged files: it indexes and converts as they say.
+_ERRORS = (
+    ValueError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    ArithmeticError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+)
 
 
 @dataclass(frozen=True)
@@ -58,25 +70,23 @@ class ModelSource:
         return families.architecture(self._config)
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer. ArtifactError when it is missing, damaged, or has tokens that the model has not."""
-        from transformers import AutoTokenizer
+        """The tokenizer, which may know more tokens than the model has: a warning says so.
 
-        has_file = any((self.path / file).is_file() for file in _TOKENIZER_FILES)
-        if self.gguf_file is None and not has_file:
-            raise ArtifactError(
-                f"The folder {self.path} has no tokenizer: one of {', '.join(_TOKENIZER_FILES)} is needed; "
-                "copy the original model's tokenizer files there."
-            )
-        tokenizer = self._from_pretrained(AutoTokenizer, "tokenizer")
-        # Ids may have gaps, so the count alone is no bound.
-        needed = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
-        vocab_size = self._config.vocab_size
-        if needed > vocab_size:
-            raise ArtifactError(
-                f"The tokenizer of {self.name!r} has token ids up to {needed - 1}, but the model's "
-                f"vocabulary has {vocab_size} entries (vocab_size in config.json); tokenizer and model do "
-                "not belong together."
-            )
+        Raises ArtifactError when it is missing or damaged, UsageError when it is code that is not trusted,
+        MissingDependencyError when a package is missing that reads it.
+        """
+        from transformers import PreTrainedTokenizerFast
+
+        if self.gguf_file is not None:
+            from compress.gguf import check_tokenizer
+
+            check_tokenizer(self._gguf_header)
+            # AutoTokenizer would read the header of the file again, and slowly, for the config alone.
+            tokenizer = self._from_pretrained(PreTrainedTokenizerFast, "tokenizer")
+        else:
+            cls, options = tokenizer_class(self.path, self._config.model_type, self.trust_remote_code)
+            tokenizer = self._from_pretrained(cls, "tokenizer", **options)
+        warn_beyond(tokenizer, self._config.vocab_size, self.name)
         return cast("PreTrainedTokenizerFast", tokenizer)
 
     def reader(self) -> WeightReader:
@@ -89,8 +99,11 @@ class ModelSource:
         architecture = self.architecture()
         names = families.tensor_names(architecture)
         if self.gguf_file is not None:
-            source.check_shapes(self._gguf_weights, architecture, names)
-            return self._gguf_weights
+            from compress.gguf import GgufReader
+
+            found = GgufReader(self._gguf_header, architecture, names)
+            source.check_shapes(found, architecture, names, "the metadata of the GGUF file")
+            return found
         reader = source.FileReader(self.path)
         source.use_model_names(reader, architecture, names)
         source.check_shapes(reader, architecture, names)
@@ -101,16 +114,18 @@ class ModelSource:
 
         Raises ArtifactError as `reader` does: transformers alone would initialise what is missing at random.
         """
+        import torch
         from transformers import AutoModelForCausalLM
 
         reader = self.reader()
         if self.gguf_file is None:
             model = self._from_pretrained(AutoModelForCausalLM, "model", dtype=dtype)
             return cast("PreTrainedModel", model.eval())
-        # transformers has read this file once already for `reader`; a second time would take as long again.
         model = AutoModelForCausalLM.from_config(self._config, dtype=dtype)  # type: ignore[no-untyped-call]
-        state = {name: reader.get(name, dtype) for name in reader.names()}
-        model.load_state_dict(state, strict=not self._config.tie_word_embeddings)
+        # One tensor at a time: the model is the only copy in memory.
+        with torch.no_grad():
+            for name in reader.names():
+                model.get_parameter(name).copy_(reader.get(name, dtype))
         return cast("PreTrainedModel", model.eval())
 
     @cached_property
@@ -130,45 +145,68 @@ class ModelSource:
             "sha256": self.sha256,
         }
 
+    def generation_config(self) -> dict[str, Any] | None:
+        """The source's generation_config.json with the end tokens of both files; None where it has none."""
+        content = None if self.gguf_file is not None else read_generation_config(self.path)
+        return None if content is None else {**content, "eos_token_id": self._config.eos_token_id}
+
     @cached_property
     def _config(self) -> PretrainedConfig:
+        """The config, its end tokens those of config.json and of generation_config.json."""
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
-        if self.gguf_file is None:
-            _supported_model_type(self.path)
+        if self.gguf_file is not None:
+            from compress.gguf import config_of
+
+            try:
+                return config_of(self._gguf_header)
+            except (*_ERRORS, StrictDataclassError) as error:
+                raise ArtifactError(
+                    f"The metadata of the GGUF file {self.path / self.gguf_file} gives no config that transformers "
+                    f"accepts ({reason(error)}); download it again."
+                ) from error
+        _supported_model_type(self.path)
         config = self._from_pretrained(AutoConfig, "config")
         families.family_of(config.model_type)
+        said = {str(self.path / "config.json"): config.eos_token_id}
+        if (generation := read_generation_config(self.path)) is not None:
+            said[str(self.path / GENERATION_CONFIG)] = generation.get("eos_token_id")
+        config.eos_token_id = end_tokens(config.vocab_size, said)
         return cast("PretrainedConfig", config)
 
     @cached_property
-    def _gguf_weights(self) -> WeightReader:
-        from compress.source import read_gguf
+    def _gguf_header(self) -> GgufHeader:
+        from compress.gguf import read_header
 
-        return read_gguf(self.path / str(self.gguf_file), self._config)
+        return read_header(self.path / str(self.gguf_file))
 
     def _from_pretrained(self, auto_class: Any, what: str, **options: Any) -> Any:
         """`auto_class.from_pretrained` on our own files, its many exceptions put into one sentence."""
         from huggingface_hub.errors import StrictDataclassError
 
-        from compress.source import GGUF_ERRORS, damaged_gguf
-        from compress.weight_files import first_line
-
         if self.gguf_file is not None:
-            require("gguf", pip="gguf", purpose="read GGUF files")
             options["gguf_file"] = self.gguf_file
         try:
-            return auto_class.from_pretrained(
-                str(self.path), local_files_only=True, trust_remote_code=self.trust_remote_code, **options
-            )
+            with rust_errors():
+                found = auto_class.from_pretrained(
+                    str(self.path), local_files_only=True, trust_remote_code=self.trust_remote_code, **options
+                )
+            if what == "tokenizer":
+                check_use(found)
+            return found
         except ImportError as error:
             raise MissingDependencyError(
-                f"Reading the {what} of {self.name!r} needs a package that is not installed: {first_line(error)}"
+                f"Reading the {what} of {self.name!r} needs a package that is not installed: {reason(error)}"
             ) from error
-        except (*GGUF_ERRORS, AttributeError, StrictDataclassError) as error:
+        except (*_ERRORS, StrictDataclassError) as error:
             if self.gguf_file is not None:
-                raise damaged_gguf(self.path / self.gguf_file, error) from error
+                raise ArtifactError(
+                    f"transformers cannot read the {what} of the GGUF file {self.path / self.gguf_file} "
+                    f"({reason(error)}); download it again, or take another conversion of the model."
+                ) from error
             raise ArtifactError(
-                f"transformers cannot read the {what} in {self.path}: {first_line(error)}. Download it "
+                f"transformers cannot read the {what} in {self.path}: {reason(error)}. Download it "
                 "again, or save it with a recent version of transformers."
             ) from error
 
@@ -243,16 +281,13 @@ def _from_path(name: str, path: Path, trust_remote_code: bool) -> ModelSource:
         return ModelSource(name, "folder", path, None, path.name, None, trust_remote_code)
     if not path.exists():
         raise UsageError(f"There is no file or folder {name!r}; check the path.")
-    if path.suffix != ".gguf":
+    if path.suffix != ".gguf" or not path.is_file():
         raise UsageError(
             f"The file {name!r} is not a model: name a folder with config.json, or a file that ends in .gguf."
         )
-    with path.open("rb") as file:
-        magic = file.read(len(_GGUF_MAGIC))
-    if magic != _GGUF_MAGIC:
-        raise ArtifactError(
-            f"The file {name!r} is not a GGUF file (it begins with {magic!r}, not {_GGUF_MAGIC!r}); download it again."
-        )
+    from compress.gguf import read_header
+
+    read_header(path)
     # Not resolved: a hub cache links the file's name to a nameless blob.
     return ModelSource(name, "gguf", path.parent.absolute(), path.name, path.name, None, trust_remote_code)
 
@@ -318,16 +353,19 @@ def _file_sha256(path: Path) -> str:
 
 
 def _supported_model_type(folder: Path) -> None:
-    """Read `model_type` before transformers does: its list of supported types is not ours."""
+    """Read config.json before transformers does: it knows other types than we, and believes any number."""
+    from compress.config_values import check_config
     from compress.weight_files import read_json
 
-    model_type = read_json(folder / "config.json").get("model_type")
+    values = read_json(folder / "config.json")
+    model_type = values.get("model_type")
     if not isinstance(model_type, str):
         raise ArtifactError(
             f"The file {folder / 'config.json'} has no model_type; supported are "
             f"{', '.join(families.supported_model_types())}."
         )
     families.family_of(model_type)
+    check_config(values, folder / "config.json")
 
 
 def _unknown(name: str) -> str:

@@ -79,7 +79,26 @@ class StreamTerm:
         factor = torch.linalg.cholesky((precision + precision.T) / 2)
         half = torch.linalg.solve_triangular(factor, backwards.T @ self.m @ backwards, upper=False)
         gains: Tensor = torch.linalg.solve_triangular(factor, half.T, upper=False).diagonal()
-        return torch.cat((gains.new_zeros(1), gains.clamp(min=0).cumsum(0))).flip(0)
+        return curve_of(gains)
+
+
+def whitened_columns(p: Tensor, q: Tensor) -> Tensor:
+    """Z (d, d): for every M, `curve_of` the diagonal of Z M Z^T is the curve of a term with this P at rotation q.
+
+    Z = L^-1 B^T with B the columns of q from the last to the first and B^T P^-1 B = L L^T: it depends on P and q alone,
+    and with M = A A^T the diagonal is that of row sums of (Z A)^2. See `StreamTerm.curve`.
+    """
+    backwards = q.flip(1)
+    precision = backwards.T @ torch.cholesky_solve(backwards, torch.linalg.cholesky(p))
+    factor = torch.linalg.cholesky((precision + precision.T) / 2)
+    z: Tensor = torch.linalg.solve_triangular(factor, backwards.T, upper=False)
+    return z
+
+
+def curve_of(gains: Tensor) -> Tensor:
+    """What each further dropped column costs, (..., d), last column first -> loss by number kept, (..., d + 1)."""
+    zero = torch.zeros_like(gains[..., :1])
+    return torch.cat((zero, gains.clamp(min=0).cumsum(-1)), dim=-1).flip(-1)
 
 
 def nested_start(terms: Sequence[StreamTerm]) -> Tensor:

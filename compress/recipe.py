@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from compress import reading
 from compress.errors import UsageError
+from compress.reading import shown
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 StructureName = Literal["auto", "kron", "gs", "lowrank", "pifa", "jrk", "compot", "compot24", "slice", "dense"]
 Fit = Literal["loss-aware", "paper"]
@@ -42,7 +48,7 @@ class Calibration(_Strict):
     data: str = "boolq"
     samples: int = Field(default=24, ge=1)
     sequence_length: int = Field(default=1024, ge=2)
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(1 << 63), lt=1 << 63)  # what a generator of torch takes
 
 
 class Recipe(_Strict):
@@ -171,22 +177,32 @@ def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate({str(key): value for key, value in values.items()})
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in e['loc']) or 'recipe'}: {e['msg']}" for e in error.errors()
-        )
-        raise UsageError(f"{where} is not a valid recipe: {problems}") from error
+        raise UsageError(f"{where} is not a valid recipe: {'; '.join(map(_problem, error.errors()[:5]))}") from error
+
+
+def _problem(error: ErrorDetails) -> str:
+    """`ratio: Input should be less than or equal to 1, not 7`."""
+    path = [str(part) for part in error["loc"]]
+    field, message = ".".join(path), error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        known = Calibration.model_fields if path[0] == "calibration" else Recipe.model_fields
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        return f"{field}: there is no such field" + (f", did you mean {near[0]}?" if near else "")
+    return f"{field}: {message}, not {shown(error['input'])}" if field else message
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A recipe file as a dictionary; raises UsageError when it is missing or not a mapping."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = reading.parse_yaml(reading.read_bytes(path, reading.MAX_YAML_BYTES).decode("utf-8-sig"))
     except OSError as error:
         raise UsageError(f"the recipe {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"the recipe {path} is not YAML: {str(error).splitlines()[0]}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the recipe {path} is not UTF-8 text ({error.reason} at offset {error.start})") from error
+    except reading.RefusedError as error:
+        raise UsageError(f"the recipe {path} {error}") from error
     if not isinstance(values, dict):
-        raise UsageError(f"the recipe {path} must be a mapping of fields to values, it is {type(values).__name__}")
+        raise UsageError(f"the recipe {path} must be a mapping of fields to values, it is {shown(values)}")
     return values
 
 
@@ -194,12 +210,12 @@ def set_value(values: dict[str, Any], assignment: str) -> None:
     """Apply `--set a.b=value` in place; the value is read as YAML. Raises UsageError when it is not an assignment."""
     key, equals, text = assignment.partition("=")
     if not equals or not key:
-        raise UsageError(f"--set takes FIELD=VALUE, e.g. --set calibration.seed=1; seen: {assignment!r}")
+        raise UsageError(f"--set takes FIELD=VALUE, e.g. --set calibration.seed=1; seen: {shown(assignment)}")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {assignment}: the value is not YAML: {str(error).splitlines()[0]}") from error
-    put(values, key, value, f"--set {assignment}")
+        value = reading.parse_yaml(text)
+    except reading.RefusedError as error:
+        raise UsageError(f"--set {shown(assignment)}: the value {error}") from error
+    put(values, key, value, f"--set {shown(assignment)}")
 
 
 def put(values: dict[str, Any], key: str, value: object, where: str) -> None:
@@ -208,5 +224,5 @@ def put(values: dict[str, Any], key: str, value: object, where: str) -> None:
     for part in path:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
-            raise UsageError(f"{where}: {part} is {values!r}, not a group of fields")
+            raise UsageError(f"{where}: {part} is {shown(values)}, not a group of fields")
     values[last] = value

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from compress.errors import ArtifactError, UsageError
+from compress.reading import shown
 
 EXACT = 1e-8
 """Largest entry by which a form may miss the skip of the rotations that it is made from: far above rounding."""
@@ -280,11 +281,13 @@ FORMS: dict[str, type[SkipForm]] = {form.name: form for form in (DenseSkip, CSSk
 def skip_from_config(config: object) -> SkipForm:
     """Read back what `SkipForm.to_config` wrote. Raises ArtifactError, naming what is wrong, for anything else."""
     if not isinstance(config, Mapping) or config.get("form") not in list(FORMS):
-        raise ArtifactError(f"config.json has the skip {config!r}, its form must be one of {', '.join(FORMS)}")
+        raise ArtifactError(f"config.json has the skip {shown(config)}, its form must be one of {', '.join(FORMS)}")
     cls, given = FORMS[config["form"]], {key: value for key, value in config.items() if key != "form"}
     wanted = {field.name for field in fields(cls) if field.default is MISSING}
     if given.keys() != wanted or not all(type(value) is int for value in given.values()):
-        raise ArtifactError(f"config.json has the skip {dict(config)}, which needs the integers {sorted(wanted)}")
+        raise ArtifactError(
+            f"config.json has the skip {shown(dict(config), 300)}, which needs the integers {sorted(wanted)}"
+        )
     try:
         return cls(**given)
     except UsageError as error:
@@ -302,11 +305,11 @@ def skips_from_config(skip: object, config: object, width: int, layers: int) -> 
     if config is None:
         config = [{"form": skip, "width": width}] * (2 * layers)
     if not isinstance(config, list) or len(config) != 2 * layers:
-        raise ArtifactError(f"config.json must give the skip_config of {2 * layers} skips, it has {config!r}")
+        raise ArtifactError(f"config.json must give the skip_config of {2 * layers} skips, it has {shown(config)}")
     forms = tuple(map(skip_from_config, config))
     for form in forms:
         if form.name != skip or form.width != width:
-            raise ArtifactError(f"config.json has the skip {form} in a model of {skip!r} skips and width {width}")
+            raise ArtifactError(f"config.json has the skip {form} in a model of {shown(skip)} skips and width {width}")
     return forms
 
 

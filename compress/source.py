@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,11 +13,7 @@ from torch import Tensor
 from compress.architecture import Architecture
 from compress.errors import ArtifactError
 from compress.families.base import LM_HEAD, TensorNames, expected_shapes
-from compress.lazy import require
-from compress.weight_files import check_index, entry_of, first_line, locate, open_file
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from compress.weight_files import check_index, entry_of, locate, open_file
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -46,8 +41,11 @@ class WeightReader(Protocol):
         ...
 
 
-class _Reader(ABC):
+class Reader(ABC):
     """What all readers share: the checks on the values."""
+
+    loads_copies = False
+    """Whether `_load` gives memory that nobody else sees."""
 
     @abstractmethod
     def names(self) -> tuple[str, ...]: ...
@@ -70,16 +68,16 @@ class _Reader(ABC):
                 f"The {where} is of type {_dtype_name(stored.dtype)}, but only float16, bfloat16, float32 "
                 "and float64 weights can be compressed; take the model before it was quantised."
             )
-        finite = torch.isfinite(stored)
-        if not bool(finite.all()):
+        if not _all_finite(stored):
+            wrong = int((~torch.isfinite(stored)).sum())
             raise ArtifactError(
-                f"The {where} has {int((~finite).sum())} values out of {stored.numel()} that are NaN or "
-                "infinite; the checkpoint is damaged: download or save it again."
+                f"The {where} has {wrong} values out of {stored.numel()} that are NaN or infinite; the checkpoint "
+                "is damaged: download or save it again."
             )
-        # copy=True: safetensors and mmap give views of the file's mapping, and a second `get` would see what
-        # the caller wrote into the first.
-        tensor = stored.to(dtype=dtype or stored.dtype, copy=True)
-        if not bool(torch.isfinite(tensor).all()):
+        # A copy: safetensors and mmap give views of the file's mapping, and a second `get` would see what the caller
+        # wrote into the first.
+        tensor = stored.to(dtype=dtype or stored.dtype, copy=not self.loads_copies)
+        if tensor.dtype != stored.dtype and not _all_finite(tensor):
             raise ArtifactError(
                 f"The {where} has a value of magnitude {float(stored.abs().max()):.4g}, which "
                 f"{_dtype_name(tensor.dtype)} cannot hold; use bfloat16 or float32."
@@ -87,7 +85,7 @@ class _Reader(ABC):
         return tensor
 
 
-class MemoryReader(_Reader):
+class MemoryReader(Reader):
     """Tensors that are already in memory; `file` is what messages call their origin."""
 
     def __init__(self, tensors: Mapping[str, Tensor], file: str) -> None:
@@ -105,11 +103,11 @@ class MemoryReader(_Reader):
 
     def _load(self, name: str) -> Tensor:
         if name not in self._tensors:
-            raise _absent(name, self._file)
+            raise absent(name, self._file)
         return self._tensors[name]
 
 
-class FileReader(_Reader):
+class FileReader(Reader):
     """The checkpoint in a folder: safetensors or `.bin`, single or sharded. Opened at once, read lazily."""
 
     def __init__(self, folder: Path) -> None:
@@ -137,7 +135,7 @@ class FileReader(_Reader):
 
     def file(self, name: str) -> str:
         if name not in self._stored:
-            raise _absent(name, self._entry)
+            raise absent(name, self._entry)
         return self._file_of[self._stored[name]]
 
     def _load(self, name: str) -> Tensor:
@@ -166,76 +164,43 @@ def use_model_names(reader: FileReader, architecture: Architecture, names: Tenso
     reader.rename(stored)
 
 
-def check_shapes(reader: WeightReader, architecture: Architecture, names: TensorNames) -> None:
+def check_shapes(
+    reader: WeightReader, architecture: Architecture, names: TensorNames, config: str = "config.json"
+) -> None:
     """Raise ArtifactError unless the checkpoint holds exactly the model's tensors, each in its shape.
 
     A tensor that no part of the model reads is an error too: config.json is then not this checkpoint's
-    (biases it does not mention, more layers), and the result would be another model.
+    (biases it does not mention, more layers), and the result would be another model. `config` is what messages call
+    the place of the sizes.
     """
     expected = expected_shapes(architecture, names)
     present = set(reader.names())
     for name, shape in expected.items():
         if name not in present:
             raise ArtifactError(
-                f"The checkpoint has no tensor {name!r}, which config.json calls for (shape {shape}); check "
-                "that all weight files are there and that config.json belongs to them."
+                f"The checkpoint has no tensor {name!r}, which {config} calls for (shape {shape}); check "
+                f"that all weight files are there and that {config} belongs to them."
             )
         if reader.shape(name) != shape:
             raise ArtifactError(
-                f"The tensor {name!r} in {reader.file(name)} has shape {reader.shape(name)}, but config.json "
-                f"calls for {shape}; config.json does not belong to this checkpoint."
+                f"The tensor {name!r} in {reader.file(name)} has shape {reader.shape(name)}, but {config} "
+                f"calls for {shape}; it does not belong to these tensors."
             )
     unused = sorted(n for n in present - set(expected) if not n.endswith(_IGNORED_SUFFIXES))
     if unused:
         raise ArtifactError(
-            f"The checkpoint has {len(unused)} tensors that the model of config.json does not use, such as "
-            f"{unused[0]!r} in {reader.file(unused[0])}; config.json does not belong to this checkpoint."
+            f"The checkpoint has {len(unused)} tensors that the model of {config} does not use, such as "
+            f"{unused[0]!r} in {reader.file(unused[0])}; it does not belong to these tensors."
         )
 
 
-# What the GGUF parser lets through on a truncated or forged file: it indexes and reshapes as the header says.
-GGUF_ERRORS = (ValueError, LookupError, OSError, RuntimeError, OverflowError, TypeError, struct.error)
+def _all_finite(tensor: Tensor) -> bool:
+    """Both extremes are NaN when any value is: one pass, where `isfinite` makes a mask of the tensor's size."""
+    return not tensor.numel() or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
 
 
-def read_gguf(path: Path, config: PretrainedConfig) -> MemoryReader:
-    """De-quantise a GGUF file to float32 tensors under Hugging Face names.
-
-    transformers reads the whole file at once: 4 bytes a parameter of memory (28 GB for a 7b model) and about
-    10 s for 135m parameters. For a large model, use its safetensors.
-    """
-    from transformers import AutoModelForCausalLM
-
-    require("accelerate", pip="accelerate", purpose="read GGUF files")
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            str(path.parent),
-            gguf_file=path.name,
-            config=config,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except GGUF_ERRORS as error:
-        raise damaged_gguf(path, error) from error
-    model, report = cast("tuple[torch.nn.Module, dict[str, Any]]", loaded)
-    if report["missing_keys"]:
-        raise ArtifactError(
-            f"The GGUF file {path} has no tensor for {min(report['missing_keys'])!r}; download it again."
-        )
-    tensors = dict(model.state_dict())
-    if config.tie_word_embeddings:
-        del tensors[LM_HEAD]  # the embedding itself, by construction
-    return MemoryReader(tensors, path.name)
-
-
-def damaged_gguf(path: Path, error: Exception) -> ArtifactError:
-    """The error for a GGUF file that transformers could not read."""
-    return ArtifactError(
-        f"The GGUF file {path} cannot be read ({first_line(error)}); it is truncated, damaged, or of an "
-        "architecture that transformers does not read from GGUF: download it again or use safetensors."
-    )
-
-
-def _absent(name: str, where: str) -> ArtifactError:
+def absent(name: str, where: str) -> ArtifactError:
+    """The error for a tensor that is not there."""
     return ArtifactError(f"The checkpoint ({where}) has no tensor {name!r}.")
 
 

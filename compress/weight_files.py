@@ -10,7 +10,7 @@ A checkpoint is untrusted input. Whatever does not add up is an ArtifactError (e
 
 from __future__ import annotations
 
-import json
+import os
 import pickle
 import struct
 import zipfile
@@ -21,7 +21,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from compress import reading
 from compress.errors import ArtifactError
+from compress.reading import fault_of, reason, refuse_pointer, shown
 
 # What transformers looks for, in its order: the first that exists is the checkpoint.
 ENTRIES = (
@@ -81,6 +83,12 @@ class _PickleFile:
             isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()
         ):
             raise ArtifactError(f"The weight file {path} is not a dictionary of tensors by name.")
+        for name, tensor in content.items():
+            if (fault := _tensor_fault(tensor)) is not None:
+                raise ArtifactError(
+                    f"The weight file {path} holds the tensor {shown(name)}, which {fault}; get the model's "
+                    "safetensors files instead."
+                )
         self._tensors: dict[str, Tensor] = content
         self.shapes = {name: tuple(tensor.shape) for name, tensor in content.items()}
 
@@ -88,10 +96,25 @@ class _PickleFile:
         return self._tensors[name]
 
 
+def _tensor_fault(tensor: Tensor) -> str | None:
+    """Why a tensor of a pickle is no plain array of numbers that the file itself holds; None when it is one."""
+    if tensor.layout is not torch.strided:
+        return f"is stored as {str(tensor.layout).removeprefix('torch.')}"
+    if tensor.device.type != "cpu":
+        return f"is on the device {str(tensor.device)!r} and has no values"
+    if tensor.is_quantized or tensor.is_nested or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return "is quantised or of a class of its own"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"has the shape {tuple(tensor.shape)}, more numbers than the file holds for it"
+    return None
+
+
 def entry_of(folder: Path) -> str:
     """The file of `ENTRIES` that stands for the checkpoint in `folder`; ArtifactError when there is none."""
     for entry in ENTRIES:
-        if (folder / entry).is_file():
+        if os.path.lexists(folder / entry):
+            if (fault := fault_of(folder / entry)) is not None:
+                raise ArtifactError(f"The weight file {folder / entry} {fault}; download the model again.")
             return entry
     raise ArtifactError(
         f"The folder {folder} has no weights: one of {', '.join(ENTRIES)} is needed. If a download was "
@@ -100,10 +123,15 @@ def entry_of(folder: Path) -> str:
 
 
 def weight_files(folder: Path) -> tuple[str, ...]:
-    """Names of the weight files of the checkpoint in `folder`, not opened."""
+    """Names of the weight files of the checkpoint in `folder`, not opened; ArtifactError when one is missing."""
     entry = entry_of(folder)
     file_of = locate(folder, entry)
-    return (entry,) if file_of is None else tuple(sorted(set(file_of.values())))
+    if file_of is None:
+        return (entry,)
+    files = tuple(sorted(set(file_of.values())))
+    for file in files:
+        _check_shard(folder / file)
+    return files
 
 
 def locate(folder: Path, entry: str) -> dict[str, str] | None:
@@ -113,11 +141,16 @@ def locate(folder: Path, entry: str) -> dict[str, str] | None:
 
 def open_file(path: Path) -> WeightFile:
     """Open one weight file; ArtifactError when it is missing or damaged."""
-    if not path.is_file():
-        raise ArtifactError(
-            f"The weight file {path} is missing, but the index beside it lists it; download the model again."
-        )
+    _check_shard(path)
+    refuse_pointer(path)
     return _SafetensorsFile(path) if path.suffix == ".safetensors" else _PickleFile(path)
+
+
+def _check_shard(path: Path) -> None:
+    if (fault := fault_of(path)) is not None:
+        raise ArtifactError(
+            f"The weight file {path} {fault}, but the index beside it lists it; download the model again."
+        )
 
 
 def check_index(entry: str, file_of: Mapping[str, str], files: Mapping[str, WeightFile]) -> None:
@@ -139,20 +172,14 @@ def check_index(entry: str, file_of: Mapping[str, str], files: Mapping[str, Weig
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds one object and no key twice; ArtifactError otherwise."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) != len(keys):
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ArtifactError(f"The file {path} has the key {twice!r} twice; download it again.")
-        return dict(pairs)
-
+    if fault_of(path) is None:
+        refuse_pointer(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"The file {path} is not JSON ({first_line(error)}); download it again.") from error
+        content = reading.read_json(path)
+    except reading.RefusedError as error:
+        raise ArtifactError(f"The file {path} {error}; download it again.") from error
     if not isinstance(content, dict):
-        raise ArtifactError(f"The file {path} is not a JSON object; download it again.")
+        raise ArtifactError(f"The file {path} is not a JSON object but {shown(content)}; download it again.")
     return content
 
 
@@ -167,19 +194,13 @@ def _read_index(path: Path) -> dict[str, str]:
         plain = isinstance(file, str) and file == PurePosixPath(file).name == PureWindowsPath(file).name
         if not plain or not file.endswith(suffix):
             raise ArtifactError(
-                f"The index {path} places the tensor {name!r} in {file!r}, which is not the name of a "
+                f"The index {path} places the tensor {name!r} in {shown(file)}, which is not the name of a "
                 f"{suffix} file in the same folder; the checkpoint is forged or damaged: do not use it."
             )
     return weight_map
 
 
-def first_line(error: Exception) -> str:
-    """The first line of a library's message, or the name of the exception when it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def _damaged(path: Path, error: Exception) -> ArtifactError:
     return ArtifactError(
-        f"The weight file {path} cannot be read ({first_line(error)}); it is truncated or damaged: download it again."
+        f"The weight file {path} cannot be read ({reason(error)}); it is truncated or damaged: download it again."
     )

@@ -16,7 +16,7 @@ import sysconfig
 import tempfile
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 SERVE = Path(sys.prefix) / "serve"
@@ -71,10 +71,11 @@ def running(
     metrics: int,
     network: bool = False,
     log: Path | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     """launch.sh of the first OUT/triton, with the text models of the others. network: with `--network`. log: where the
-    server's words go; None: where ours go."""
-    variables = environment(folder)
+    server's words go; None: where ours go. variables: of the environment, besides what the server needs."""
+    variables = {**environment(folder), **(variables or {})}
     command = ["bash", str(outs[0] / "triton" / "launch.sh"), *(["--network"] if network else [])]
     command += ["--backend-directory", str(folder / "backends")]
     command += [f"--model-repository={out / 'triton' / 'repository'}" for out in outs[1:]]

@@ -7,9 +7,11 @@ mean that is not 0, and logits spread over several units. The same name always g
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -183,14 +185,25 @@ def token_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCAB_SIZE - 8, (batch, length), generator=generator)
 
 
-def write_gguf(name: str, path: Path) -> Path:
-    """Write a tiny Llama and its tokenizer as a float32 GGUF file, as llama.cpp's converter would."""
+def write_gguf(
+    name: str,
+    path: Path,
+    metadata: Callable[[Any], None] | None = None,
+    quantize: str = "F32",
+    tensors: dict[str, Any] | None = None,
+) -> Path:
+    """Write a tiny model and its tokenizer as a GGUF file, as llama.cpp's converter would.
+
+    `metadata` gets the writer, to add keys; `quantize` is the storage type of the linears; `tensors` are added. A
+    llama3 scaling is written as the converter does, as the tensor rope_freqs.weight.
+    """
     import gguf
 
     source = config(name)
     parameters = {n: p.detach() for n, p in model(name).named_parameters()}
     bpe = json.loads(tokenizer().backend_tokenizer.to_str())["model"]
-    writer = gguf.GGUFWriter(path, "llama")
+    architecture = {"mistral": "llama"}.get(source.model_type, source.model_type)
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_name(name)
     writer.add_context_length(source.max_position_embeddings)
     writer.add_embedding_length(source.hidden_size)
@@ -200,7 +213,12 @@ def write_gguf(name: str, path: Path) -> Path:
     writer.add_head_count_kv(source.num_key_value_heads)
     writer.add_layer_norm_rms_eps(source.rms_norm_eps)
     writer.add_rope_freq_base(source.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(source.head_dim)
+    head_dim = getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads
+    if architecture == "llama":
+        writer.add_rope_dimension_count(head_dim)
+    if head_dim * source.num_attention_heads != source.hidden_size:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
     writer.add_vocab_size(source.vocab_size)
     writer.add_tokenizer_model("gpt2")
     tokens = sorted(bpe["vocab"], key=bpe["vocab"].__getitem__)
@@ -212,18 +230,47 @@ def write_gguf(name: str, path: Path) -> Path:
     writer.add_pad_token_id(0)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, source.num_hidden_layers)
+    if quantize != "F32":
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    if metadata is not None:
+        metadata(writer)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], source.num_hidden_layers)
     heads = {"q_proj": source.num_attention_heads, "k_proj": source.num_key_value_heads}
+    extra = dict(tensors or {})
+    if source.rope_parameters.get("rope_type") == "llama3":
+        extra["rope_freqs.weight"] = llama3_divisors(source.rope_parameters, head_dim)
+    for stored, values in extra.items():
+        writer.add_tensor(stored, values)
     for parameter_name, parameter in parameters.items():
         stem, _, suffix = parameter_name.rpartition(".")
         for projection, count in heads.items():
-            if stem.endswith(projection):
+            if stem.endswith(projection) and architecture == "llama":
                 # (heads, 2, half, d) -> (heads, half, 2, d): GGUF rotates neighbours, HF the two halves.
-                width = parameter.shape[1]
-                parameter = parameter.view(count, 2, -1, width).transpose(1, 2).reshape(-1, width)
-        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", parameter.contiguous().numpy())
+                shape = parameter.shape
+                parameter = parameter.reshape(count, 2, shape[0] // count // 2, -1).transpose(1, 2).reshape(shape)
+        values, kind = parameter.contiguous().numpy(), None
+        if quantize != "F32" and parameter.ndim == 2 and parameter.shape[1] % 32 == 0:
+            kind = gguf.GGMLQuantizationType[quantize]
+            values = gguf.quantize(values, kind)
+        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", values, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def llama3_divisors(rope: dict[str, Any], head_dim: int) -> Any:
+    """What llama.cpp's converter writes as rope_freqs.weight, in its float32: (head_dim / 2,)."""
+    frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    found = []
+    for wavelength in 2 * math.pi / frequencies:
+        if wavelength < rope["original_max_position_embeddings"] / rope["high_freq_factor"]:
+            found.append(torch.tensor(1.0))
+        elif wavelength > rope["original_max_position_embeddings"] / rope["low_freq_factor"]:
+            found.append(torch.tensor(rope["factor"]))
+        else:
+            waves = rope["original_max_position_embeddings"] / wavelength
+            smooth = (waves - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+            found.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return torch.stack(found).to(torch.float32).numpy()

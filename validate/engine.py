@@ -8,7 +8,6 @@ scale of the logits.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from compress.progress import log
 from validate.parity import (
     DECODE_CHUNKS,
     GREEDY_TOKENS,
+    Choices,
     Prompts,
     Rung,
     greedy_choices,
@@ -45,7 +45,7 @@ MOST_PAIRS, WARM_UP = 48, 3  # steps that are timed, at most, after steps that a
 def rung_4(model: ProcrustesForCausalLM, runner: Runner, prompts: Sequence[Prompts], dtype: str) -> Rung:
     """PyTorch in float32, one full forward, vs prefill and decode steps of the engine; then greedy continuations."""
     cases: dict[str, float] = {}
-    same = positions = 0
+    choices = Choices(TIE[dtype])
     for prompt in prompts:
         ids, mask = prompt.continued()
         full = torch_logits(model, ids, mask)
@@ -56,16 +56,11 @@ def rung_4(model: ProcrustesForCausalLM, runner: Runner, prompts: Sequence[Promp
                 where = mask[:, start : start + got.shape[1]].bool()
                 expected, found = full[:, start : start + got.shape[1]][where], got[where]
                 divergences.append(divergence(expected, found))
-                same += int((expected.argmax(-1) == found.argmax(-1)).sum())
-                positions += len(expected)
+                choices.add(expected, found)
             cases[f"{prompt.name}: {kind}"] = float(torch.cat(divergences).mean())
-    greedy = greedy_choices(model, runner, prompts, TIE[dtype])
-    failures = []
-    if greedy["different"]:
-        failures.append(f"{greedy['different']} of {greedy['sequences']} greedy continuations differ")
-    facts = {"top1_agreement": same / positions, "positions": positions, "greedy": greedy}
+    facts, failures = choices.result(greedy_choices(model, runner, prompts, TIE[dtype]))
     title = f"PyTorch decoder vs TensorRT engine ({dtype}), mean KL in nats"
-    return Rung(4, title, worst(cases.values()), KL_TOLERANCE[dtype], cases, facts, tuple(failures))
+    return Rung(4, title, worst(cases.values()), KL_TOLERANCE[dtype], cases, facts, failures)
 
 
 def divergence(expected: Tensor, found: Tensor) -> Tensor:
@@ -115,17 +110,13 @@ def engine_speed(
     ways: dict[str, tuple[Path, Path | None]] = {"dense": (dense, None), "native": (ours, None)}
     if library is not None:
         ways["cpp"] = (ours, library)
-    folder = baseline.artifact.state_folder() / "engines"
-    folder.mkdir(exist_ok=True)
     runners = {}
-    try:
+    with baseline.artifact.scratch("engines") as folder:
         for name, (onnx, used) in ways.items():
             log(f"speed on the GPU: the {name} engine")
             build_plan(onnx, folder / name, used, spans.profiles(graph_axes(onnx)), options)
             runners[name] = DeviceRunner(TrtExecutor(folder / name / PLAN, onnx, spans, used))
         cases = compare_runners(runners, spans, batch_sizes=batch_sizes, seconds=seconds)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return {"gpu": info["gpu"], "versions": info["versions"], "kept": info["plugin"], "cases": cases}
 
 

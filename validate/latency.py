@@ -63,7 +63,7 @@ def jobs_of(arch: Architecture, structures: Sequence[str], inner: Sequence[str],
     That is every linear, the parts that selections (`inner`) leave of it, and the d x d matrices that rotations add.
     Raises UsageError for a unit that a structure cannot use.
     """
-    from compress.groups import CORES
+    from compress.menus import CORES
     from validate.layers import Shape
 
     whole, parts = dict[Shape, None](), dict[Shape, None]()

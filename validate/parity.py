@@ -12,7 +12,7 @@ left-padded batch, a whole sequence and a sequence of length 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,6 +167,41 @@ def rung_2(reader: CheckpointReader, seed: int = 0) -> Rung:
     return Rung(2, title, worst([0.0, *errors.values()]), FACTOR_TOLERANCE, by_kind, facts)
 
 
+@dataclass
+class Choices:
+    """How often two runtimes rank the same token first; `tolerance` is relative to the largest logit.
+
+    A choice is clear where the reference's first two logits are further apart than two errors of that size can move
+    them. Others may differ by rounding alone, which is not the same on every processor.
+    """
+
+    tolerance: float
+    positions: int = 0
+    same: int = 0
+    clear: int = 0
+    clear_same: int = 0
+
+    def add(self, reference: Tensor, other: Tensor) -> None:
+        """Logits (positions, vocabulary) of both."""
+        top = reference.topk(2, dim=-1).values
+        clear = (top[:, 0] - top[:, 1]) > 2 * self.tolerance * reference.abs().max()
+        equal = reference.argmax(-1) == other.argmax(-1)
+        self.positions += len(equal)
+        self.same += int(equal.sum())
+        self.clear += int(clear.sum())
+        self.clear_same += int((equal & clear).sum())
+
+    def result(self, greedy: Mapping[str, int]) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """Facts and failures of a rung, from these choices and from those of `greedy_choices`."""
+        failures = []
+        if self.clear_same < self.clear:
+            failures.append(f"{self.clear - self.clear_same} of {self.clear} clear top-1 choices differ")
+        if greedy["different"]:
+            failures.append(f"{greedy['different']} of {greedy['sequences']} greedy continuations differ")
+        facts = {"top1_agreement": self.same / self.positions, "positions": self.positions}
+        return {**facts, "clear_positions": self.clear, "greedy": dict(greedy)}, tuple(failures)
+
+
 def rung_3(model: ProcrustesForCausalLM, runner: Runner, prompts: Sequence[Prompts], dtype: str = "float32") -> Rung:
     """PyTorch decoder vs the exported graph in ONNX Runtime: each with the cache, both against the full forward.
 
@@ -179,7 +214,7 @@ def rung_3(model: ProcrustesForCausalLM, runner: Runner, prompts: Sequence[Promp
         raise ArtifactError(f"the graph is {dtype}, and parity in ONNX Runtime is defined for float32 and float16")
     tolerance = RUNTIME_TOLERANCE[dtype]
     cases: dict[str, float] = {}
-    choices = decisive = same = same_decisive = 0
+    choices = Choices(tolerance)
     for prompt in prompts:
         ids, mask = prompt.continued()
         start = prompt.ids.shape[1]
@@ -196,21 +231,10 @@ def rung_3(model: ProcrustesForCausalLM, runner: Runner, prompts: Sequence[Promp
                     for s, got in chosen
                 )
         where = mask[:, -kept:].bool()
-        reference, other = full[:, -kept:][where], onnx_full[where]  # (positions, vocabulary)
-        top = reference.topk(2, dim=-1).values
-        clear = (top[:, 0] - top[:, 1]) > 2 * tolerance * reference.abs().max()
-        equal = reference.argmax(-1) == other.argmax(-1)
-        choices, same = choices + len(equal), same + int(equal.sum())
-        decisive, same_decisive = decisive + int(clear.sum()), same_decisive + int((equal & clear).sum())
-    greedy = greedy_choices(model, runner, prompts, tolerance)
-    failures = []
-    if same_decisive < decisive:
-        failures.append(f"{decisive - same_decisive} of {decisive} clear top-1 choices differ")
-    if greedy["different"]:
-        failures.append(f"{greedy['different']} of {greedy['sequences']} greedy continuations differ")
-    facts = {"top1_agreement": same / choices, "positions": choices, "clear_positions": decisive, "greedy": greedy}
+        choices.add(full[:, -kept:][where], onnx_full[where])
+    facts, failures = choices.result(greedy_choices(model, runner, prompts, tolerance))
     title = "PyTorch decoder vs ONNX Runtime"
-    return Rung(3, title, worst(cases.values()), tolerance, cases, facts, tuple(failures))
+    return Rung(3, title, worst(cases.values()), tolerance, cases, facts, failures)
 
 
 def dense_export_error(model: ProcrustesForCausalLM, path: Path) -> float:

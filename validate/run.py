@@ -250,7 +250,7 @@ def _quality(baseline: Baseline, args: argparse.Namespace) -> dict[str, Any]:
         },
         "protocol": {
             "rows_joined_by": "\n\n",
-            "tokenised": "once, as a whole",
+            "tokenised": "once, as a whole" if windows.whole else "once, a beginning",
             "window": windows.length,
             "stride": windows.stride,
             "windows": windows.count,
@@ -320,6 +320,8 @@ def _report(
         reader.architecture,
         structures,
         config.rotation,
+        extra_biases=config.parsed_extra_biases(),
+        skip_parameters=sum(form.parameter_count() for form in config.parsed_skips()),
         embedding_rank=config.embedding_rank,
         head_rank=config.head_rank,
     )

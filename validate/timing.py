@@ -74,9 +74,9 @@ def paired(
         b()
     wall: list[tuple[float, float]] = []
     cpu: list[tuple[float, float]] = []
-    start = time.perf_counter()
-    while len(wall) < least or (len(wall) < most and time.perf_counter() - start < seconds):
-        (wall_a, cpu_a), (wall_b, cpu_b) = _clock(a), _clock(b)
+    start, _ = now()
+    while len(wall) < least or (len(wall) < most and now()[0] - start < seconds):
+        (wall_a, cpu_a), (wall_b, cpu_b) = _cost(a), _cost(b)
         wall.append((wall_a, wall_b))
         cpu.append((cpu_a, cpu_b))
     kept = cpu if one_thread else wall
@@ -90,8 +90,14 @@ def paired(
     )
 
 
-def _clock(run: Callable[[], object]) -> tuple[float, float]:
+def now() -> tuple[float, float]:
+    """(wall clock, CPU time of this thread), both in seconds; tests put a clock of their own in its place."""
+    return time.perf_counter(), time.thread_time()
+
+
+def _cost(run: Callable[[], object]) -> tuple[float, float]:
     """(wall seconds, CPU seconds of this thread) of one call."""
-    wall, cpu = time.perf_counter(), time.thread_time()
+    wall, cpu = now()
     run()
-    return time.perf_counter() - wall, time.thread_time() - cpu
+    wall_after, cpu_after = now()
+    return wall_after - wall, cpu_after - cpu

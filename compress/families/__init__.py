@@ -8,6 +8,8 @@ from compress.architecture import Architecture
 from compress.errors import UsageError
 from compress.families import llama, opt
 from compress.families.base import Family, LayerNames, ParameterNames, TensorNames, expected_shapes
+from compress.families.foreign import refuse_foreign
+from compress.reading import shown
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -43,14 +45,15 @@ def family_of(model_type: str) -> Family:
         )
     if model_type not in _BY_MODEL_TYPE:
         raise UsageError(
-            f"Models of type {model_type!r} are not supported (model_type in config.json); supported are "
+            f"Models of type {shown(model_type)} are not supported (model_type in config.json); supported are "
             f"{', '.join(supported_model_types())}."
         )
     return _BY_MODEL_TYPE[model_type]
 
 
 def architecture(config: PretrainedConfig) -> Architecture:
-    """Describe the model of a Hugging Face config; UsageError when no family supports it."""
+    """Describe the model of a Hugging Face config; UsageError when no family supports it, or only a part of it."""
+    refuse_foreign(config)
     return family_of(config.model_type).architecture(config)
 
 

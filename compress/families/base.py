@@ -6,11 +6,13 @@ A family describes; it has no maths. Nothing here reads a weight.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from compress.architecture import Architecture
+from compress.config_values import ARCHITECTURE_FIELDS, fault_of_fields, rope_fault
 from compress.errors import ArtifactError, UsageError
+from compress.reading import shown
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -108,7 +110,7 @@ def activation(config: PretrainedConfig, field: str) -> str:
     name = getattr(config, field)
     if name not in ACTIVATIONS:
         raise UsageError(
-            f"config.json has {field} = {name!r}, which is not supported; supported are {', '.join(ACTIVATIONS)}."
+            f"config.json has {field} = {shown(name)}, which is not supported; supported are {', '.join(ACTIVATIONS)}."
         )
     return ACTIVATIONS[name]
 
@@ -126,15 +128,21 @@ def refuse_quantized(config: PretrainedConfig) -> None:
 
 
 def check_sizes(architecture: Architecture) -> Architecture:
-    """Return `architecture`; raise ArtifactError when config.json holds sizes that no model can have."""
-    sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-    for field in (*sizes, "vocab_size", "max_positions"):
-        value = getattr(architecture, field)
-        if not isinstance(value, int) or value < 1:
-            raise ArtifactError(f"config.json gives {field} = {value!r}, but a positive integer is needed.")
+    """Return `architecture`; raise ArtifactError when config.json holds types, sizes or rotary parameters that no model
+    can have."""
+    fault = fault_of_fields(asdict(architecture), ARCHITECTURE_FIELDS) or rope_fault(architecture.rope, "rope")
+    if fault is not None:
+        raise ArtifactError(f"config.json gives {fault}; take the model's own config.json, unchanged.")
     if architecture.num_heads % architecture.num_kv_heads:
         raise ArtifactError(
             f"config.json gives {architecture.num_heads} attention heads and {architecture.num_kv_heads} "
             "key/value heads, but the first must be a multiple of the second."
         )
+    if (architecture.positions == "rope") != (architecture.rope is not None):
+        raise ArtifactError(
+            f"config.json gives positions of kind {architecture.positions!r} with the rotary parameters "
+            f"{shown(architecture.rope)}; rotary positions need them, learned ones have none."
+        )
+    if architecture.rope is not None and architecture.head_dim % 2:
+        raise ArtifactError(f"config.json gives head_dim = {architecture.head_dim}, but rotary positions need it even.")
     return architecture

@@ -25,6 +25,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from compress.errors import ArtifactError, UsageError
+from compress.reading import shown
 
 Side = Literal["in", "out"]  # which side of the matrix lies on the residual stream: "in" reads it, "out" writes it
 
@@ -169,12 +170,12 @@ def cast(factors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 def structure_from_config(config: Mapping[str, Any]) -> Structure:
     """Read back what `Structure.to_config` wrote. Raises ArtifactError, naming the field, for anything else."""
     if not isinstance(config, Mapping):
-        raise ArtifactError(f"a structure must be a JSON object, not {config!r}; compress the model again")
+        raise ArtifactError(f"a structure must be a JSON object, not {shown(config)}; compress the model again")
     known = registry()
     name = config.get("structure")
     if not isinstance(name, str) or name not in known:
         raise ArtifactError(
-            f"unknown structure {name!r} in a checkpoint's config; this version knows {', '.join(known)}"
+            f"unknown structure {shown(name)} in a checkpoint's config; this version knows {', '.join(known)}"
         )
     cls = known[name]
     hints = get_type_hints(cls)
@@ -188,15 +189,18 @@ def structure_from_config(config: Mapping[str, Any]) -> Structure:
     for problem, names in (("unknown", given.keys() - allowed), ("missing", required - given.keys())):
         if names:
             raise ArtifactError(
-                f"{problem} field {', '.join(sorted(map(str, names)))} in the {name} structure {dict(config)}"
+                f"{problem} field {shown(', '.join(sorted(map(str, names))))[1:-1]} in the {name} structure "
+                f"{shown(dict(config), 300)}"
             )
     for key, value in given.items():
         if not _is_of_type(value, hints[key]):
-            raise ArtifactError(f"field {key} of the {name} structure {dict(config)} has the wrong type: {value!r}")
+            raise ArtifactError(
+                f"field {key} of the {name} structure {shown(dict(config), 300)} has the wrong type: {shown(value)}"
+            )
     try:
         return cls(**given)
     except UsageError as error:
-        raise ArtifactError(f"the {name} structure {dict(config)} is not valid: {error}") from error
+        raise ArtifactError(f"the {name} structure {shown(dict(config), 300)} is not valid: {error}") from error
 
 
 def _is_of_type(value: object, hint: Any) -> bool:

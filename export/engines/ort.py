@@ -112,10 +112,16 @@ class OrtExecutor:
         self._outputs = [output.name for output in self.session.get_outputs()]
 
     def run(self, profile: int, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See `Executor.run`; a pass is of the same graph whatever the profile."""
+        """See `Executor.run`; a pass is of the same graph whatever the profile. Raises RuntimeError for whatever ONNX
+        Runtime reports, such as too little memory: its own exceptions are none."""
+        import onnxruntime
         import torch
 
-        made = self.session.run(self._outputs, {name: value.numpy() for name, value in feeds.items()})
+        errors = onnxruntime.capi.onnxruntime_pybind11_state
+        try:
+            made = self.session.run(self._outputs, {name: value.numpy() for name, value in feeds.items()})
+        except (errors.EPFail, errors.Fail, errors.InvalidArgument, errors.RuntimeException) as error:
+            raise RuntimeError(str(error).strip()) from error
         return {name: torch.from_numpy(value) for name, value in zip(self._outputs, made, strict=True)}
 
 

@@ -11,10 +11,13 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from compress.progress import log
-from export.triton.batching import Batcher, Piece
+from export.triton.batching import DEAD, Batcher, Piece
+from export.triton.failures import sendable
 from export.triton.post import Post
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+STUCK = 600
+"""Seconds after which one step, or one prompt, is taken for an engine that will not come back."""
 
 
 class Metrics:
@@ -73,6 +76,43 @@ class Refusal:
     def look(self) -> None:
         """Nothing to find out."""
 
+    def fail(self, reason: str) -> None:
+        """See `post.Parcel`."""
+        _send(self._sender, _error(reason), last=True)
+
+
+class Health:
+    """The answer to a request that asks for nothing but whether others would be answered. See `post.Parcel`."""
+
+    def __init__(self, sender: Any, batcher: Batcher) -> None:
+        self._sender, self._batcher = sender, batcher
+
+    def deliver(self) -> bool:
+        """`ready`, or an error; without a word in the metrics, for nobody asked for text."""
+        reason = unwell(self._batcher)
+        if reason is None:
+            response = pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("text_output", _words("ready"))])
+        else:
+            response = _error(reason)
+        _send(self._sender, response, last=True)
+        return True
+
+    def look(self) -> None:
+        """Nothing to find out."""
+
+    def fail(self, reason: str) -> None:
+        """See `post.Parcel`."""
+        _send(self._sender, _error(reason), last=True)
+
+
+def unwell(batcher: Batcher) -> str | None:
+    """Why a request would not be answered now; None where it would."""
+    if batcher.failed:
+        return DEAD
+    if batcher.engine_seconds > STUCK:
+        return f"the engine has been at one step for more than {STUCK} seconds"
+    return None
+
 
 class Client:
     """A listener of the batcher whose pieces go out by post: all in one response, or in a stream of those that have
@@ -111,6 +151,8 @@ class Client:
 
     def deliver(self) -> bool:
         """See `post.Parcel`."""
+        if self._complete:  # it failed, and the batcher did not know yet
+            return True
         with self._lock:
             pieces = self._pieces if self._stream or (self._pieces and self._pieces[-1].finish is not None) else []
             self._pieces = self._pieces[len(pieces) :]
@@ -130,6 +172,11 @@ class Client:
             self._cancelled = True
         return self._complete
 
+    def fail(self, reason: str) -> None:
+        """See `post.Parcel`. The batcher finds it cancelled."""
+        self._cancelled = self._complete = True
+        _send(self._sender, _error(reason), last=True)
+
 
 def _send(sender: Any, response: Any, *, last: bool) -> bool:
     """Whether the server took it."""
@@ -145,7 +192,7 @@ def _send(sender: Any, response: Any, *, last: bool) -> bool:
 
 
 def _error(reason: str) -> Any:
-    return pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(reason))
+    return pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(sendable(reason)))
 
 
 def _response(pieces: list[Piece], prompt: int, told: bool, before: str) -> Any:

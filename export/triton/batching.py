@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from compress.errors import ProcrustesError, UsageError
+from compress.progress import log
 from export.engines.sampling import Sampler
 from export.engines.slots import Slots
+from export.triton.failures import Contained
 from export.triton.settings import Settings
+from export.triton.steering import log_probabilities, steered
 from export.triton.text import Decodes, TextStream
 
 
@@ -30,6 +34,11 @@ class Piece:
     likeliest: tuple[dict[int, float], ...] = ()
     finish: str | None = None
     error: str | None = None
+
+
+ENGINE_FAILED = "the engine failed while it answered; the server's log has the details"
+UNLOADED = "the model is being unloaded"
+DEAD = "the model has failed and is about to be started again; the server's log has the details"
 
 
 class Listener(Protocol):
@@ -56,7 +65,11 @@ class _Answer:
 
 
 class Batcher:
-    """Answers requests until `close`. Raises UsageError at once for a request that can never be answered."""
+    """Answers requests until `close`. Raises UsageError at once for a request that can never be answered.
+
+    A request that fails ends alone. When the engine fails, the requests that were in it end, and it is tried with the
+    smallest prompt: an engine that fails at that too, or a defect of this loop, ends the thread, and `failed` is set.
+    """
 
     def __init__(
         self,
@@ -67,10 +80,14 @@ class Batcher:
         most_waiting: int = 1024,
     ) -> None:
         """ends: tokens that end an answer. most_waiting: requests beyond it are refused until others are answered."""
-        self._slots, self._tokenizer, self._ends = slots, tokenizer, frozenset(ends)
+        self._slots, self._tokenizer = slots, tokenizer
+        self._vocabulary = slots.executor.vocabulary
+        self._ends = frozenset(end for end in ends if 0 <= end < self._vocabulary)
         self._waiting: queue.Queue[_Answer | None] = queue.Queue(most_waiting)
         self._running: dict[int, _Answer] = {}
         self._closing = threading.Event()
+        self._called: float | None = None
+        self.failed = False
         self.steps = 0
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
@@ -85,11 +102,21 @@ class Batcher:
         """Requests that wait for one."""
         return self._waiting.qsize()
 
+    @property
+    def engine_seconds(self) -> float:
+        """For how long the engine has been at its present step or prompt; 0 between two of them."""
+        called = self._called
+        return 0.0 if called is None else time.monotonic() - called
+
     def submit(self, ids: Sequence[int], settings: Settings, listener: Listener) -> None:
         """Answer a prompt; pieces go to the listener. UsageError: it is empty or too long, or too many wait."""
         slots = self._slots
         if not ids:
             raise UsageError("the prompt is empty")
+        if not 0 <= min(ids) <= max(ids) < self._vocabulary:
+            raise UsageError(
+                f"the prompt has a token that this model lacks: number {max(ids)} of {self._vocabulary}, counted from 0"
+            )
         if len(ids) > slots.longest_prompt:
             raise UsageError(f"the prompt has {len(ids)} tokens; this model takes at most {slots.longest_prompt}")
         if len(ids) + settings.max_tokens > slots.longest:
@@ -98,7 +125,7 @@ class Batcher:
                 f"most {slots.longest} here"
             )
         if self._closing.is_set():
-            raise UsageError("the model is being unloaded")
+            raise UsageError(self._ending)
         sampler = Sampler(
             temperature=settings.temperature,
             top_k=settings.top_k or None,
@@ -118,18 +145,29 @@ class Batcher:
             self._waiting.put_nowait(None)
         self._thread.join()
 
+    def join(self) -> None:
+        """Wait until the thread has ended: after `close`, or with `failed`."""
+        self._thread.join()
+
     # -- the thread ----------------------------------------------------------------------------------------
 
+    @property
+    def _ending(self) -> str:
+        return DEAD if self.failed else UNLOADED
+
     def _run(self) -> None:
+        whole = False
         try:
             while self._running or not self._closing.is_set():
                 self._admit()
                 if self._running:
                     self._step()
+            whole = True
         finally:  # also where this thread fails: nobody may wait for ever
+            self.failed = not whole
             self._closing.set()
             for answer in self._running.values():
-                answer.listener.tell(Piece("", finish="error", error="the model has failed; see the server's log"))
+                answer.listener.tell(Piece("", finish="error", error=DEAD))
             self._refuse_the_rest()
 
     def _admit(self) -> None:
@@ -145,9 +183,12 @@ class Batcher:
                 answer.listener.tell(Piece("", finish="cancelled"))
                 continue
             try:
-                answer.handle, logits = self._slots.admit(answer.ids)
+                with self._engine():
+                    answer.handle, logits = self._slots.admit(answer.ids)
             except (ProcrustesError, RuntimeError, MemoryError) as error:
-                answer.listener.tell(Piece("", finish="error", error=str(error)))
+                answer.listener.tell(Piece("", finish="error", error=_reason(error)))
+                if not self._running:  # those that run find out by their next step
+                    self._try_engine()
                 continue
             self._running[answer.handle] = answer
             self._take(answer, logits)
@@ -160,25 +201,48 @@ class Batcher:
             return
         order = [self._running[handle] for handle in self._slots.active]
         try:
-            logits = self._slots.step([answer.made[-1] for answer in order])
+            with self._engine():
+                logits = self._slots.step([answer.made[-1] for answer in order])
         except (ProcrustesError, RuntimeError, MemoryError) as error:  # nobody's answer can go on from here
             for answer in order:
-                self._end(answer, Piece("", finish="error", error=str(error)))
+                self._end(answer, Piece("", finish="error", error=_reason(error)))
+            self._try_engine()
             return
         self.steps += 1
         for answer, row in zip(order, logits, strict=True):
             self._take(answer, row)
 
-    def _take(self, answer: _Answer, logits: npt.NDArray[np.float32]) -> None:
+    def _try_engine(self) -> None:
+        """After a failure, and with free rows: an engine that cannot read the smallest prompt will answer nobody."""
+        with self._engine():
+            handle, _ = self._slots.admit([0] * max(1, self._slots.executor.spans.prompt.least))
+        self._slots.release(handle)
+
+    @contextmanager
+    def _engine(self) -> Iterator[None]:
+        self._called = time.monotonic()
+        try:
+            yield
+        finally:
+            self._called = None
+
+    def _take(self, answer: _Answer, logits: npt.NDArray[np.floating[Any]]) -> None:
         """Choose the next token and tell it."""
+        with Contained(lambda reason: self._fail(answer, reason)):
+            piece = self._next(answer, logits)
+            if piece.finish is None:
+                answer.listener.tell(piece)
+            else:
+                self._end(answer, piece)
+
+    def _next(self, answer: _Answer, logits: npt.NDArray[np.floating[Any]]) -> Piece:
         settings = answer.settings
         if not np.isfinite(logits).all():
-            self._end(answer, Piece("", finish="error", error="the model gave logits that are not finite"))
-            return
-        steered = self._steered(answer, logits)
-        token = int(answer.sampler(steered[None])[0])
+            return Piece("", finish="error", error="the model gave logits that are not finite")
+        changed = steered(logits, settings, prompt=answer.ids, made=answer.made, ends=self._ends)
+        token = int(answer.sampler(changed[None])[0])
         answer.made.append(token)
-        logprobs, likeliest = self._logprobs(logits, token, settings.logprobs)
+        logprobs, likeliest = log_probabilities(logits, token, settings.logprobs)
         ended = token in self._ends
         text = "" if ended else answer.stream.add(token)
         finish = None
@@ -189,47 +253,16 @@ class Batcher:
         if finish is not None:
             text += answer.stream.finish()
             finish = "stop" if answer.stream.stopped else finish
-        piece = Piece(text, (token,), logprobs, likeliest, finish)
-        if finish is None:
-            answer.listener.tell(piece)
-        else:
-            self._end(answer, piece)
-
-    def _steered(self, answer: _Answer, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        settings = answer.settings
-        early = len(answer.made) < settings.min_tokens and self._ends
-        additive = bool(answer.made) and (settings.frequency_penalty != 0 or settings.presence_penalty != 0)
-        if settings.repetition_penalty == 1.0 and not early and not additive:
-            return logits
-        steered: npt.NDArray[np.float32] = logits.copy()
-        if settings.repetition_penalty != 1.0:
-            there = np.unique(np.array(answer.ids + answer.made))
-            values, r = steered[there], settings.repetition_penalty
-            steered[there] = np.where(values > 0, values / r, values * r)
-        if additive:
-            there, counts = np.unique(np.array(answer.made), return_counts=True)
-            steered[there] -= settings.frequency_penalty * counts + settings.presence_penalty
-        if early:
-            steered[list(self._ends)] = -np.inf
-        return steered
-
-    @staticmethod
-    def _logprobs(
-        logits: npt.NDArray[np.float32], token: int, count: int | None
-    ) -> tuple[tuple[float, ...], tuple[dict[int, float], ...]]:
-        """Of the model itself, before temperature and penalties."""
-        if count is None:
-            return (), ()
-        wide = logits.astype(np.float64)
-        log = wide - wide.max()
-        log -= np.log(np.exp(log).sum())
-        best = np.argsort(-log, kind="stable")[:count]
-        return (float(log[token]),), ({int(i): float(log[i]) for i in best},)
+        return Piece(text, (token,), logprobs, likeliest, finish)
 
     def _end(self, answer: _Answer, piece: Piece) -> None:
         del self._running[answer.handle]
         self._slots.release(answer.handle)
         answer.listener.tell(piece)
+
+    def _fail(self, answer: _Answer, reason: str) -> None:
+        if answer.handle in self._running:  # else it had its last piece, and failed at that
+            self._end(answer, Piece("", finish="error", error=reason))
 
     def _refuse_the_rest(self) -> None:
         while True:
@@ -238,4 +271,12 @@ class Batcher:
             except queue.Empty:
                 return
             if answer is not None:
-                answer.listener.tell(Piece("", finish="error", error="the model is being unloaded"))
+                answer.listener.tell(Piece("", finish="error", error=self._ending))
+
+
+def _reason(error: Exception) -> str:
+    """What a client is told of a failing engine. What is no UsageError is for the operator, and may name files."""
+    if isinstance(error, UsageError):
+        return str(error)
+    log(f"the engine failed: {error}")
+    return ENGINE_FAILED

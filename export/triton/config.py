@@ -40,8 +40,10 @@ INPUTS = (
     ("exclude_input_in_output", "TYPE_BOOL", 1),
     ("return_num_input_tokens", "TYPE_BOOL", 1),
     ("return_num_output_tokens", "TYPE_BOOL", 1),
+    ("health", "TYPE_BOOL", 1),
 )
-"""All optional. The last ones and `stop_words` are what Triton's OpenAI front end sends; counts always come back."""
+"""All optional. `return_...` and `stop_words` are what Triton's OpenAI front end sends; counts always come back.
+`health` is what probe.py sends in place of all others: the answer is `ready`, or an error."""
 OUTPUTS = (
     ("text_output", "TYPE_STRING", 1),
     ("tokens", "TYPE_INT32", -1),

@@ -27,6 +27,7 @@ def files(name: str, network: str, *, gpu: bool) -> dict[str, str]:
     """File name -> content, of all templates. name, network: of the two models; gpu: they run a TensorRT plan."""
     values = {
         "NAME": name,
+        "NETWORK": network,
         "LABEL": label(name),
         "IMAGE": IMAGE,
         "NETWORK_FILE": f"{network}/1/model.plan" if gpu else f"{network}/1",

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from functools import partial
 from typing import Any, cast
 
 import triton_python_backend_utils as pb_utils
 
 from compress.artifact import Artifact
-from compress.errors import UsageError
+from compress.progress import log
 from export.engines.slots import Slots
-from export.triton.answers import Client, Metrics, Refusal
+from export.triton.answers import Client, Health, Metrics, Refusal, unwell
 from export.triton.batching import Batcher
+from export.triton.failures import Contained
 from export.triton.post import Post
-from export.triton.served import configured, sound_graph
-from export.triton.settings import LARGEST_PROMPT, Settings, parse_messages
-from export.triton.text import Decodes
+from export.triton.reading import Inputs, Reader, Tokenizer, flag
+from export.triton.served import configured, sound_graph, sound_tokenizer
 
 LOOK = 0.1
 """Seconds between two looks whether requests are cancelled."""
-SCALARS = {
-    "max_tokens": int,
-    "min_tokens": int,
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "repetition_penalty": float,
-    "frequency_penalty": float,
-    "presence_penalty": float,
-    "seed": int,
-    "logprobs": int,
-}
 
 
 class TritonPythonModel:
@@ -38,76 +29,86 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load the engine and answer one request, so that the first client waits for nothing."""
         artifact, parameters = configured(args)
+        folder = sound_tokenizer(artifact)
         slots = Slots(_executor(artifact, parameters), int(parameters["sequences"]))
         from transformers import AutoTokenizer
 
-        folder = artifact.require_stage("checkpoint")
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = cast(Tokenizer, AutoTokenizer.from_pretrained(folder, local_files_only=True))
         ends = slots.executor.metadata["eos_token_id"]
         ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
         handle, _ = slots.admit([0] * max(1, slots.executor.spans.prompt.least))
         slots.step([0])
         slots.release(handle)
-        self.longest = slots.longest
-        self.batcher = Batcher(slots, cast(Decodes, self.tokenizer), ends)
+        self.reader = Reader(tokenizer, slots.longest)
+        self.batcher = Batcher(slots, tokenizer, ends)
         self.metrics, self.post = Metrics(args["model_name"], self.batcher), Post(LOOK)
+        self.closing = False
+        for watch in (self._end_with_batcher, self._end_with_post):
+            threading.Thread(target=watch, name="watch", daemon=True).start()
 
     def execute(self, requests: list[Any]) -> None:
-        """Put requests into the batch; answers go out from its thread."""
+        """Put requests into the batch; answers go out from its thread. One that fails leaves the others alone."""
         for request in requests:
             sender = request.get_response_sender()
-            try:
-                ids, settings, stream, before = self._read(request)
-                told = settings.logprobs is not None
-                client = Client(
-                    sender, self.metrics, self.post, prompt=len(ids), stream=stream, told=told, before=before
-                )
-                self.batcher.submit(ids, settings, client)
-                self.post.put(client)
-            except UsageError as error:
-                self.post.put(Refusal(sender, self.metrics, str(error)))
+            with Contained(partial(self._refuse, sender)):
+                self._take(request, sender)
+
+    def is_ready(self) -> bool:
+        """For /v2/models/NAME/ready of the Triton versions that ask (2026 and later)."""
+        return unwell(self.batcher) is None
 
     def finalize(self) -> None:
         """Finish what is running."""
+        self.closing = True
         self.batcher.close()
         self.post.close()
 
-    def _read(self, request: Any) -> tuple[list[int], Settings, bool, str]:
-        """Tokens, settings, whether to stream, and what the text begins with: the prompt, where that is asked for."""
-        text, messages = _text(request, "text_input"), _text(request, "messages")
-        if (text is None) == (messages is None):
-            raise UsageError("give text_input, or messages for the chat template, and not both")
-        if len(text or messages or "") > LARGEST_PROMPT:
-            raise UsageError(f"the prompt has more than {LARGEST_PROMPT} characters")
-        before = ""
-        if text is not None:
-            ids = self.tokenizer(text)["input_ids"]
-            before = text if _flag(request, "exclude_input_in_output") is False else ""
-        elif self.tokenizer.chat_template is None:
-            raise UsageError("the tokenizer of this model has no chat template; give text_input")
-        else:
-            from jinja2 import TemplateError
+    def _take(self, request: Any, sender: Any) -> None:
+        inputs = _inputs(request)
+        if flag(inputs, "health"):
+            self.post.put(Health(sender, self.batcher))
+            return
+        question = self.reader.read(inputs)
+        settings = question.settings
+        client = Client(
+            sender,
+            self.metrics,
+            self.post,
+            prompt=len(question.ids),
+            stream=question.stream,
+            told=settings.logprobs is not None,
+            before=question.before,
+        )
+        self.batcher.submit(question.ids, settings, client)
+        self.post.put(client)
 
-            conversation = parse_messages(str(messages))
-            try:
-                found = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-            except TemplateError as error:  # such as roles that do not take turns
-                raise UsageError(f"the chat template of this model refuses these messages: {error}") from error
-            ids = self.tokenizer(found, add_special_tokens=False)["input_ids"]
-        given: dict[str, Any] = {}
-        for name, kind in SCALARS.items():
-            value = pb_utils.get_input_tensor_by_name(request, name)
-            if value is not None:
-                given[name] = kind(_single(name, value.as_numpy()))
-        for name in ("stop", "stop_words"):
-            stops = pb_utils.get_input_tensor_by_name(request, name)
-            if stops is not None:
-                given["stop"] = (
-                    *given.get("stop", ()),
-                    *(_decoded(name, item) for item in stops.as_numpy().reshape(-1)),
-                )
-        given.setdefault("max_tokens", max(1, min(Settings.max_tokens, self.longest - len(ids))))
-        return list(ids), Settings(**given), bool(_flag(request, "stream")), before
+    def _refuse(self, sender: Any, reason: str) -> None:
+        self.post.put(Refusal(sender, self.metrics, reason))
+
+    def _end_with_batcher(self) -> None:
+        self.batcher.join()
+        if self.batcher.failed:
+            self.post.close()  # everybody has been told
+            _end_process("the thread that decodes has failed")
+
+    def _end_with_post(self) -> None:
+        self.post.join()
+        if not self.closing and not self.batcher.failed:
+            _end_process("the thread that sends the answers has failed")
+
+
+def _end_process(reason: str) -> None:
+    """Triton answers every request with an error from now on, which launch.sh and the probes see."""
+    log(f"{reason}: this process ends, and launch.sh, or whatever watches probe.py, starts the server again")
+    os._exit(1)
+
+
+def _inputs(request: Any) -> Inputs:
+    def values(name: str) -> Any:
+        tensor = pb_utils.get_input_tensor_by_name(request, name)
+        return None if tensor is None else tensor.as_numpy()
+
+    return values
 
 
 def _executor(artifact: Artifact, parameters: dict[str, str]) -> Any:
@@ -118,26 +119,3 @@ def _executor(artifact: Artifact, parameters: dict[str, str]) -> Any:
     from export.engines.ort import OrtExecutor
 
     return OrtExecutor(sound_graph(artifact), threads=int(parameters["threads"]))
-
-
-def _text(request: Any, name: str) -> str | None:
-    tensor = pb_utils.get_input_tensor_by_name(request, name)
-    return None if tensor is None else _decoded(name, _single(name, tensor.as_numpy()))
-
-
-def _flag(request: Any, name: str) -> bool | None:
-    tensor = pb_utils.get_input_tensor_by_name(request, name)
-    return None if tensor is None else bool(_single(name, tensor.as_numpy()))
-
-
-def _single(name: str, values: Any) -> Any:
-    if values.size != 1:
-        raise UsageError(f"{name} must have one value, not {values.size}")
-    return values.reshape(-1)[0]
-
-
-def _decoded(name: str, value: Any) -> str:
-    try:
-        return bytes(value).decode() if not isinstance(value, str) else value
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{name} is not UTF-8 ({error})") from error

@@ -11,7 +11,11 @@ from typing import Any
 import onnxruntime
 import triton_python_backend_utils as pb_utils
 
+from compress.progress import log
 from export.engines.ort import OrtRunner
+from export.triton.batching import ENGINE_FAILED
+from export.triton.failures import Contained, sendable
+from export.triton.passes import check_feeds
 from export.triton.served import configured, sound_graph
 
 errors = onnxruntime.capi.onnxruntime_pybind11_state
@@ -23,21 +27,30 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load the graph, after a look at its hashes."""
         artifact, parameters = configured(args)
-        runner = OrtRunner(sound_graph(artifact), threads=int(parameters["threads"]))
-        self.session, self.outputs = runner.session, runner.outputs
-        self.inputs = [value.name for value in self.session.get_inputs()]
+        self.runner = OrtRunner(sound_graph(artifact), threads=int(parameters["threads"]))
+        self.inputs = [value.name for value in self.runner.session.get_inputs()]
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """One pass for each request."""
-        return [self._answer(request) for request in requests]
+        """One pass for each request. One that fails leaves the others alone."""
+        responses: list[Any] = []
+        for request in requests:
+            with Contained(lambda reason: responses.append(_error(reason))):
+                responses.append(self._answer(request))
+        return responses
 
     def _answer(self, request: Any) -> Any:
-        wanted = [name for name in self.outputs if name in set(request.requested_output_names())]
+        wanted = [name for name in self.runner.outputs if name in set(request.requested_output_names())]
         feeds = {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs}
+        check_feeds(feeds, vocabulary=self.runner.vocabulary, positions=self.runner.metadata["max_positions"])
         try:
-            made = self.session.run(wanted, feeds)
-        except (errors.Fail, errors.InvalidArgument, errors.RuntimeException) as error:  # shapes, tokens, memory
-            return pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(str(error).strip()))
+            made = self.runner.session.run(wanted, feeds)
+        except (errors.EPFail, errors.Fail, errors.InvalidArgument, errors.RuntimeException) as error:  # such as memory
+            log(f"the engine failed: {error}")
+            return _error(ENGINE_FAILED)
         return pb_utils.InferenceResponse(
             output_tensors=[pb_utils.Tensor(name, value) for name, value in zip(wanted, made, strict=True)]
         )
+
+
+def _error(reason: str) -> Any:
+    return pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(sendable(reason)))

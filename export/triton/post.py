@@ -12,9 +12,11 @@ import threading
 import time
 from typing import Protocol
 
+from export.triton.failures import Contained
+
 
 class Parcel(Protocol):
-    """An answer on its way. Both methods are called by the thread of `Post`."""
+    """An answer on its way. Its methods are called by the thread of `Post`."""
 
     def deliver(self) -> bool:
         """Send what there is to send, which may be nothing; whether it was the last."""
@@ -24,9 +26,16 @@ class Parcel(Protocol):
         """Find out whether anybody still waits for it."""
         ...
 
+    def fail(self, reason: str) -> None:
+        """End it with an error, after a delivery or a look that failed."""
+        ...
+
 
 class Post:
-    """Delivers what is put, in order, and every `every` seconds looks at each parcel that is not yet complete."""
+    """Delivers what is put, in order, and every `every` seconds looks at each parcel that is not yet complete.
+
+    A parcel that fails ends alone.
+    """
 
     def __init__(self, every: float) -> None:
         self._every = every
@@ -43,6 +52,10 @@ class Post:
         self._queue.put(None)
         self._thread.join()
 
+    def join(self) -> None:
+        """Wait until the thread has ended: after `close`, or by a defect of its own."""
+        self._thread.join()
+
     def _run(self) -> None:
         under_way: dict[int, Parcel] = {}
         looked = time.monotonic()
@@ -55,11 +68,19 @@ class Post:
             else:
                 if parcel is None:
                     return
-                if parcel.deliver():
+                complete = True
+                with Contained(parcel.fail):
+                    complete = parcel.deliver()
+                if complete:
                     under_way.pop(id(parcel), None)
                 else:
                     under_way[id(parcel)] = parcel
             if time.monotonic() >= looked + self._every:
-                for parcel in under_way.values():
-                    parcel.look()
+                for parcel in list(under_way.values()):
+                    sound = False
+                    with Contained(parcel.fail):
+                        parcel.look()
+                        sound = True
+                    if not sound:
+                        del under_way[id(parcel)]
                 looked = time.monotonic()

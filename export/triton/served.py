@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from compress.artifact import Artifact
+from compress.artifact import MANIFEST, Artifact
+from compress.manifest import Manifest
 from export.graph import MODEL_NAME
 
 
@@ -13,6 +14,15 @@ def configured(args: dict[str, str]) -> tuple[Artifact, dict[str, str]]:
     """OUT and the parameters of config.pbtxt, from what Triton's python backend gives `initialize`."""
     parameters = {k: v["string_value"] for k, v in json.loads(args["model_config"])["parameters"].items()}
     return Artifact((Path(args["model_repository"]) / parameters["artifact"]).resolve()), parameters
+
+
+def sound_tokenizer(artifact: Artifact) -> Path:
+    """OUT/checkpoint, after a look at the hashes of everything in it but the weights, which are in the engine: the
+    tokenizer, its chat template, the configuration. Raises ArtifactError for a file that was changed or added."""
+    folder = artifact.require_stage("checkpoint")
+    files = Manifest.read(artifact.path(MANIFEST)).files
+    artifact.verify([n for n in files if n.startswith("checkpoint/") and not n.endswith(".safetensors")])
+    return folder
 
 
 def sound_graph(artifact: Artifact) -> Path:

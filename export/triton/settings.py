@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,10 @@ from compress.errors import UsageError
 
 LARGEST_PROMPT = 1 << 20
 """Characters; longer ones are refused before they are tokenised, whatever the model."""
-MOST_STOPS, MOST_LOGPROBS, MOST_PENALTY = 16, 20, 2
+MOST_STOPS, LONGEST_STOP, MOST_LOGPROBS, MOST_PENALTY = 16, 1024, 20, 2
+MOST_TEMPERATURE = 100.0
+"""Draws almost uniformly."""
+LEAST_REPETITION, MOST_REPETITION = 0.1, 10.0
 
 
 @dataclass(frozen=True)
@@ -38,19 +40,25 @@ class Settings:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        finite = all(math.isfinite(v) for v in (self.temperature, self.top_p, self.repetition_penalty))
         checks = (
             (self.max_tokens >= 1, f"max_tokens must be 1 or more, not {self.max_tokens}"),
-            (0 <= self.min_tokens <= self.max_tokens, f"min_tokens must be 0 to max_tokens, not {self.min_tokens}"),
-            (finite and self.temperature >= 0, f"temperature must be 0 (greedy) or more, not {self.temperature}"),
-            (self.top_k >= 0, f"top_k must be 0 (all) or more, not {self.top_k}"),
-            (finite and 0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}"),
             (
-                finite and self.repetition_penalty > 0,
-                f"repetition_penalty must be above 0, not {self.repetition_penalty}",
+                0 <= self.min_tokens <= self.max_tokens,
+                f"min_tokens must be 0 to max_tokens ({self.max_tokens}), not {self.min_tokens}",
+            ),
+            (
+                0 <= self.temperature <= MOST_TEMPERATURE,
+                f"temperature must be 0 (greedy) to {MOST_TEMPERATURE:g}, not {self.temperature:g}",
+            ),
+            (self.top_k >= 0, f"top_k must be 0 (all) or more, not {self.top_k}"),
+            (0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p:g}"),
+            (
+                LEAST_REPETITION <= self.repetition_penalty <= MOST_REPETITION,
+                f"repetition_penalty must be {LEAST_REPETITION:g} to {MOST_REPETITION:g}, "
+                f"not {self.repetition_penalty:g}",
             ),
             *(
-                (abs(value) <= MOST_PENALTY, f"{name} must be -{MOST_PENALTY} to {MOST_PENALTY}, not {value}")
+                (abs(value) <= MOST_PENALTY, f"{name} must be -{MOST_PENALTY} to {MOST_PENALTY}, not {value:g}")
                 for name, value in (
                     ("frequency_penalty", self.frequency_penalty),
                     ("presence_penalty", self.presence_penalty),
@@ -60,10 +68,14 @@ class Settings:
             (all(self.stop), "a stop string must not be empty"),
             (len(self.stop) <= MOST_STOPS, f"at most {MOST_STOPS} stop strings, not {len(self.stop)}"),
             (
+                max(map(len, self.stop), default=0) <= LONGEST_STOP,
+                f"a stop string has at most {LONGEST_STOP} characters, not {max(map(len, self.stop), default=0)}",
+            ),
+            (
                 self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS,
                 f"logprobs must be 0 to {MOST_LOGPROBS}, not {self.logprobs}",
             ),
-        )
+        )  # comparisons with NaN are false
         for good, reason in checks:
             if not good:
                 raise UsageError(reason)
@@ -75,14 +87,14 @@ def parse_messages(text: str) -> list[dict[str, Any]]:
         messages = json.loads(text)
     except ValueError as error:
         raise UsageError(f"messages are not JSON ({error})") from error
-    good = (
-        isinstance(messages, list)
-        and messages
-        and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages
-        )
-    )
-    if not good:
-        raise UsageError('messages must be a JSON list of objects with a "role" and a "content" that are strings')
-    return list(messages)
+    except RecursionError as error:
+        raise UsageError("messages are nested too deeply") from error
+    if not isinstance(messages, list) or not messages:
+        raise UsageError('messages must be a JSON list, and not an empty one, of {"role": ..., "content": ...}')
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise UsageError(f'messages[{number}] must be an object with a "role" and a "content"')
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise UsageError(f'messages[{number}] must have a "{key}" that is a string')
+    return messages

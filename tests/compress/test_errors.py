@@ -77,31 +77,61 @@ def test_debug_shows_the_traceback(capsys, monkeypatch):
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_closed_pipe_is_quiet(tmp_path):
-    script = tmp_path / "talk.py"
-    script.write_text(
-        "import sys\n"
-        "from compress.errors import run_cli\n"
-        "def main(argv):\n"
-        "    for line in range(100000):\n"
-        "        print(line)\n"
-        "    return 0\n"
-        "sys.exit(run_cli(main, []))\n"
-    )
+TALK = """
+import os, sys
+from compress.errors import UsageError, run_cli
+from compress.progress import log, track
+def main(argv):
+    for line in track(range(20000), description="line") if "progress" in argv else range(20000):
+        print(line)
+    with open(argv[0], "w") as file:
+        assert file.fileno() > 2  # a free descriptor 1 or 2 would get the chatter of libraries
+        file.write("whole")
+    os.write(1, b"chatter")
+    os.write(2, b"chatter")
+    if "fail" in argv:
+        raise UsageError("no")
+    return 3 if "gate" in argv else 0
+sys.exit(run_cli(main, sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("redirection", "outcome", "code"),
+    [
+        ("| true", "fine", 0),
+        ("| head -1", "gate", 3),
+        ("| head -1", "fail", 2),
+        (">&-", "fine", 0),
+        ("2>&-", "fine", 0),
+        ("2>&-", "fail", 2),
+        ("<&- >&- 2>&-", "gate", 3),
+        ("2>&1 | true", "fine", 0),
+        ("> >(true) 2> >(true)", "fail", 2),
+    ],
+)
+def test_nobody_need_listen(redirection: str, outcome: str, code: int, tmp_path: Path) -> None:
+    """The command does its work to the end and gives its own exit code, and no traceback."""
+    (tmp_path / "talk.py").write_text(TALK)
+    command = f"{sys.executable} -u talk.py file {outcome} progress {redirection}; exit ${{PIPESTATUS[0]}}"
     root = Path(__file__).resolve().parents[2]
-    process = subprocess.Popen(
-        [sys.executable, script],
-        env={**os.environ, "PYTHONPATH": str(root)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    assert process.stdout.readline() == b"0\n"
-    process.stdout.close()
-    assert process.stderr.read() == b""
-    process.stderr.close()
-    assert process.wait(30) == 141  # what a shell shows for SIGPIPE
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(["bash", "-c", command], env=environment, cwd=tmp_path, capture_output=True, timeout=120)
+    assert done.returncode == code
+    assert (tmp_path / "file").read_text() == "whole"
+    assert b"Traceback" not in done.stderr
+    assert b"Exception ignored" not in done.stderr
+
+
+def test_a_disk_that_is_full_is_told() -> None:
+    code = "import sys; from compress.errors import run_cli; sys.exit(run_cli(lambda argv: print(1) or 0, []))"
+    command = f"{sys.executable} -c '{code}' > /dev/full"
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 5
+    assert done.stderr.startswith("error: No space left on device; free some space")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_require_gives_the_module():

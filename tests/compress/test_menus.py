@@ -120,7 +120,8 @@ def test_leading_coordinates_are_as_good_as_their_fit(side: Side) -> None:
         if side == "in"
         else Linear(x.role, q.T @ x.weight, x.gram, q.T @ x.metric @ q, side)
     )
-    menu = leading_menu(x, curve, 2, parameters)
+    n, m = x.weight.shape
+    menu = leading_menu(x.role, (m, n), side, curve, 2, parameters)
     assert [only(choice)[0].kept for choice in menu] == list(range(2, 16, 2))  # type: ignore[attr-defined]
     for choice in menu:
         structure, loss = only(choice)

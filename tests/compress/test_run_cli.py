@@ -108,8 +108,8 @@ def test_dry_run_foretells_the_checkpoint(command: Command, tmp_path: Path, caps
         (["--rotation", "shared", "--skip", "dense"], 2, "rotation 'shared' with skip 'dense'"),
         (["--set", "ratio"], 2, "--set takes FIELD=VALUE"),
         (["--set", "ratio=["], 2, "not YAML"),
-        (["--set", "calibraton.seed=1"], 2, "calibraton: Extra inputs"),
-        (["--recipe", "nothing.yaml"], 2, "nothing.yaml cannot be read"),
+        (["--set", "calibraton.seed=1"], 2, "calibraton: there is no such field"),
+        (["--recipe", "nothing.yaml"], 2, "nothing.yaml is missing"),
         (["--calibration-data", "nothing.txt"], 2, "'nothing.txt' is not there"),
         (["--calibration-data", "nothing"], 2, "there is no text called 'nothing'"),
         (["--calibration-samples", "1000"], 2, "lower --calibration-samples or --sequence-length"),
@@ -152,7 +152,7 @@ def test_text_that_is_none(command: Command, tmp_path: Path, capsys: pytest.Capt
 def test_bad_recipe_file(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "r.yaml").write_text("ratio: 0.5\nstructur: gs\n")
     assert command("--recipe", str(tmp_path / "r.yaml")) == 2
-    assert "structur: Extra inputs" in sentence(capsys)
+    assert "structur: there is no such field, did you mean structure?" in sentence(capsys)
     (tmp_path / "r.yaml").write_text("layers: {layers.7.attn.q: {structure: lowrank, rank: 3}}\n")
     assert command("--recipe", str(tmp_path / "r.yaml")) == 2
     assert "'layers.7.attn.q' is no linear of this model" in sentence(capsys)

@@ -12,7 +12,8 @@ import pytest
 from compress.errors import UsageError
 from export.engines.ort import OrtExecutor, OrtRunner
 from export.engines.slots import Slots
-from export.triton.batching import Batcher, Piece
+from export.triton.batching import DEAD, ENGINE_FAILED, Batcher, Piece
+from export.triton.failures import A_BUG
 from export.triton.settings import Settings, parse_messages
 from export.triton.text import TextStream
 from tests.export.helpers import llama
@@ -170,6 +171,8 @@ def test_cancellation_frees_the_row(model: Path) -> None:
         ([], 1, "the prompt is empty"),
         ([1] * 161, 1, "the prompt has 161 tokens; this model takes at most 160"),
         ([1] * 100, 61, "together they may be at most 160"),
+        ([1, 61], 1, "a token that this model lacks: number 61 of 61"),
+        ([-1], 1, "a token that this model lacks"),
     ],
 )
 def test_prompts_that_cannot_be_answered(batcher: Batcher, ids: list[int], max_tokens: int, message: str) -> None:
@@ -211,12 +214,15 @@ class Broken(Slots):
         return super().step(tokens)
 
 
-def test_a_failing_step_is_told_and_the_next_request_is_answered(model: Path) -> None:
+def test_a_failing_step_is_told_and_the_next_request_is_answered(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     batcher = Batcher(Broken(OrtExecutor(model), 2), Letters(), ends=[])
     try:
         clients = [ask(batcher, [5], max_tokens=20), ask(batcher, [6], max_tokens=20)]
         assert {client.wait().finish for client in clients} == {"error"}
-        assert clients[0].pieces[-1].error == "out of memory"
+        assert clients[0].pieces[-1].error == ENGINE_FAILED
+        assert "out of memory" in capsys.readouterr().err  # for the operator
         assert len(ask(batcher, [5], max_tokens=20).wait().tokens) == 20
     finally:
         batcher.close()
@@ -238,9 +244,96 @@ def test_nobody_waits_for_ever_when_the_thread_fails(model: Path) -> None:
     clients = [ask(batcher, [5], max_tokens=20), ask(batcher, [6], max_tokens=20)]
     Buggy.both.set()
     assert [client.wait().finish for client in clients] == ["error", "error"]
-    with pytest.raises(UsageError, match="being unloaded"):
+    assert {client.pieces[-1].error for client in clients} == {DEAD}
+    batcher.join()  # its exception would otherwise be told in the next test
+    assert batcher.failed
+    with pytest.raises(UsageError, match="is about to be started again"):
         ask(batcher, [7])
-    batcher.close()  # waits for the thread, whose exception would otherwise be told in the next test
+
+
+class Dead(Slots):
+    """An engine that fails for good, as after an error of a GPU."""
+
+    alive = True
+
+    def admit(self, ids: Sequence[int]) -> tuple[int, np.ndarray]:
+        if not self.alive:
+            raise RuntimeError("CUDA error")
+        return super().admit(ids)
+
+    def step(self, tokens: Sequence[int]) -> np.ndarray:
+        self.alive = False
+        raise RuntimeError("CUDA error")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_fails_for_good_ends_the_thread(model: Path) -> None:
+    """Once it cannot even read one token; until then a failure is that of the requests that were in the engine."""
+    batcher = Batcher(Dead(OrtExecutor(model), 1), Letters(), ends=[])
+    assert ask(batcher, [5], max_tokens=20).wait().finish == "error"
+    batcher.join()
+    assert batcher.failed
+
+
+def test_a_prompt_that_does_not_fit_the_memory_leaves_the_others_alone(model: Path) -> None:
+    class Small(Slots):
+        def admit(self, ids: Sequence[int]) -> tuple[int, np.ndarray]:
+            if len(ids) > 20:
+                raise MemoryError
+            return super().admit(ids)
+
+    batcher = Batcher(Small(OrtExecutor(model), 2), Letters(), ends=[])
+    try:
+        clients = [ask(batcher, [5] * n, max_tokens=30) for n in (3, 25, 4, 30, 31, 32, 5)]
+        assert [client.wait().finish for client in clients] == [
+            *("length", "error", "length", "error", "error", "error", "length")
+        ]
+        assert not batcher.failed
+    finally:
+        batcher.close()
+
+
+def test_one_request_that_fails_ends_alone(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By a tokenizer that cannot decode a token of its answer: a defect that nobody thought of."""
+
+    class Choosy(Letters):
+        def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+            if bad in token_ids:
+                raise LookupError("/srv/tokenizer.json lacks one")
+            return super().decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    plain = Batcher(Slots(OrtExecutor(model), 3), Letters(), ends=[])
+    expected = [ask(plain, [first], max_tokens=20).wait().tokens for first in range(3, 13)]
+    plain.close()
+    made = [token for tokens in expected for token in set(tokens)]
+    bad = next(token for token in made if 0 < made.count(token) < 8)  # in some of the answers
+    batcher = Batcher(Slots(OrtExecutor(model), 3), Choosy(), ends=[])
+    try:
+        clients = [ask(batcher, [first], max_tokens=20) for first in range(3, 13)]
+        failed = [bad in tokens for tokens in expected]
+        for client, tokens, fails in zip(clients, expected, failed, strict=True):
+            assert client.wait().finish == ("error" if fails else "length")
+            assert client.tokens == (tokens[: tokens.index(bad)] if fails else tokens)
+            assert client.pieces[-1].error == (A_BUG if fails else None)
+        assert "/srv/tokenizer.json lacks one" in capsys.readouterr().err
+        assert batcher.running == 0
+    finally:
+        batcher.close()
+
+
+def test_what_onnx_runtime_reports_is_a_failure_of_the_engine(model: Path) -> None:
+    """Its exceptions are no RuntimeError by themselves, and ended the thread."""
+    slots = Slots(OrtExecutor(model), 1)
+    with pytest.raises(RuntimeError, match="out of data bounds"):
+        slots.admit([10_000])
+
+
+def test_end_tokens_beyond_the_vocabulary_are_none(model: Path) -> None:
+    batcher = Batcher(Slots(OrtExecutor(model), 1), Letters(), ends=[2, 500, -1])
+    try:
+        assert len(ask(batcher, [5], max_tokens=4, min_tokens=4).wait().tokens) == 4
+    finally:
+        batcher.close()
 
 
 def test_closing_answers_everybody(model: Path) -> None:

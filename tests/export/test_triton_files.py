@@ -117,7 +117,14 @@ def test_container_and_cluster_files_agree_with_the_artefact(artifact: Artifact,
     assert {port["name"]: port["port"] for port in exposed["spec"]["ports"]} == ports
     assert exposed["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"]
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["spec"]["volumes"]}
-    assert all(container[probe]["httpGet"]["port"] in ports for probe in ("startupProbe", "readinessProbe"))
+    probes = [container[probe]["exec"]["command"] for probe in ("startupProbe", "readinessProbe")]
+    assert [service["healthcheck"]["test"][1:]] * 2 == probes  # both ask the models, and not /v2/health/ready alone
+    assert (artifact.out / Path(probes[0][-1]).relative_to(mount["target"])).is_file()
+    assert all(container[probe]["timeoutSeconds"] > 10 for probe in ("startupProbe", "readinessProbe"))
+    assert container["livenessProbe"]["httpGet"]["port"] in ports
+    # Who starts a server whose model has died again: the container's policy, which supervise.py leaves it to.
+    assert {"name": "RESTARTS", "value": "0"} in container["env"]
+    assert (service["environment"]["RESTARTS"], service["restart"]) == ("0", "unless-stopped")
     assert ("limits" in container["resources"]) == (engine == "trt")
     needs = (folder / "requirements.txt").read_text()
     assert ("tensorrt" in needs) == (engine == "trt")

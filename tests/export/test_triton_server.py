@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,92 +17,22 @@ import numpy as np
 import pytest
 import torch
 
+from compress.artifact import Artifact
 from compress.checkpoint import load_model
-from compress.errors import run_cli
-from export.build import main
-from tests import tiny
-from tests.serve import SERVE, free_ports, ready, running
+from compress.errors import ArtifactError
+from export.triton.batching import DEAD
+from export.triton.served import sound_tokenizer
+from tests.serve import SERVE, free_ports
+from tests.served import MODEL, PATIENCE, Server, build, start
 from tests.tools import require_server
 from validate.serving import http_client, one_round
 
 HERE = Path(__file__).parent
-MODEL = "tiny-text"
-CHAT = (
-    "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no such role here') }}{% endif %}"
-    "{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}{% if add_generation_prompt %}answer: {% endif %}"
-)
-
-
-@dataclass
-class Server:
-    """A running server; `tokenizer` is that of the model."""
-
-    out: Path
-    http: int
-    grpc: int
-    metrics: int
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    def ask(self, **body: Any) -> dict[str, Any]:
-        return self.post(json.dumps(body).encode())
-
-    def post(self, body: bytes, way: str = "generate") -> dict[str, Any]:
-        url = f"http://127.0.0.1:{self.http}/v2/models/{MODEL}/{way}"
-        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
-                text = answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return {"status": error.code, **json.loads(error.read())}
-        if way == "generate":
-            return {"status": 200, **json.loads(text)}
-        return {
-            "status": 200,
-            "pieces": [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")],
-        }
-
-    def counted(self) -> dict[str, float]:
-        """Our metrics, by name and labels without the model's."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=30) as answer:
-            lines = [line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if "procrustes_" in line[:12]]
-        return {name.replace(f'model="{MODEL}"', "").replace("{}", ""): float(value) for name, value in lines}
-
-    def stop(self, how: int = signal.SIGTERM) -> None:
-        self.process.send_signal(how)
-        self.process.wait(60)
-
-
-def start(out: Path, folder: Path, network: bool = False) -> Server:
-    http, grpc, metrics = free_ports(3)
-    log = folder / f"server-{http}.log"
-    process = running([out], folder, http=http, grpc=grpc, metrics=metrics, network=network, log=log)
-    server = Server(out, http, grpc, metrics, process, log)
-    deadline = time.monotonic() + 120
-    while not ready(http):
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            pytest.fail(f"the server did not start:\n{log.read_text(errors='replace')[-6000:]}")
-        time.sleep(0.2)
-    return server
 
 
 @pytest.fixture(scope="module")
-def built(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artefact as `export.build --engine ort` leaves it."""
-    from transformers import AutoTokenizer
-
-    root = tmp_path_factory.mktemp("triton")
-    (root / "text.txt").write_text(tiny.TEXT * 3)
-    shutil.copytree(tiny_model("tiny_llama"), root / "model")
-    tokenizer = AutoTokenizer.from_pretrained(root / "model")
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(root / "model")
-    arguments = ["--model", str(root / "model"), "--out", str(root / "out"), "--structure", "pifa"]
-    arguments += ["--ratio", "0.8", "--unit", "4", "--calibration-data", str(root / "text.txt"), "--serve-as", MODEL]
-    arguments += ["--calibration-samples", "2", "--sequence-length", "32", "--sequences", "4"]
-    assert run_cli(main, arguments) == 0
-    return root / "out"
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("triton"))
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +134,13 @@ def test_sampling_options_reach_the_model(server: Server) -> None:
         ({"text_input": ["a", "b"]}, ""),
         ({"text_input": "word " * 500, "max_tokens": 1}, "this model takes at most"),
         ({"text_input": "word " * 2_000_000, "max_tokens": 1}, "characters"),
-        ({"messages": "no"}, ""),
+        ({"messages": "no"}, "messages are not JSON"),
+        ({"messages": '[{"role": "user", "content": "\\ud800"}]'}, "half of a character"),
+        ({"messages": "[" * 100_000 + "]" * 100_000}, "nested too deeply"),
+        ({"messages": '[{"role": "user", "content": "x", "tool_calls": 5}]'}, "cannot read these messages"),
+        ({"messages": '[{"role": "robot", "content": "x"}]'}, "no such role here"),
+        ({"text_input": "a", "temperature": 1e38, "top_p": 1e-30}, "temperature must be"),
+        ({"text_input": "a", "repetition_penalty": 1e-40}, "repetition_penalty must be"),
     ],
 )
 def test_malformed_requests_get_errors_and_the_server_lives_on(
@@ -217,6 +149,8 @@ def test_malformed_requests_get_errors_and_the_server_lives_on(
     answer = server.ask(**body)
     assert answer["status"] >= 400
     assert message in answer["error"]
+    assert "\n" not in answer["error"]  # one sentence: no traceback, and no paths of the server
+    assert "/lib/" not in answer["error"]
     assert server.process.poll() is None
     assert server.ask(text_input="a", max_tokens=2)["status"] == 200
 
@@ -225,8 +159,11 @@ def test_requests_that_are_refused_beside_others_that_are_answered(server: Serve
     """Both end in threads of their own, which once sent metrics at the same time and brought the server down."""
     expected = server.ask(text_input="The quick brown", max_tokens=4)["tokens"]
 
+    bad = '[{"role": "user", "content": "\\ud800"}]'
+
     def client(number: int) -> list[dict[str, Any]]:
-        return [server.ask(text_input="The quick brown", max_tokens=4 if (number + i) % 2 else -1) for i in range(40)]
+        bodies = [{"text_input": "The quick brown", "max_tokens": 4}, {"messages": bad}]
+        return [server.ask(**bodies[(number + i) % 2]) for i in range(40)]
 
     with ThreadPoolExecutor(8) as pool:
         answers = [answer for found in pool.map(client, range(8)) for answer in found]
@@ -307,7 +244,7 @@ def test_the_network_by_itself(server: Server, greedy: Callable[[str, int], list
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["tokens"] == greedy("The quick brown", 5)
-    assert "rror" in found["refused"]  # a mask that contradicts the cache
+    assert "past_key_values.0.key must be (1, heads, 0, head_dim)" in found["refused"]  # a mask against the cache
     assert server.process.poll() is None
 
 
@@ -358,76 +295,108 @@ def test_client_says_what_went_wrong(server: Server) -> None:
     assert "no server answers" in done.stderr
 
 
-def test_a_killed_server_starts_again(server: Server, tmp_path_factory: pytest.TempPathFactory) -> None:
-    expected = server.ask(text_input="The quick", max_tokens=6)["tokens"]
-    second = start(server.out, tmp_path_factory.mktemp("second"))
+def stop_hard(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_a_killed_model_is_seen_and_started_again(built: Path, tmp_path: Path) -> None:
+    """Triton itself goes on calling it ready, and would answer every request with an error for ever."""
+    require_server()
+    server = start(built, tmp_path)
     try:
-        assert second.ask(text_input="The quick", max_tokens=6)["tokens"] == expected
+        expected = server.ask(text_input="The quick", max_tokens=6)["tokens"]
+        assert server.probe().returncode == 0
+        before = server.processes()
+        stop_hard(before[MODEL])
+        probed = server.probe()
+        assert probed.returncode == 1
+        assert f"not ready: {MODEL}: " in probed.stderr or "no answer" in probed.stderr  # when launch.sh was quicker
+        assert server.answers(than=before["tritonserver"])
+        assert server.ask(text_input="The quick", max_tokens=6)["tokens"] == expected
+        assert "the server is ended, for its model does not answer" in server.said()
     finally:
-        second.stop(signal.SIGKILL)
-    third = start(server.out, second.log.parent)
-    try:
-        assert third.ask(text_input="The quick", max_tokens=6)["tokens"] == expected
-    finally:
-        third.stop()
+        assert server.stop() == 0
 
 
 @pytest.mark.slow
-def test_soak(built: Path, tmp_path: Path) -> None:
-    """Five minutes of clients that come, go, leave early and err: nobody waits for ever, memory stays what it was."""
+def test_the_network_and_the_server_are_started_again(built: Path, tmp_path: Path) -> None:
+    """The process of the network by itself, which Triton does not start again either, and tritonserver."""
     require_server()
-    server = start(built, tmp_path)
-    expected = server.ask(text_input="The quick brown", max_tokens=8)["tokens"]
-    seconds = float(os.environ.get("SOAK_SECONDS", "300"))
-    stop, wrong = time.monotonic() + seconds, list[Any]()
-
-    def client(number: int) -> int:
-        done = 0
-        while time.monotonic() < stop:
-            kind = (number + done) % 4
-            if kind == 0:
-                answer = server.ask(text_input="The quick brown", max_tokens=8)["tokens"]
-                wrong.extend([answer] if answer != expected else [])
-            elif kind == 1:
-                body = {"text_input": f"word {done}", "max_tokens": 1 + done % 90, "temperature": 1.0, "stream": True}
-                server.post(json.dumps(body).encode(), "generate_stream")
-            elif kind == 2:
-                wrong.extend([0] if server.ask(text_input="a", max_tokens=-1)["status"] == 200 else [])
-            else:  # leaves in the middle of a stream
-                body = json.dumps({"text_input": "leave", "max_tokens": 100, "stream": True}).encode()
-                url = f"http://127.0.0.1:{server.http}/v2/models/{MODEL}/generate_stream"
-                with urllib.request.urlopen(urllib.request.Request(url, body), timeout=60) as stream:
-                    stream.readline()
-            done += 1
-        return done
-
-    sizes = list[dict[str, int]]()
+    server = start(built, tmp_path, network=True)
     try:
-        with ThreadPoolExecutor(8) as pool:
-            clients = [pool.submit(client, number) for number in range(8)]
-            while time.monotonic() < stop:
-                time.sleep(seconds / 30)
-                sizes.append(memory_of(server.process.pid))
-            done = [c.result() for c in clients]
-        assert not wrong
-        assert min(done) > seconds / 5
-        assert server.ask(text_input="The quick brown", max_tokens=8)["tokens"] == expected
-        assert server.counted()["procrustes_running"] == server.counted()["procrustes_waiting"] == 0
-        for name, most in (("triton_python_b", 1.01), ("tritonserver", 1.1)):
-            figures = [size[name] for size in sizes]
-            said = f"{sum(done)} requests; resident memory of {name}, MB: {[round(f / 2**20, 1) for f in figures]}"
-            assert max(figures[-6:]) < most * max(figures[3:9]), said
-            print(said)
+        for victim in (f"{MODEL}_lm", "tritonserver"):
+            before = server.processes()
+            stop_hard(before[victim])
+            assert server.answers(than=before["tritonserver"])
+        assert f"{MODEL}_lm: " in server.said()
+        assert "time 2 of 5 in ten minutes" in server.said()
+        before = server.processes()
     finally:
-        server.stop()
+        server.stop(signal.SIGKILL)  # launch.sh itself: what it started does not go on without it
+    deadline = time.monotonic() + 120
+    while any(Path(f"/proc/{pid}").exists() for pid in before.values()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not [name for name, pid in before.items() if Path(f"/proc/{pid}").exists()]
 
 
-def memory_of(root: int) -> dict[str, int]:
-    """Resident bytes of a process and of its children, by name."""
-    found = dict[str, int]()
-    for status in Path("/proc").glob("[0-9]*/status"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            facts = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
-            if root in (int(facts["Pid"]), int(facts["PPid"])):
-                found[facts["Name"]] = 1024 * int(facts["VmRSS"].split()[0])
-    return found
+FAULTY = """
+import export.triton.model as model
+
+class Faulty(model.Slots):
+    def admit(self, ids):
+        if len(ids) == 19:
+            raise KeyError("/srv/a defect")
+        return super().admit(ids)
+
+model.Slots = Faulty
+"""
+
+
+@pytest.mark.slow
+def test_a_thread_that_dies_ends_the_model(built: Path, tmp_path: Path) -> None:
+    """A defect of the loop that decodes: all are told, the process ends, probes see it. Containers restart the rest."""
+    require_server()
+    out = tmp_path / "out"
+    shutil.copytree(built, out)
+    code = out / "triton" / "repository" / MODEL / "1" / "model.py"
+    code.write_text(code.read_text() + FAULTY)
+    server = start(out, tmp_path, RESTARTS="0")
+    try:
+        assert server.ask(text_input="a" * 4, max_tokens=6)["status"] == 200
+        text = next(text for n in range(64) if server.ask(text_input=(text := "a" * n + "b"))["num_input_tokens"] == 18)
+        before = server.processes()
+        answer = server.ask(text_input=f"{text}b")
+        assert answer["status"] >= 400
+        assert answer["error"] == DEAD
+        assert server.process.wait(PATIENCE) == 1
+        assert not Path(f"/proc/{before['tritonserver']}").exists()
+        said = server.said()
+        assert "KeyError: '/srv/a defect'" in said
+        assert "the thread that decodes has failed" in said
+        assert "is started again" not in said
+    finally:
+        if server.process.poll() is None:
+            server.stop()
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "chat_template.jinja", "added.json"])
+def test_a_changed_tokenizer_is_refused(built: Path, tmp_path: Path, file: str) -> None:
+    """By its hashes, before anything is loaded; the weights, which the server does not read, are not hashed again."""
+    out = tmp_path / "out"
+    shutil.copytree(built, out)
+    for shard in (out / "checkpoint").glob("*.safetensors"):
+        shard.unlink()
+    assert sound_tokenizer(Artifact(out)) == out / "checkpoint"
+    with (out / "checkpoint" / file).open("a") as changed:
+        changed.write(" ")
+    with pytest.raises(ArtifactError, match=file):
+        sound_tokenizer(Artifact(out))
+
+
+@pytest.mark.slow
+def test_a_server_with_a_changed_tokenizer_does_not_start(built: Path, tmp_path: Path) -> None:
+    require_server()
+    shutil.copytree(built, tmp_path / "out")
+    (tmp_path / "out" / "checkpoint" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with pytest.raises(RuntimeError, match=r"chat_template\.jinja is changed"):
+        start(tmp_path / "out", tmp_path)

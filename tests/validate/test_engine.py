@@ -42,7 +42,9 @@ def test_rung_4_passes_for_what_the_checkpoint_says(built: Any, tmp_path: Path, 
     rung = rung_4(load_model(built.out / "checkpoint"), runner, prompts, dtype)
     assert rung.passed, rung
     assert rung.value < rung.tolerance / 10
-    assert rung.facts["top1_agreement"] == 1
+    # Near ties may fall otherwise in float16, on one processor and not on another; `passed` holds for all clear ones.
+    assert 0 < rung.facts["clear_positions"] <= rung.facts["positions"]
+    assert dtype == "float16" or rung.facts["top1_agreement"] == 1
     assert len(rung.cases) == 2 * len(prompts)
 
 

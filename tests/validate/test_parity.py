@@ -29,7 +29,17 @@ from compress.structures import (
 from export.engines.ort import OrtRunner
 from tests.export.helpers import llama, write_checkpoint
 from tests.validate.damaging import damage
-from validate.parity import Rung, dense_export_error, make_prompts, relative_error, rung_1, rung_2, rung_3, worst
+from validate.parity import (
+    Choices,
+    Rung,
+    dense_export_error,
+    make_prompts,
+    relative_error,
+    rung_1,
+    rung_2,
+    rung_3,
+    worst,
+)
 
 PROMPTS = make_prompts(300, 24)
 
@@ -181,6 +191,22 @@ def test_rung_3_passes(built: Any) -> None:
         assert {f"{prompt.name}: {kind}" for kind in ("full forward", "prefill", "decode with cache")} <= set(
             rung.cases
         )
+
+
+def test_clear_choices_must_agree_and_near_ties_need_not() -> None:
+    reference = torch.tensor([[10.0, 0.0, 0.0], [10.0, 9.9, 0.0], [0.0, 10.0, 5.0]])
+    rounded = torch.tensor([[10.0, 0.0, 0.0], [9.9, 10.0, 0.0], [0.0, 10.0, 5.0]])
+    greedy = {"sequences": 1, "equal": 1, "ties": 0, "different": 0}
+    choices = Choices(0.01)  # two errors of 1 % of 10: closer than 0.2 is a near tie
+    choices.add(reference, rounded)
+    facts, failures = choices.result(greedy)
+    assert (facts["positions"], facts["clear_positions"], failures) == (3, 2, ())
+    assert facts["top1_agreement"] == pytest.approx(2 / 3)
+    choices.add(reference, reference.roll(1, dims=-1))
+    assert choices.result({**greedy, "different": 2})[1] == (
+        "2 of 4 clear top-1 choices differ",
+        "2 of 1 greedy continuations differ",
+    )
 
 
 @pytest.mark.parametrize("which", [0, -1])

@@ -4,6 +4,8 @@
 #   launch.sh --network            also the network by itself, which needs the memory of its weights a second time
 #   launch.sh --http-port 9000     what else is given goes to tritonserver as it is
 # LISTEN=0.0.0.0 in the environment: on all addresses, for instance inside a container.
+# The models are asked every few seconds whether they answer (probe.py), and the server is started again when one has
+# died: RESTARTS=0 in the environment ends launch.sh instead, for instance for the restart policy of a container.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 out="$(dirname "$here")"
@@ -32,5 +34,5 @@ if [ "${1:-}" = --network ]; then
   [ ! -f "$plugins" ] || arguments+=(--backend-config=tensorrt,plugins="$plugins")
 fi
 address="${LISTEN:-127.0.0.1}"
-exec tritonserver "${arguments[@]}" --model-control-mode=none --exit-on-error=true \
+exec python3 "$here/supervise.py" tritonserver "${arguments[@]}" --model-control-mode=none --exit-on-error=true \
   --http-address="$address" --grpc-address="$address" --metrics-address="$address" "$@"

@@ -1,0 +1,53 @@
+"""What a GGUF file says of its tokenizer, checked before transformers builds one from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compress.errors import ArtifactError, UsageError
+from compress.gguf.header import GgufHeader
+
+# tokenizer.ggml.model of the architectures that are read: byte-level BPE, and sentencepiece's BPE.
+_KINDS = ("gpt2", "llama")
+_IDS = ("bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id")
+
+
+def check_tokenizer(header: GgufHeader) -> None:
+    """Raise ArtifactError when the file holds no tokenizer or one that does not add up, UsageError for other kinds."""
+    found: dict[str, Any] = {
+        key: header.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "tokens", "merges", "token_type", *_IDS)
+    }
+    tokens, merges, types = found["tokens"], found["merges"], found["token_type"]
+    for key in ("model", "tokens"):
+        if found[key] is None or len(found[key]) == 0:
+            raise ArtifactError(
+                f"The GGUF file {header.path} has no tokenizer (tokenizer.ggml.{key} is missing); take a file that has "
+                "one, as llama.cpp's converter writes it."
+            )
+    if found["model"] not in _KINDS:
+        raise UsageError(
+            f"The GGUF file {header.path} has a tokenizer of the kind {found['model']!r:.100}, which is not supported; "
+            f"supported are {', '.join(_KINDS)}."
+        )
+    if not _strings(tokens) or (merges is not None and not _strings(merges)):
+        raise _damaged(header, "its tokens and merges are not arrays of strings")
+    if types is not None and len(types) != len(tokens):
+        raise _damaged(header, f"it has {len(tokens):,} tokens, but token types for {len(types):,}")
+    for merge in merges or ():
+        if merge.count(" ") != 1 or " " in (merge[0], merge[-1]):
+            raise _damaged(header, f"the merge {merge!r:.100} is not a pair of tokens")
+    for key in _IDS:
+        value = found[key]
+        if value is not None and (not isinstance(value, int) or not 0 <= value < len(tokens)):
+            raise _damaged(header, f"tokenizer.ggml.{key} is {value!r:.100}, and there are {len(tokens):,} tokens")
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+
+
+def _damaged(header: GgufHeader, why: str) -> ArtifactError:
+    return ArtifactError(
+        f"The tokenizer in the GGUF file {header.path} does not add up ({why}); download the file again, or take "
+        "another conversion of the model."
+    )
