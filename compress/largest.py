@@ -173,9 +173,9 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     """The largest |q k^T| / sqrt(head_dim), or a bound of it that is safe; q (batch, heads, length, head_dim), k the
     same with as many heads or fewer."""
     scale = q.shape[-1] ** -0.5
-    bound = q.norm(dim=-1).amax() * k.norm(dim=-1).amax() * scale
+    bound: Tensor = q.norm(dim=-1).amax() * k.norm(dim=-1).amax() * scale
     if bound <= SAFE:
-        return bound[None]
+        return bound.reshape(1)
     q = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])  # (batch, groups, heads of a group * length, head_dim)
     largest = [
         (a @ b.T).abs().amax() * scale for one, other in zip(q, k, strict=True) for a, b in zip(one, other, strict=True)

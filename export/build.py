@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import ArtifactError, MissingDependencyError, UsageError, run_cli
+from compress.lazy import CORE, check_versions, require
 from compress.options import add_compress_arguments, add_output_arguments, recipe_from
 from compress.progress import log
 
@@ -113,6 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, compress if need be, export, prepare the engine, print."""
     args = parser().parse_args(argv)
     _check(args)
+    check_versions(*CORE, "onnx", purpose="compress and export a model")
+    if args.engine == "ort":  # now, and not after hours of work
+        require("onnxruntime", pip="'onnxruntime>=1.24'", purpose="prepare --engine ort")
     from compress.artifact import Artifact
 
     if args.resume:

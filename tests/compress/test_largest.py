@@ -170,7 +170,7 @@ def test_a_tensorrt_graph_of_a_loud_model_is_bfloat16(tmp_path: Path, capsys: py
     text = helpers.text_file(tmp_path)
     given = ["--model", str(loud(tmp_path / "loud")), "--structure", "lowrank", "--ratio", "0.9", "--out"]
     given += [str(tmp_path / "out"), "--calibration-data", str(text), "--calibration-samples", "4"]
-    given += ["--sequence-length", "32", "--engine", "trt-rtx", "--plugin", "native"]
+    given += ["--sequence-length", "32", "--engine", "trt", "--plugin", "native"]
     run_cli(build, given)
     assert "bfloat16 in place of float16: what layers.1" in capsys.readouterr().err
     assert build_info(Artifact(tmp_path / "out"), "onnx")["dtype"] == "bfloat16"
