@@ -21,7 +21,7 @@ from tests import tiny
 from tests.roads import figures
 from tests.roads.backend import ask, serving
 from tests.roads.cells import METHOD, OPTIONS, RATIOS, UNSET, Cell
-from tests.roads.commands import refuse, succeed
+from tests.roads.commands import refuse, run, succeed
 from validate.latency import INNER, STRUCTURES, jobs_of
 from validate.taskdata import Example, Task
 
@@ -174,8 +174,8 @@ class Road:
             "small",
         ]
         self.build_arguments = [*self.arguments, *graph, "--out", self.out]
-        self.no_dense = self.no_dense_model()
-        self.build_arguments += ["--materialize-dense"] if self.no_dense is None else []
+        sure = self.no_dense_model() is None and not self.may_write_means()
+        self.build_arguments += ["--materialize-dense"] if sure else []
         done = succeed("export.build", *self.build_arguments, "--json")
         assert figures.files_of(self.out / "checkpoint") == figures.files_of(self.folder / "first" / "checkpoint")
         assert done.result["ratio"] == self.facts["ratio"]
@@ -291,10 +291,13 @@ class Road:
         """OUT/dense loads as the source's own class and says what the checkpoint says; or it is refused."""
         from transformers import AutoModelForCausalLM
 
-        if self.no_dense is not None:
-            done = refuse("export.build", *self.build_arguments, "--materialize-dense")
-            assert self.no_dense in done.sentence, str(done)
-            assert not (self.out / "dense").exists()
+        words = [*self.build_arguments, "--materialize-dense"]
+        if self.no_dense_model() is not None:
+            refuse("export.build", *words)
+        elif self.may_write_means() and run("export.build", words).code != 0:
+            assert "LayerNorm" in refuse("export.build", *words).sentence
+        if not (self.out / "dense").exists():
+            assert "--materialize-dense" not in self.build_arguments
             return
         plain = AutoModelForCausalLM.from_pretrained(self.out / "dense", dtype=torch.float32)
         assert plain.config.model_type == tiny.config(self.cell["model"]).model_type
@@ -308,13 +311,23 @@ class Road:
             figures.assert_follows(self.pytorch, ids[0].tolist(), made.tolist(), self.ends, kind)
 
     def no_dense_model(self) -> str | None:
-        """Why this cell has no OUT/dense; a part of the sentence that says so."""
-        if self.structure == "slice":
-            return "drop part of the stream"
+        """Why this cell has no OUT/dense: what the source's own class cannot express."""
         arch = self.architecture
+        if self.structure == "slice":
+            return "parts of the stream are dropped"
         if "bias" in self.cell["inner"] and self.structure != "dense" and not (arch.mlp_bias and arch.output_bias):
-            return "needs a bias that its own class has not"
+            return "biases that it has not"
+        if self.cell["embedding"] != 1.0 and arch.norm == "layernorm" and not arch.tied:
+            return "a bias of the head"
         return None
+
+    def may_write_means(self) -> bool:
+        """Whether what a linear writes may have a mean, which the source's LayerNorm would remove: only the fitted
+        weights say so. Low rank keeps to the columns of the weight, and the mix of kron with a rotation to the stream.
+        """
+        if self.architecture.norm != "layernorm" or self.structure in ("dense", "lowrank", "pifa", "jrk"):
+            return False
+        return not (self.structure == "auto" and self.cell["menu"] in (UNSET, (), ("pifa",), ("lowrank",)))
 
     def steps(self) -> list[tuple[str, Callable[[], None]]]:
         """In order."""
