@@ -28,11 +28,12 @@ from typing import Any
 
 from compress.errors import ArtifactError, ProcrustesError, UsageError
 from compress.files import files_below, fsync, named, os_error_of, refuse_links, remove, seal, sha256_of
+from compress.kept import KeptFolder, clear, request_of
 from compress.locking import locked
 from compress.manifest import FileEntry, Manifest
 
 MANIFEST = "manifest.json"
-_TMP, _OLD, _PENDING, _DRAFT = ".tmp-", ".old-", ".pending-", ".draft"
+_TMP, _OLD, _PENDING, _SCRATCH, _DRAFT = ".tmp-", ".old-", ".pending-", ".scratch-", ".draft"
 
 
 class Artifact:
@@ -135,13 +136,15 @@ class Artifact:
         _check_stage_name(name)
         return Stage(self, name, tuple(inputs), facts, section)
 
-    def write_text(self, name: str, text: str) -> Path:
+    def write_text(self, name: str, text: str, *, executable: bool = False) -> Path:
         """Publish one UTF-8 text file at OUT/name, as a stage of its own. Returns its path."""
         _check_stage_name(name)
         with self.lock():
             temporary = self._temporary(name)
             try:
                 temporary.write_text(text, encoding="utf-8")
+                if executable:
+                    temporary.chmod(0o755)
                 self._publish(name, (), None, None)
             finally:
                 remove(temporary)
@@ -155,16 +158,48 @@ class Artifact:
         with self.lock():
             self._write(self._manifest_or_new().updated(section), MANIFEST)
 
-    def state_folder(self) -> Path:
-        """OUT/state, made if need be: resume files, outside the manifest."""
-        with self.lock():
-            self.path("state").mkdir(exist_ok=True)
-        return self.path("state")
+    def claim(self, *names: str) -> None:
+        """Raise UsageError where one of OUT/names is there and is not this program's: what a command is going to
+        write, looked at before it works."""
+        manifest = self._manifest_or_new()
+        for name in names:
+            target = self.path(name)
+            if os.path.lexists(target) and name not in manifest.stages:
+                raise UsageError(
+                    f"{target} exists and was not written by this program, which therefore will not replace it; "
+                    "choose another --out or move it away"
+                )
+
+    def open_state(self, request: Mapping[str, Any]) -> KeptFolder:
+        """OUT/state, outside the manifest: the finished pieces of an interrupted run, empty where there are none of
+        this request. Call it with the lock held. Raises as `KeptFolder.open`."""
+        return KeptFolder.open(self.path("state"), request)
 
     def clear_state(self) -> None:
         """Remove OUT/state, once there is nothing left to resume."""
         with self.lock():
-            remove(self.path("state"))
+            clear(self.path("state"))
+
+    def clear_finished_state(self) -> None:
+        """Remove OUT/state where it is of the request that OUT/checkpoint was made by, which is known to be whole: a
+        kill came between publishing the one and removing the other."""
+        with self.lock():
+            left, made = request_of(self.path("state")), self._manifest_or_new().stages.get("checkpoint", {})
+            if isinstance(left, dict) and {k: v for k, v in left.items() if k != "versions"} == made.get("request"):
+                clear(self.path("state"))
+
+    @contextmanager
+    def scratch(self, name: str) -> Iterator[Path]:
+        """An empty folder in OUT for the time of the block, on the file system that the results are for. What a kill
+        leaves of it goes when OUT is locked next."""
+        with self.lock():
+            folder = self.path(_SCRATCH + name)
+            remove(folder)
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                remove(folder)
 
     # -- inside --------------------------------------------------------------------------------------------
 
@@ -172,7 +207,7 @@ class Artifact:
         return Manifest.read(self.path(MANIFEST))
 
     def _manifest_or_new(self) -> Manifest:
-        return self._manifest() if self.exists() else Manifest()
+        return self._manifest() if os.path.lexists(self.path(MANIFEST)) else Manifest()
 
     def _complete(self, name: str) -> Manifest:
         manifest = self._manifest()
@@ -182,12 +217,7 @@ class Artifact:
 
     def _temporary(self, name: str) -> Path:
         """The place to write stage `name`, empty. Call it with the lock held."""
-        target = self.path(name)
-        if os.path.lexists(target) and name not in self._manifest_or_new().stages:
-            raise UsageError(
-                f"{target} exists and was not written by this program, which therefore will not replace it; "
-                "choose another --out or move it away"
-            )
+        self.claim(name)
         temporary = self.path(_TMP + name)
         remove(temporary)
         return temporary
@@ -248,8 +278,11 @@ class Artifact:
     def _clean_up(self) -> None:
         """Recover what a killed process had begun and remove what it left. Call it once the lock is taken."""
         for pending in self.out.glob(_PENDING + "*"):
+            if pending.is_symlink() or not pending.is_file():
+                remove(pending)  # not what step 2 wrote
+                continue
             self._recover(pending.name.removeprefix(_PENDING))
-        for pattern in (_TMP + "*", _OLD + "*", _DRAFT):
+        for pattern in (_TMP + "*", _OLD + "*", _SCRATCH + "*", _DRAFT):
             for leftover in self.out.glob(pattern):
                 remove(leftover)
 

@@ -35,7 +35,7 @@ class GateError(ProcrustesError):
 
 
 class MissingDependencyError(ProcrustesError):
-    """The environment lacks a package, a library or a device."""
+    """The environment lacks a package, a library, a device, memory or file handles."""
 
     exit_code = 4
 
@@ -74,9 +74,11 @@ def run_cli(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("PROCRUSTES_DEBUG", "0") not in ("", "0")
+    from compress.shortages import run_telling
+
     with readers_may_leave():
         try:
-            code = main(argv)
+            code = run_telling(main, argv)
             sys.stdout.flush()  # a disk that is full shows here, where it can be told
             return code
         except KeyboardInterrupt:

@@ -42,10 +42,14 @@ def files_below(path: Path) -> Iterator[Path]:
 
 
 def seal(root: Path, stage: str) -> dict[str, FileEntry]:
-    """Flush a stage's files to the disk and return their manifest entries. Raises ArtifactError for links."""
+    """Flush a stage's files to the disk and return their manifest entries. Raises ArtifactError for links.
+
+    All get the permissions that the umask allows: temporary files of libraries are for their owner alone.
+    """
     entries: dict[str, FileEntry] = {}
     for path in files_below(root):
         refuse_links(path, root.parent)
+        open_to_umask(path)
         fsync(path)
         name = stage if path == root else f"{stage}/{path.relative_to(root).as_posix()}"
         entries[name] = {"size": path.lstat().st_size, "sha256": sha256_of(path)}
@@ -53,8 +57,19 @@ def seal(root: Path, stage: str) -> dict[str, FileEntry]:
         raise ArtifactError(f"nothing was written for {stage}; this is a bug in the step that makes it")
     if root.is_dir():
         for folder in [root, *(p for p in root.rglob("*") if p.is_dir())]:
+            open_to_umask(folder)
             fsync(folder)
     return entries
+
+
+def open_to_umask(path: Path) -> None:
+    """Give a file or folder whatever permissions the umask does not withhold; what is executable is so for all."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    mode = stat.S_IMODE(path.lstat().st_mode)
+    wanted = mode | 0o666 | (0o111 if mode & 0o111 else 0)
+    if (changed := mode | (wanted & ~mask)) != mode:
+        path.chmod(changed)
 
 
 def refuse_links(path: Path, top: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from compress.allocation import Choice, convex_hull
 from compress.architecture import WRITERS
 from compress.inner import InnerRewrites
 from compress.invariance import FoldedModel
+from compress.kept import Keeper, Nowhere
 from compress.menus import (
     CORES,
     Cost,
@@ -54,11 +55,12 @@ class LayerMenus:
         kinds: tuple[str, ...],
         unit: int,
         cost: Cost,
+        keeper: Keeper | None = None,
     ) -> None:
         self.model, self.recipe, self.moments, self.measured = model, recipe, moments, measured
         self.leading, self.kinds = "kron" in kinds, tuple(kind for kind in kinds if kind != "kron")
         self.cores = tuple(kind for kind in kinds if kind in CORES)
-        self.unit, self.cost = unit, cost
+        self.unit, self.cost, self.keeper = unit, cost, keeper or Nowhere()
         self.head_unit = max(1, min(16, model.arch.head_dim // 4))
         self.neuron_unit = 64 if model.arch.intermediate_size >= 1024 else max(1, model.arch.intermediate_size // 16)
         self.orders: dict[int, Tensor] = {}
@@ -71,7 +73,7 @@ class LayerMenus:
     def linears(self, layer: int) -> dict[str, Linear]:
         """The linears of a block after its inner rewrites, with damped Gram matrices and loss metrics, in float64."""
         if layer not in self._curves:
-            self._curves[layer] = self._find_rewrites(layer)
+            self._take_rewrites(layer)
         arch, recipe, found = self.model.arch, self.recipe, dict[str, Linear]()
         weights = self.rewrites.block(self.model.block(layer), arch, layer)
         for sub in SUB_BLOCKS:
@@ -83,22 +85,39 @@ class LayerMenus:
                 found[role] = Linear(role, weight, inner if role == WRITERS[sub] else read, metric, arch.side(role))
         return found
 
-    def _find_rewrites(self, layer: int) -> dict[str, Tensor]:
-        """Find the rewrites of a block; returns the predicted loss by kept features of "neurons" and of "vo"."""
-        arch, curves = self.model.arch, dict[str, Tensor]()
-        self._curves[layer] = curves  # what `linears` gives meanwhile is not rewritten
-        asked = set(self.recipe.inner) | self.given.get(layer, set())
-        if asked & {"neurons", "vo"}:
-            plain = self.linears(layer)
-            down, o = plain["mlp.down"], plain["attn.o"]
-            # Both curves are 1/2 tr(H E G E^T); the loss metric has its half inside.
-            if "neurons" in asked:
-                self.orders[layer], curves["neurons"] = neuron_order(down.weight, down.gram, 2 * down.metric)
-            if "vo" in asked:
-                self.bases[layer], curves["vo"] = value_output_basis(
-                    o.weight, o.gram, 2 * o.metric, arch.num_kv_heads, arch.head_dim
-                )
-        return curves
+    def _take_rewrites(self, layer: int) -> None:
+        """Make the rewrites of a block its own, as they are kept or found: orders, bases, and the predicted loss by
+        kept features of "neurons" and of "vo"."""
+        self._curves[layer] = {}  # what `linears` gives meanwhile is not rewritten
+        asked = sorted((set(self.recipe.inner) | self.given.get(layer, set())) & {"neurons", "vo"})
+        if not asked:
+            return
+        name = "-".join(("plan-rewrites", str(layer), *asked))
+        found = self.keeper.tensors(name, lambda: self._find_rewrites(layer, asked))
+        for option, rewrites in (("neurons", self.orders), ("vo", self.bases)):
+            if option in asked:
+                rewrites[layer], self._curves[layer][option] = found[option], found[f"{option}.curve"]
+
+    def _find_rewrites(self, layer: int, asked: Sequence[str]) -> dict[str, Tensor]:
+        arch, found = self.model.arch, dict[str, Tensor]()
+        plain = self.linears(layer)
+        down, o = plain["mlp.down"], plain["attn.o"]
+        # Both curves are 1/2 tr(H E G E^T); the loss metric has its half inside.
+        if "neurons" in asked:
+            found["neurons"], found["neurons.curve"] = neuron_order(down.weight, down.gram, 2 * down.metric)
+        if "vo" in asked:
+            found["vo"], found["vo.curve"] = value_output_basis(
+                o.weight, o.gram, 2 * o.metric, arch.num_kv_heads, arch.head_dim
+            )
+        return found
+
+    def fixed(self, layer: int) -> dict[tuple[int, str, int], list[Choice]]:
+        """The menus of a block that no rotation changes, as far as they are known; `give_fixed` takes them back."""
+        return {key: menu for key, menu in self._fixed.items() if key[0] == layer}
+
+    def give_fixed(self, menus: Mapping[tuple[int, str, int], list[Choice]]) -> None:
+        """Spare the decompositions of menus that are known."""
+        self._fixed.update(menus)
 
     def of(self, layer: int, rotations: StreamRotations | None) -> list[tuple[tuple[int, str], list[Choice]]]:
         """((layer, name of the group), menu) of every group of a block."""

@@ -46,6 +46,9 @@ class Manifest:
     @classmethod
     def read(cls, path: Path) -> Manifest:
         """Raises ArtifactError, naming the file and the first thing wrong in it."""
+        elsewhere = f"build in another folder, or move {path.parent} away first"
+        if not path.is_file() and os.path.lexists(path):
+            raise ArtifactError(f"{path} is not a regular file; {elsewhere}")
         try:
             value = read_json(path)
         except RefusedError as error:
@@ -54,10 +57,10 @@ class Manifest:
                     f"{path} is missing: no build has been completed in {path.parent}; "
                     f"run python -m export.build --out {path.parent} first"
                 ) from None
-            raise ArtifactError(f"{path} {error}; build the artefact again") from error
+            raise ArtifactError(f"{path} {error}; {elsewhere}") from error
         fault = _fault(value)
         if fault is not None:
-            raise ArtifactError(f"{path} is malformed: {fault}")
+            raise ArtifactError(f"{path} is malformed: {fault}; {elsewhere}")
         return cls(**value)
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +18,7 @@ from compress.artifact import Artifact
 from compress.budgets import ratio_of
 from compress.calibration import token_sequences
 from compress.checkpoint import ShardWriter, load_model, read_rotations, write_config, write_rotations
-from compress.errors import MissingDependencyError, UsageError
+from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.files import sha256_of
 from compress.fitting import summarise
 from compress.invariance import FoldedModel, Rotations, rotate_block
@@ -33,8 +31,7 @@ from compress.recipe import Recipe, parse_recipe, read_yaml
 from compress.strategies import Fitted, fit_model
 from compress.structures import DenseStructure, Structure
 from compress.textdata import load_text
-
-PACKAGES = ("torch", "transformers", "safetensors", "numpy")
+from compress.versions import versions
 
 
 def torch_device(name: str) -> torch.device:
@@ -110,7 +107,7 @@ def compress_model(
     """Compress `source` into OUT/checkpoint, and OUT/dense when asked for. Returns the artefact.
 
     A run that was interrupted is resumed from OUT/state when source and recipe are the same. `statistics`: a folder in
-    which the calibration's second moments are kept, for other runs with the same model and text (not two at a time).
+    which the calibration's second moments are kept, for other runs with the same model and text.
     """
     if batch < 1:
         raise UsageError(f"--calibration-batch {batch} runs nothing: give 1 or more calibration sequences at a time")
@@ -120,7 +117,8 @@ def compress_model(
     request = request_digest(source, recipe)
     runner_device = torch_device(device)
     with artifact.lock():
-        state = _state_folder(artifact, request)
+        artifact.claim("checkpoint", "recipe.yaml", *(["dense"] if materialize_dense else []))
+        state = artifact.open_state(request | {"versions": versions()})
         model = folded(source)
         tokenizer = source.tokenizer()
         tokens = None
@@ -141,7 +139,7 @@ def compress_model(
         dtype = getattr(torch, recipe.checkpoint_dtype)
         size = fitted.size(arch)
         resolved = _resolved(recipe, fitted, arch)
-        section = {"source": record_of(source), "recipe_sha256": resolved.digest(), "versions": _versions()}
+        section = {"source": record_of(source), "recipe_sha256": resolved.digest(), "versions": versions()}
         facts = {"request": request, "ratio": size.ratio, "model_ratio": size.model_ratio, **asdict(size)}
         with artifact.stage("checkpoint", facts=facts, section=section) as folder:
             with ShardWriter(folder, dtype) as shards:
@@ -184,12 +182,13 @@ def has_checkpoint(artifact: Artifact, source: ModelSource, recipe: Recipe) -> b
     manifest = artifact.read_manifest()
     if manifest["stages"]["checkpoint"].get("request") != request_digest(source, recipe):
         return False
+    try:
+        artifact.verify(["recipe.yaml"])  # it is what was written here, and can be read
+    except ArtifactError as error:
+        log(f"compressing again: {error}")
+        return False
     path = artifact.path("recipe.yaml")
     return parse_recipe(read_yaml(path), str(path)).digest() == manifest.get("recipe_sha256")
-
-
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def _resolved(recipe: Recipe, fitted: Fitted, arch: Architecture) -> Recipe:
@@ -205,20 +204,6 @@ def _resolved(recipe: Recipe, fitted: Fitted, arch: Architecture) -> Recipe:
         told = {"predicted_loss": record.predicted_loss, "bytes": bytes_, "macs": structure.macs(1)}
         explicit[record.name] = {**structure.to_config(), **told}
     return recipe.model_copy(update={"layers": explicit})
-
-
-def _state_folder(artifact: Artifact, request: dict[str, Any]) -> Path:
-    """OUT/state, emptied when it belongs to another request."""
-    state = artifact.state_folder()
-    key = state / "request.json"
-    text = json.dumps(request, sort_keys=True)
-    if key.exists() and key.read_text() == text:
-        log("resuming the interrupted run in OUT/state")
-        return state
-    shutil.rmtree(state)
-    state.mkdir()
-    key.write_text(text)
-    return state
 
 
 def write_dense(source: ModelSource, folder: Path, dtype: torch.dtype = torch.float32) -> None:

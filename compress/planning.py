@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor
 
@@ -26,6 +27,8 @@ from compress.groups import LayerMenus
 from compress.inner import InnerRewrites, selection
 from compress.invariance import FoldedModel, Rotations
 from compress.jrk import jrk_structures
+from compress.kept import Keeper, Nowhere
+from compress.keptmenus import kept_groups
 from compress.menus import CORES
 from compress.paper.accounting import largest_kept
 from compress.paper.shapes import Kind, paper_structures
@@ -74,41 +77,50 @@ def needs_moments(recipe: Recipe) -> bool:
 
 
 def make_plan(
-    model: FoldedModel, recipe: Recipe, moments: Moments, measured: Mapping[str, float] | None = None
+    model: FoldedModel,
+    recipe: Recipe,
+    moments: Moments,
+    measured: Mapping[str, float] | None = None,
+    keeper: Keeper | None = None,
 ) -> Plan:
-    """Rotations and structures for `recipe`. measured: the weights of `--sensitivity measured`, by role."""
-    arch, unit = model.arch, unit_of(model.arch, recipe)
-    menus = LayerMenus(model, recipe, moments, measured, kinds_of(recipe), unit, cost_of(recipe))
+    """Rotations and structures for `recipe`. measured: the weights of `--sensitivity measured`, by role. keeper: where
+    each layer's menus and each rotation are kept as they are found."""
+    arch, unit, keeper = model.arch, unit_of(model.arch, recipe), keeper or Nowhere()
+    menus = LayerMenus(model, recipe, moments, measured, kinds_of(recipe), unit, cost_of(recipe), keeper)
     if recipe.structure == "dense":
         plan = Plan(Rotations.none(), {}, {})
     elif recipe.has_menus():
-        plan = _plan_allocated(menus, recipe, unit)
+        plan = _plan_allocated(menus, recipe, unit, keeper)
     elif recipe.skip in ("cs", "householder"):
-        plan = _plan_one_width(menus, recipe)
+        plan = _plan_one_width(menus, recipe, keeper)
     elif issubclass(registry()[recipe.structure], CompotStructure) and recipe.allocation == "global":
-        plan = Plan(Rotations.none(), _pooled(model, recipe, unit), {})
+        plan = Plan(Rotations.none(), _pooled(model, recipe, unit, keeper), {})
     else:
         structures = _uniform(arch, recipe, unit)
         for role, (n, m) in arch.linears().items():
             if f"layers.0.{role}" not in structures:
                 log(f"{role} ({n} x {m}) stays dense: no {recipe.structure} in steps of {unit} is small enough")
-        plan = Plan(rotate_members(model, recipe, moments, structures), structures, {})
+        plan = Plan(rotate_members(model, recipe, moments, structures, keeper), structures, {})
     chosen = {**plan.structures, **explicit_layers(arch, recipe)}
     structures = {n: s for n, s in chosen.items() if s.name != "dense"}
     return Plan(plan.rotations, structures, plan.predicted, menus.rewrites_of(structures))
 
 
-def _plan_allocated(menus: LayerMenus, recipe: Recipe, unit: int) -> Plan:
+def _plan_allocated(menus: LayerMenus, recipe: Recipe, unit: int, keeper: Keeper) -> Plan:
     """One budget over the menus of all groups; with Kronecker sums, in turn with the rotation that they share."""
     arch = menus.model.arch
     budget, layers = budget_of(arch, recipe), range(arch.num_layers)
     rotations = StreamRotations(arch, recipe.rotation) if uses_leading_mix(recipe) else None
     if rotations is not None:
         _check_unit(arch, unit)
-        rotations.start([_terms(menus, rotations, index) for index in range(rotations.count)])
+        rotations.start([partial(_terms, menus, rotations, index) for index in range(rotations.count)], keeper)
     rounds = ROUNDS if rotations is not None and recipe.rotation_iterations else 0
     for turn in range(rounds + 1):
-        groups = [group for layer in track(layers, description="plan") for group in menus.of(layer, rotations)]
+        groups = [
+            group
+            for layer in track(layers, description="plan")
+            for group in kept_groups(keeper, menus, layer, rotations, turn)
+        ]
         choose = allocate if recipe.allocation == "global" else allocate_uniformly
         chosen = choose([menu for _, menu in groups], budget)
         structures, predicted = dict[str, Structure](), dict[str, float]()
@@ -121,11 +133,25 @@ def _plan_allocated(menus: LayerMenus, recipe: Recipe, unit: int) -> Plan:
             log(f"projections take {spent:.4g} of {recipe.budget_latency:g} seconds by {recipe.latency_table}")
         if turn < rounds:
             assert rotations is not None
-            for index in range(rotations.count):
-                terms = list(menus.leading_terms(structures, rotations, index))
-                rotations.improve(index, terms, recipe.rotation_iterations)
+            _turn(rotations, partial(menus.leading_terms, structures, rotations), recipe, keeper, turn)
     found = rotations.result() if rotations is not None else Rotations.none()
     return Plan(found, structures, predicted)
+
+
+def _turn(
+    rotations: StreamRotations,
+    terms: Callable[[int], Iterator[tuple[StreamTerm, int]]],
+    recipe: Recipe,
+    keeper: Keeper,
+    turn: int,
+) -> None:
+    """Improve every rotation by its (term, kept coordinates), each kept as it is found."""
+    for index in track(range(rotations.count), description="rotate"):
+
+        def improved(index: int = index) -> dict[str, Tensor]:
+            return {"q": rotations.improved(index, list(terms(index)), recipe.rotation_iterations)}
+
+        rotations.matrices[index] = keeper.tensors(f"plan-rotation-{turn}-{index}", improved)["q"]
 
 
 def check_recipe(arch: Architecture, recipe: Recipe) -> None:
@@ -280,28 +306,30 @@ def _uniform(arch: Architecture, recipe: Recipe, unit: int) -> dict[str, Structu
     return {f"layers.{i}.{role}": structure for i in range(arch.num_layers) for role, structure in chosen.items()}
 
 
-def _plan_one_width(menus: LayerMenus, recipe: Recipe) -> Plan:
+def _plan_one_width(menus: LayerMenus, recipe: Recipe, keeper: Keeper) -> Plan:
     """One rotation at each position, one kept width for the whole stream, and skips in a cheap exact form."""
     arch = menus.model.arch
     reflections = recipe.reflections if recipe.skip == "householder" else None
     kept = kept_width(arch, recipe)
     rotations = StreamRotations(arch, "block")
-    rotations.start([_terms(menus, rotations, index) for index in range(rotations.count)])
-    for index in track(range(rotations.count), description="rotate"):
-        terms = [(term, kept) for term in _terms(menus, rotations, index)]
-        rotations.improve(index, terms, recipe.rotation_iterations)
+    rotations.start([partial(_terms, menus, rotations, index) for index in range(rotations.count)], keeper)
+
+    def terms(index: int) -> Iterator[tuple[StreamTerm, int]]:
+        return ((term, kept) for term in _terms(menus, rotations, index))
+
+    _turn(rotations, terms, recipe, keeper, 0)
     found = with_skips(rotations.result(), recipe.skip, kept=kept, reflections=reflections)
     return Plan(found, leading_structures(arch, kept, kept), {})
 
 
-def _pooled(model: FoldedModel, recipe: Recipe, unit: int) -> dict[str, Structure]:
+def _pooled(model: FoldedModel, recipe: Recipe, unit: int, keeper: Keeper) -> dict[str, Structure]:
     """COMPOT's one-shot allocation: the kept ratio of each linear from the pooled spectra of the weights."""
     arch, kind = model.arch, registry()[recipe.structure]
     names = {f"layers.{i}.{role}": shape for i in range(arch.num_layers) for role, shape in arch.linears().items()}
     spectra = dict[str, Tensor]()
     for layer in track(range(arch.num_layers), description="plan"):
-        weights = model.block(layer)
-        spectra |= {f"layers.{layer}.{role}": normalised_spectrum(weights[f"{role}.weight"]) for role in arch.linears()}
+        found = keeper.tensors(f"plan-spectra-{layer}", partial(_spectra, model, layer))
+        spectra |= {f"layers.{layer}.{role}": found[role] for role in arch.linears()}
     # A linear that no aligned size makes as small as its share stays dense, and the others pay for it.
     left, open_names = budget_parameters(arch, recipe), dict(names)
     while open_names and left > 0:
@@ -323,6 +351,11 @@ def _pooled(model: FoldedModel, recipe: Recipe, unit: int) -> dict[str, Structur
         f"no linear of this model has an aligned {recipe.structure} of ratio {ratio_of(arch, recipe):g}: "
         f"lower --unit or raise --ratio"
     )
+
+
+def _spectra(model: FoldedModel, layer: int) -> dict[str, Tensor]:
+    weights = model.block(layer)
+    return {role: normalised_spectrum(weights[f"{role}.weight"]) for role in model.arch.linears()}
 
 
 def _terms(menus: LayerMenus, rotations: StreamRotations, index: int) -> Iterator[StreamTerm]:

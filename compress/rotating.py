@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from compress.architecture import WRITERS, Architecture
 from compress.invariance import FoldedModel, Rotations
+from compress.kept import Keeper
 from compress.procrustes import (
     Member,
     StreamTerm,
@@ -56,13 +58,19 @@ class StreamRotations:
         b = self.basis
         return StreamTerm(term.name, b.T @ term.p @ b, b.T @ term.m @ b, term.cost)
 
-    def start(self, terms: Sequence[Iterator[StreamTerm]]) -> None:
-        """The closed-form start of each rotation from its terms."""
-        self.matrices = [nested_start([self.term(t) for t in here]) for here in terms]
+    def start(self, terms: Sequence[Callable[[], Iterator[StreamTerm]]], keeper: Keeper) -> None:
+        """The closed-form start of each rotation from its terms, which are asked for where it is not kept yet."""
 
-    def improve(self, index: int, terms: Sequence[tuple[StreamTerm, int]], iterations: int) -> None:
+        def found(here: Callable[[], Iterator[StreamTerm]]) -> dict[str, Tensor]:
+            return {"q": nested_start([self.term(t) for t in here()])}
+
+        self.matrices = [
+            keeper.tensors(f"plan-start-{index}", partial(found, here))["q"] for index, here in enumerate(terms)
+        ]
+
+    def improved(self, index: int, terms: Sequence[tuple[StreamTerm, int]], iterations: int) -> Tensor:
         """Descend on the summed losses of (term, kept coordinates) at one rotation from where it is."""
-        self.matrices[index] = nested_rotation(
+        return nested_rotation(
             [self.term(term) for term, _ in terms],
             [kept for _, kept in terms],
             self.matrices[index],
@@ -105,26 +113,28 @@ def rotate_members(
     recipe: Recipe,
     moments: Mapping[tuple[int, str], StreamMoments],
     structures: Mapping[str, Structure],
+    keeper: Keeper,
 ) -> Rotations:
-    """Frobenius start, then the Gram-weighted solver, for every rotation of the recipe."""
+    """Frobenius start, then the Gram-weighted solver, for every rotation of the recipe, each kept as it is found."""
     arch = model.arch
     if recipe.rotation == "none":
         return Rotations.none()
     positions = 2 * arch.num_layers + 1
     served = [range(positions)] if recipe.rotation == "shared" else [range(p, p + 1) for p in range(positions)]
     iterations = max(1, recipe.rotation_iterations // 20)
-    matrices: list[Tensor] = []
-    for here in served:
 
-        def members(here: range = here) -> Iterator[Member]:
-            return _members_at(model, recipe, moments, structures, here)
+    def solved(number: int) -> dict[str, Tensor]:
+        def members() -> Iterator[Member]:
+            return _members_at(model, recipe, moments, structures, served[number])
 
         q = torch.eye(arch.hidden_size, dtype=torch.float64)
         if any(True for _ in members()):
             q = frobenius_rotation(members, q, 2 * iterations)
             q, errors = majorised_rotation(members, q, iterations)
-            log(f"rotation {len(matrices) + 1} of {len(served)}: weighted error {errors[0]:.4g} -> {errors[-1]:.4g}")
-        matrices.append(q)
+            log(f"rotation {number + 1} of {len(served)}: weighted error {errors[0]:.4g} -> {errors[-1]:.4g}")
+        return {"q": q}
+
+    matrices = [keeper.tensors(f"plan-rotation-{i}", partial(solved, i))["q"] for i in range(len(served))]
     return Rotations(recipe.rotation, tuple(matrices))
 
 

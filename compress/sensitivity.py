@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from compress.architecture import WRITERS
 from compress.invariance import FoldedModel, Rotations
+from compress.kept import Keeper
 from compress.procrustes import damped
 from compress.progress import log, track
 from compress.recipe import Recipe
@@ -28,27 +30,36 @@ def measured_losses(
     moments: Mapping[tuple[int, str], StreamMoments],
     recipe: Recipe,
     runner: Runner,
+    keeper: Keeper,
 ) -> dict[str, float]:
     """Role -> KL divergence to the dense model, in nats per token, for one unit of summed squared relative error.
 
     All linears of one role are truncated to half their rank by whitened SVD, the others left as they are, and the
     model is run on the first `SEQUENCES` sequences: one pass for each role, so the time is linear in the layers.
+    Each role is kept as it is measured.
     (methods 6.6 measures each position; classes are what can be afforded at every size.) A role that has nothing to
     lose at that rank weighs as much as the others on average: a metric must be positive, and nothing is free.
     """
     arch, ids = model.arch, tokens[:SEQUENCES]
     ends = {name: w.to(runner.device) for name, w in model.ends(Rotations.none()).items()}
     start = embed(model.ends(Rotations.none()), arch, ids)
-    reference = _last_stream(model, start, runner, None, moments, recipe)[0]
-    found: dict[str, float] = {}
-    for role in track(tuple(arch.linears()), description="measure"):
+    reference: Tensor | None = None
+
+    def measure(role: str) -> float:
+        nonlocal reference
+        if reference is None:
+            reference = _last_stream(model, start, runner, None, moments, recipe)[0]
         stream, errors = _last_stream(model, start, runner, role, moments, recipe)
         total = 0.0
         for _, (x, y) in runner.batches(reference, stream):
             for a, b in zip(x, y, strict=True):  # one sequence's logits at a time: (length, vocabulary) is large
                 p, q = (head_logits(ends, arch.norm_eps, h).float().log_softmax(-1) for h in (a, b))
                 total += float((p.exp() * (p - q)).sum())
-        found[role] = total / ids.numel() / errors if errors > ROUNDING else 0.0
+        return total / ids.numel() / errors if errors > ROUNDING else 0.0
+
+    found: dict[str, float] = {}
+    for role in track(tuple(arch.linears()), description="measure"):
+        found[role] = keeper.value(f"plan-measured-{role.replace('.', '-')}", partial(measure, role))
     known = [value for value in found.values() if value > ROUNDING]
     average = sum(known) / len(known) if known else 1.0
     found = {role: value if value > ROUNDING else average for role, value in found.items()}

@@ -11,7 +11,6 @@ tied embedding is also the head and stays whole: its further coordinates reach t
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +22,12 @@ from compress.architecture import WRITERS
 from compress.blocks import Block, rms_normalise
 from compress.fitting import FitRecord
 from compress.invariance import FoldedModel, Rotations, Weights, rotate_block
+from compress.kept import KeptFolder
 from compress.procrustes import damped
 from compress.progress import track
 from compress.skips import SliceSkip
 from compress.statistics import SUB_BLOCKS
-from compress.streams import GramSum, Runner, embed, mapped, save_whole
+from compress.streams import GramSum, Runner, embed, mapped, mapped_anew, save_whole
 from compress.structures import Structure
 from compress.widths import leading_structures
 
@@ -51,7 +51,7 @@ def principal_components(gram: Tensor) -> Tensor:
     return vectors.flip(1)
 
 
-def slice_model(model: FoldedModel, tokens: Tensor, kept: int, runner: Runner, state: Path) -> Sliced:
+def slice_model(model: FoldedModel, tokens: Tensor, kept: int, runner: Runner, state: KeptFolder) -> Sliced:
     """Slice every block of `model` (float32) to `kept` coordinates, calibrated on `tokens` (samples, length) int64.
 
     `state` holds the stream after each block and what was found there, so that an interrupted run goes on at the next
@@ -70,9 +70,11 @@ def slice_model(model: FoldedModel, tokens: Tensor, kept: int, runner: Runner, s
     rotations = Rotations("block", tuple(matrices), skips)
     files, records = [], []
     for layer in range(arch.num_layers):
-        files.append(state / f"block-{layer}.safetensors")
-        if not files[-1].exists():
+        file = f"block-{layer}.safetensors"
+        files.append(state.path(file))
+        if file not in state:
             save_whole(sliced_block(model, layer, rotations), files[-1])
+            state.keep(file)
         for role, (n, m) in arch.linears().items():
             name = f"layers.{layer}.{role}"
             structure = structures.get(name)
@@ -107,30 +109,25 @@ class _Slicer:
     span of the first k columns of Q. Readers of a projected stream are those of the sliced network, W K K^T x = W x.
     """
 
-    def __init__(self, model: FoldedModel, tokens: Tensor, kept: int, runner: Runner, state: Path) -> None:
+    def __init__(self, model: FoldedModel, tokens: Tensor, kept: int, runner: Runner, state: KeptFolder) -> None:
         self.model, self.tokens, self.kept, self.runner, self.state = model, tokens, kept, runner, state
         self.shape = (*tokens.shape, model.arch.hidden_size)
 
     def block(self, layer: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         """The rotations found in block `layer` by position, and the relative error of each of its linears."""
-        done, rotations = self.state / f"slice-{layer}.json", self.state / f"slice-{layer}.safetensors"
-        if not done.exists():
+        name = f"slice-{layer}"
+        if f"{name}.json" not in self.state:
             found, errors = self._find(layer)
-            save_whole(found, rotations)
-            partial = done.with_suffix(".partial")
-            partial.write_text(json.dumps(errors))
-            partial.rename(done)  # last: its presence says that the rotations and the stream are complete
-            self._stream_file(layer).unlink(missing_ok=True)
-        return load_file(rotations), json.loads(done.read_text())
-
-    def _stream_file(self, layer: int) -> Path:
-        return self.state / f"slice-stream-{layer}.f32"
+            save_whole(found, self.state.path(f"{name}.safetensors"))
+            self.state.write_value(name, errors)
+            self.state.keep(f"{name}.safetensors", f"{name}.json", _stream_file(layer + 1), drop=[_stream_file(layer)])
+        return load_file(self.state.path(f"{name}.safetensors")), self.state.read_value(name)
 
     @torch.no_grad()
     def _find(self, layer: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         arch, weights = self.model.arch, self.model.block(layer)
         block = self.runner.block(layer, weights, {}, False)
-        following = mapped(self._stream_file(layer + 1), self.shape)
+        following = mapped_anew(self.state.path(_stream_file(layer + 1)), self.shape)
         if layer == 0:
             stream = embed(self.model.ends(Rotations.none()), arch, self.tokens)
             total = GramSum(self.shape[-1], self.shape[-1], self.runner.device)
@@ -139,8 +136,8 @@ class _Slicer:
             found = {"0": principal_components(total.mean())}
             q = found["0"]
         else:
-            stream, found = mapped(self._stream_file(layer), self.shape), {}
-            q = load_file(self.state / f"slice-{layer - 1}.safetensors")[str(2 * layer)].to(self.runner.device)
+            stream, found = mapped(self.state.path(_stream_file(layer)), self.shape), {}
+            q = load_file(self.state.path(f"slice-{layer - 1}.safetensors"))[str(2 * layer)].to(self.runner.device)
         errors: dict[str, float] = {}
         for sub in SUB_BLOCKS:
             position = 2 * layer + SUB_BLOCKS.index(sub)
@@ -181,6 +178,10 @@ class _Slicer:
             sums["stream"].add(after.double())
             following[part] = after.cpu()
         return {name: total.mean() for name, total in sums.items()}
+
+
+def _stream_file(layer: int) -> str:
+    return f"slice-stream-{layer}.f32"
 
 
 def _lost(gram: Tensor, kept: Tensor, weight: Tensor | None = None) -> float:

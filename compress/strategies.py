@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +22,12 @@ from compress.fitting import FitRecord, LayerFitter
 from compress.inner import InnerRewrites, extra_biases
 from compress.invariance import FoldedModel, Rotations, Weights
 from compress.jrk import frobenius_error, jrk_fit_block
+from compress.kept import KeptFolder
 from compress.planning import Moments, Plan, make_plan, needs_moments, structures_without_text
 from compress.recipe import Recipe
 from compress.sensitivity import measured_losses
 from compress.skips import skip_from_config
-from compress.statistics import StatisticsFolder, collect
+from compress.statistics import StatisticsFolder, collect, shared_folder
 from compress.streams import Runner, save_whole
 from compress.structures import DenseStructure, Structure, structure_from_config
 from compress.structures.joint import leader_of
@@ -64,14 +65,15 @@ def fit_model(
     model: FoldedModel,
     recipe: Recipe,
     tokens: Tensor | None,
-    state: Path,
+    state: KeptFolder,
     device: torch.device,
     batch: int,
     statistics: Path | None = None,
 ) -> Fitted:
     """Compress by `recipe`; tokens (samples, length) int64, None for a recipe that reads no text.
 
-    `state` holds what an interrupted run needs to go on; `statistics` the second moments, for other runs too.
+    `state` holds what an interrupted run needs to go on; `statistics` the second moments, for other runs too, which
+    wait for each other while they are collected.
     """
     if tokens is None:
         return _without_text(model, recipe, state)
@@ -81,25 +83,25 @@ def fit_model(
     moments: Moments = {}
     if needs_moments(recipe):
         few = tokens[: min(recipe.sensitivity_samples, len(tokens))]
-        folder = statistics or state / "moments"
-        moments = collect(
-            model, few, sensitivity=recipe.sensitivity, seed=recipe.calibration.seed, runner=runner, folder=folder
-        )
+        with nullcontext(state) if statistics is None else shared_folder(statistics) as kept:
+            moments = collect(
+                model, few, sensitivity=recipe.sensitivity, seed=recipe.calibration.seed, runner=runner, kept=kept
+            )
     if recipe.fit == "paper":
         return _by_the_paper(model, recipe, tokens, moments, state, device)
-    plan = _saved_plan(state)
-    if plan is None:
+    if "plan.json" not in state:
         measured = None
         if recipe.sensitivity == "measured":
-            measured = measured_losses(model, few, moments, recipe, runner)
+            measured = measured_losses(model, few, moments, recipe, runner, state)
         try:
-            plan = _save_plan(state, make_plan(model, recipe, moments, measured))
+            _save_plan(state, make_plan(model, recipe, moments, measured, state))
         except FAILURES as error:
             raise UsageError(
                 f"the moments of this model and text are singular beyond what damping by {recipe.gram_damping:g} (Gram "
                 f"matrices) and {recipe.metric_damping:g} (metrics) makes up for ({str(error).partition(':')[0]}): "
                 f"raise gram_damping and metric_damping, e.g. --set gram_damping=1e-3"
             ) from error
+    plan = _saved_plan(state)
     ends, ranks = _ends(model, recipe, plan.rotations, tokens, moments)
     files, records = LayerFitter(model, plan, recipe, moments, tokens, runner, state, ends).run()
     biases = extra_biases(model.arch, tuple(model.arch.linears())) if "bias" in recipe.inner else []
@@ -121,7 +123,7 @@ def _ends(
     return compress_embedding(ends, model.arch, counts, gram, recipe.embedding, unit_of(model.arch, recipe))
 
 
-def _sliced(model: FoldedModel, recipe: Recipe, tokens: Tensor, runner: Runner, state: Path) -> Fitted:
+def _sliced(model: FoldedModel, recipe: Recipe, tokens: Tensor, runner: Runner, state: KeptFolder) -> Fitted:
     from compress.slicing import slice_model
 
     found = slice_model(model, tokens, kept_width(model.arch, recipe), runner, state)
@@ -130,7 +132,7 @@ def _sliced(model: FoldedModel, recipe: Recipe, tokens: Tensor, runner: Runner, 
 
 
 def _by_the_paper(
-    model: FoldedModel, recipe: Recipe, tokens: Tensor, moments: Moments, state: Path, device: torch.device
+    model: FoldedModel, recipe: Recipe, tokens: Tensor, moments: Moments, state: KeptFolder, device: torch.device
 ) -> Fitted:
     from compress.paper.accounting import largest_kept
     from compress.paper.blocks import fit_paper
@@ -143,55 +145,67 @@ def _by_the_paper(
     return Fitted(found.rotations, found.structures, ends, found.files, found.records, ranks)
 
 
-def _without_text(model: FoldedModel, recipe: Recipe, state: Path) -> Fitted:
+def _without_text(model: FoldedModel, recipe: Recipe, state: KeptFolder) -> Fitted:
     """A dense copy, or joint rank-k: every block by itself, from its weights alone. relative_error is |W - What| / |W|
     in the Frobenius norm."""
     arch = model.arch
     files, records = list[Path](), list[FitRecord]()
     structures = structures_without_text(arch, recipe)
     for layer in range(arch.num_layers):
-        weights = model.block(layer)
-        prefix = f"layers.{layer}."
-        here = {name.removeprefix(prefix): s for name, s in structures.items() if name.startswith(prefix)}
-        fitted = jrk_fit_block(weights, here)
-        tensors = {f"model.{prefix}{n}": w for n, w in weights.items() if n.removesuffix(".weight") not in here}
-        for role, (n, m) in arch.linears().items():
-            name, weight = prefix + role, weights[f"{role}.weight"]
-            structure: Structure = here.get(role) or DenseStructure(in_features=m, out_features=n)
-            error = 0.0
-            if role in here:
-                tensors |= structured_state(name, fitted[role], None)
-                leader = leader_of(structures, name)
-                shared = {} if leader is None else {"V": fitted[leader.removeprefix(prefix)]["V"]}
-                error = frobenius_error(weight, structure, shared | fitted[role])
-            records.append(FitRecord(name, structure.name, structure.parameter_count(), n * m, error, None))
-        files.append(state / f"block-{layer}.safetensors")
-        save_whole(tensors, files[-1])
+        name = f"block-{layer}"
+        files.append(state.path(f"{name}.safetensors"))
+        if f"{name}.json" not in state:
+            tensors, fresh = _block_without_text(model, structures, layer)
+            save_whole(tensors, files[-1])
+            state.write_value(name, [asdict(record) for record in fresh])
+            state.keep(f"{name}.safetensors", f"{name}.json")
+        records += [FitRecord(**record) for record in state.read_value(name)]
     ends = model.ends(Rotations.none())
     ends, ranks = compress_embedding(ends, arch, None, None, recipe.embedding, unit_of(arch, recipe))
     return Fitted(Rotations.none(), structures, ends, files, records, ranks)
 
 
-def _save_plan(state: Path, plan: Plan) -> Plan:
-    save_whole({f"q.{i}": q for i, q in enumerate(plan.rotations.matrices)}, state / "plan.safetensors")
-    plan.rewrites.save(state / "rewrites.safetensors")
+def _block_without_text(
+    model: FoldedModel, structures: dict[str, Structure], layer: int
+) -> tuple[dict[str, Tensor], list[FitRecord]]:
+    """State-dict entries of one block, and a record for each of its linears."""
+    weights, records = model.block(layer), list[FitRecord]()
+    prefix = f"layers.{layer}."
+    here = {name.removeprefix(prefix): s for name, s in structures.items() if name.startswith(prefix)}
+    fitted = jrk_fit_block(weights, here)
+    tensors = {f"model.{prefix}{n}": w for n, w in weights.items() if n.removesuffix(".weight") not in here}
+    for role, (n, m) in model.arch.linears().items():
+        name, weight = prefix + role, weights[f"{role}.weight"]
+        structure: Structure = here.get(role) or DenseStructure(in_features=m, out_features=n)
+        error = 0.0
+        if role in here:
+            tensors |= structured_state(name, fitted[role], None)
+            leader = leader_of(structures, name)
+            shared = {} if leader is None else {"V": fitted[leader.removeprefix(prefix)]["V"]}
+            error = frobenius_error(weight, structure, shared | fitted[role])
+        records.append(FitRecord(name, structure.name, structure.parameter_count(), n * m, error, None))
+    return tensors, records
+
+
+def _save_plan(state: KeptFolder, plan: Plan) -> None:
+    """Keep the plan, in place of what it was made from."""
+    matrices = {f"q.{i}": q for i, q in enumerate(plan.rotations.matrices)}
+    save_whole(matrices, state.path("plan.safetensors"))
+    plan.rewrites.save(state.path("rewrites.safetensors"))
     record = {
         "kind": plan.rotations.kind,
         "skips": [form.to_config() for form in plan.rotations.skips],
         "structures": {name: s.to_config() for name, s in plan.structures.items()},
         "predicted": plan.predicted,
     }
-    partial = state / "plan.partial"
-    partial.write_text(json.dumps(record))
-    partial.rename(state / "plan.json")
-    return plan
+    state.write_value("plan", record)
+    pieces = [name for name in state.names() if name.startswith("plan-")]
+    state.keep("plan.safetensors", "rewrites.safetensors", "plan.json", drop=pieces)
 
 
-def _saved_plan(state: Path) -> Plan | None:
-    if not (state / "plan.json").exists():
-        return None
-    record, tensors = json.loads((state / "plan.json").read_text()), load_file(state / "plan.safetensors")
+def _saved_plan(state: KeptFolder) -> Plan:
+    record, tensors = state.read_value("plan"), load_file(state.path("plan.safetensors"))
     matrices = tuple(tensors[f"q.{i}"] for i in range(len(tensors)))
     rotations = Rotations(record["kind"], matrices, tuple(skip_from_config(c) for c in record["skips"]))
     structures = {name: structure_from_config(c) for name, c in record["structures"].items()}
-    return Plan(rotations, structures, record["predicted"], InnerRewrites.load(state / "rewrites.safetensors"))
+    return Plan(rotations, structures, record["predicted"], InnerRewrites.load(state.path("rewrites.safetensors")))

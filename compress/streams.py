@@ -19,26 +19,37 @@ from torch import Tensor
 
 from compress.architecture import Architecture
 from compress.blocks import Block, Rotary, mask_unless_causal, rotary_for
+from compress.errors import ArtifactError
 from compress.files import named, os_error_of
 from compress.invariance import Weights
 from compress.skips import SkipForm
 from compress.structures import Structure
 
 
-def mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """A float32 tensor that lives in `path`, created or opened; changes are written back by the system.
+def mapped_anew(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """A float32 tensor of zeros that lives in a new file `path`; changes are written back by the system.
 
     The space is taken here: on a full disk this raises OSError, where a write into a sparse mapping would kill the
     process (SIGBUS).
     """
-    size = math.prod(shape)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
+    with path.open("wb") as file:
         try:
-            os.posix_fallocate(file.fileno(), 0, 4 * size)
+            os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))
         except OSError as error:
             named(error, path)
             raise
+    return mapped(path, shape)
+
+
+def mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """The float32 tensor that lives in `path`. Raises ArtifactError when there is none of this size: zeros of a file
+    made here would pass for activations."""
+    size = math.prod(shape)
+    found = path.stat().st_size if path.is_file() else None
+    if found != 4 * size:
+        seen = "missing" if found is None else f"of {found} bytes"
+        raise ArtifactError(f"{path} is {seen}, where {4 * size} bytes of activations were kept; remove it, run again")
     return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(shape)
 
 

@@ -173,8 +173,10 @@ def _build(args: argparse.Namespace, artifact: Artifact, source: ModelSource, re
 
     engine = _tensorrt(args, source.architecture().max_positions) if args.engine in TENSORRT else None
     with artifact.lock():
+        artifact.claim(*_written(args))
         if _has_checkpoint(args, artifact, source, recipe):
             log(f"re-using {artifact.path('checkpoint')}: same model and recipe")
+            artifact.clear_finished_state()
         else:
             compress_model(
                 source,
@@ -203,11 +205,25 @@ def _build(args: argparse.Namespace, artifact: Artifact, source: ModelSource, re
     }
 
 
+def _written(args: argparse.Namespace) -> list[str]:
+    """What this command may write into OUT."""
+    names = [] if args.resume else ["checkpoint", "recipe.yaml", "onnx"]
+    names += ["dense"] if args.materialize_dense else []
+    if args.engine != "none":
+        names += ["engine"]
+    if args.engine in ("ort", "trt"):
+        names += ["triton"]
+    if args.engine in TENSORRT and args.plugin != "native":
+        names += ["plugins"]
+    return [*names, *(["build_engine.sh"] if args.engine == "trt" else [])]
+
+
 def _resume(args: argparse.Namespace, artifact: Artifact) -> dict[str, Any]:
     from compress.checkpoint import CheckpointReader
     from export.stages import build_info
 
     with artifact.lock():
+        artifact.claim(*_written(args))
         checkpoint = artifact.require_stage("checkpoint")
         artifact.require_stage("onnx")
         artifact.verify(["checkpoint/config.json", "onnx"])

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Baseline:
-    """OUT, verified, and its source. As a context it holds OUT's lock and removes what it made in OUT/state.
+    """OUT, verified, and its source. As a context it holds OUT's lock and removes what it made beside it.
 
     `model` names the source, in place of what the manifest says of it; `dense` is a dense ONNX export to use.
     Raises ArtifactError when OUT is damaged or the source is not the one that it was made from, UsageError when it is
@@ -37,7 +37,11 @@ class Baseline:
         self.manifest = self.artifact.read_manifest()
         self.artifact.verify()
         self.checkpoint = self.artifact.require_stage("checkpoint")
-        self._stack.enter_context(self.artifact.lock())
+        with ExitStack() as stack:
+            stack.enter_context(self.artifact.lock())
+            self.artifact.claim("reports")
+            self.artifact.clear_finished_state()
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -95,7 +99,7 @@ class Baseline:
         return ModelCost.of(dense), ModelCost.of(config)
 
     def dense_onnx(self) -> Path:
-        """The dense model, exported by the same code with the same options; made in OUT/state when not given."""
+        """The dense model, exported by the same code with the same options; made beside it when not given."""
         if self._dense is not None:
             path = self._dense / "model.onnx" if self._dense.is_dir() else self._dense
             if not path.is_file():
@@ -105,18 +109,10 @@ class Baseline:
         from export.graph import export_onnx
         from validate.graphfacts import GraphFacts
 
-        folder = self.artifact.state_folder() / "dense-baseline"
-        self._stack.callback(_remove, folder)
+        folder = self._stack.enter_context(self.artifact.scratch("dense-baseline"))
         facts = GraphFacts.of(self.onnx)
         log("exporting the dense model as the baseline")
         write_dense(self.source, folder / "checkpoint")
         info = export_onnx(folder / "checkpoint", folder / "onnx", dtype=facts.dtype, logits=facts.logits)
         shutil.rmtree(folder / "checkpoint")
         return info.path
-
-
-def _remove(folder: Path) -> None:
-    """Remove what we made in OUT/state, and OUT/state itself when nothing else is in it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    if folder.parent.is_dir() and not any(folder.parent.iterdir()):
-        folder.parent.rmdir()

@@ -8,7 +8,6 @@ scale of the logits.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,17 +110,13 @@ def engine_speed(
     ways: dict[str, tuple[Path, Path | None]] = {"dense": (dense, None), "native": (ours, None)}
     if library is not None:
         ways["cpp"] = (ours, library)
-    folder = baseline.artifact.state_folder() / "engines"
-    folder.mkdir(exist_ok=True)
     runners = {}
-    try:
+    with baseline.artifact.scratch("engines") as folder:
         for name, (onnx, used) in ways.items():
             log(f"speed on the GPU: the {name} engine")
             build_plan(onnx, folder / name, used, spans.profiles(graph_axes(onnx)), options)
             runners[name] = DeviceRunner(TrtExecutor(folder / name / PLAN, onnx, spans, used))
         cases = compare_runners(runners, spans, batch_sizes=batch_sizes, seconds=seconds)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return {"gpu": info["gpu"], "versions": info["versions"], "kept": info["plugin"], "cases": cases}
 
 

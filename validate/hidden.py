@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from compress.files import fsync
 from compress.progress import log
-from compress.streams import mapped
+from compress.streams import mapped, mapped_anew
 
 if TYPE_CHECKING:
     from compress.modeling import ProcrustesForCausalLM
@@ -38,20 +40,36 @@ def fill_hidden(model: ProcrustesForCausalLM, windows: Windows, path: Path) -> N
     is no space for it.
     """
     partial, count = path.with_suffix(".partial"), path.with_suffix(".count")
-    begun = int(count.read_text()) if partial.exists() and count.exists() else 0
-    hidden = mapped(partial, _shape(windows, model.config.hidden_size))
+    begun, shape = _begun(count), _shape(windows, model.config.hidden_size)
+    whole = partial.is_file() and partial.stat().st_size == 4 * math.prod(shape)
+    begun = begun if whole else 0
+    hidden = mapped(partial, shape) if begun else mapped_anew(partial, shape)
     start = time.monotonic()
     for window, ids in windows.batches(1):
         if window < begun:
             continue
         positions = torch.arange(windows.length)[None]
         hidden[window] = model.model(ids, None, positions, None)[0].float()
-        count.write_text(str(window + 1))
+        fsync(partial)  # before it is counted: a loss of power must leave no zeros that pass for states
+        _write_whole(count, str(window + 1))
         left = (time.monotonic() - start) / (window + 1 - begun) * (windows.count - window - 1)
         log(f"dense hidden states: window {window + 1}/{windows.count}, {left:.0f} s left")
     del hidden
     partial.rename(path)
     count.unlink()
+
+
+def _begun(count: Path) -> int:
+    """How many windows are done; 0 where that is not known."""
+    text = count.read_text(encoding="utf-8") if count.is_file() else ""
+    return int(text) if text.isascii() and text.isdecimal() else 0
+
+
+def _write_whole(path: Path, text: str) -> None:
+    draft = path.with_suffix(".draft")
+    draft.write_text(text, encoding="utf-8")
+    fsync(draft)
+    draft.rename(path)
 
 
 def read_hidden(windows: Windows, width: int, path: Path) -> Tensor:

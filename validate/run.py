@@ -250,7 +250,7 @@ def _quality(baseline: Baseline, args: argparse.Namespace) -> dict[str, Any]:
         },
         "protocol": {
             "rows_joined_by": "\n\n",
-            "tokenised": "once, as a whole",
+            "tokenised": "once, as a whole" if windows.whole else "once, a beginning",
             "window": windows.length,
             "stride": windows.stride,
             "windows": windows.count,

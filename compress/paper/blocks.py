@@ -6,7 +6,6 @@ together at the end. The final factors are the paper's own: nothing is fitted ag
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch import Tensor, device
 from compress.checkpoint import structured_state
 from compress.fitting import FitRecord
 from compress.invariance import FoldedModel, Rotations, rotate_block
+from compress.kept import KeptFolder
 from compress.paper.shapes import Kind, paper_structures
 from compress.paper.solver import (
     ALS_ITERATIONS,
@@ -52,14 +52,14 @@ def fit_paper(
     als_iterations: int = ALS_ITERATIONS,
     gd_iterations: int = GD_ITERATIONS,
     device: device,
-    state: Path,
+    state: KeptFolder,
 ) -> PaperFit:
     """Solve every position and write the blocks to `state`, a folder that belongs to this very request.
 
     Other arguments and errors as `solver.paper_plan`.
     """
     arch, count = model.arch, 2 * model.arch.num_layers + 1
-    start = next((p for p in range(count) if not _record_file(state, p).exists()), count)
+    start = next((p for p in range(count) if f"paper-{p}.json" not in state), count)
     found = paper_positions(
         model,
         kind,
@@ -76,7 +76,7 @@ def fit_paper(
     matrices, errors, positions = [], dict[str, float](), []
     for p in range(count):
         matrices.append(load_file(_factor_file(state, p))["q"])
-        told = json.loads(_record_file(state, p).read_text())
+        told = state.read_value(f"paper-{p}")
         errors |= told["errors"]
         positions.append(
             PaperRecord(**{**told["record"], "frobenius_errors": tuple(told["record"]["frobenius_errors"])})
@@ -93,25 +93,24 @@ def fit_paper(
     return PaperFit(rotations, structures, files, records, positions)
 
 
-def _factor_file(state: Path, position: int) -> Path:
-    return state / f"paper-{position}.safetensors"
+def _factor_file(state: KeptFolder, position: int) -> Path:
+    return state.path(f"paper-{position}.safetensors")
 
 
-def _record_file(state: Path, position: int) -> Path:
-    return state / f"paper-{position}.json"
-
-
-def _save(state: Path, result: PaperPosition) -> None:
-    factors = {f"{linear}:{name}": t for linear, parts in result.factors.items() for name, t in parts.items()}
+def _save(state: KeptFolder, result: PaperPosition) -> None:
+    name = f"paper-{result.position}"
+    factors = {f"{linear}:{part}": t for linear, parts in result.factors.items() for part, t in parts.items()}
     save_whole({"q": result.q, **factors}, _factor_file(state, result.position))
-    partial = _record_file(state, result.position).with_suffix(".partial")
-    partial.write_text(json.dumps({"errors": result.errors, "record": asdict(result.record)}))
-    partial.rename(_record_file(state, result.position))  # last: its presence says that the position is complete
+    state.write_value(name, {"errors": result.errors, "record": asdict(result.record)})
+    state.keep(f"{name}.safetensors", f"{name}.json")
 
 
 def _write_block(
-    model: FoldedModel, layer: int, rotations: Rotations, structures: dict[str, Structure], state: Path
+    model: FoldedModel, layer: int, rotations: Rotations, structures: dict[str, Structure], state: KeptFolder
 ) -> Path:
+    file = f"block-{layer}.safetensors"
+    if file in state:
+        return state.path(file)
     weights = rotate_block(model.block(layer), model.arch, layer, rotations)
     fitted: dict[str, dict[str, Tensor]] = {}
     for position in (2 * layer, 2 * layer + 1, 2 * layer + 2):
@@ -123,9 +122,9 @@ def _write_block(
         name = f"layers.{layer}.{role}"
         factors = fitted[name] if name in structures else {"weight": weights[f"{role}.weight"]}
         entries |= structured_state(name, factors, weights.get(f"{role}.bias"))
-    file = state / f"block-{layer}.safetensors"
-    save_whole(entries, file)
-    return file
+    save_whole(entries, state.path(file))
+    state.keep(file)
+    return state.path(file)
 
 
 def _record(

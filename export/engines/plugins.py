@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,12 +51,12 @@ def build_plugins(
     if is_current(artifact, "plugins", [], wanted):
         log(f"re-using {artifact.path('plugins')}: same sources")
         return build_info(artifact, "plugins")
-    with artifact.stage("plugins", facts=wanted) as folder, tempfile.TemporaryDirectory(dir=artifact.out) as scratch:
+    with artifact.stage("plugins", facts=wanted) as folder, artifact.scratch("plugins") as scratch:
         if libraries is None:
             log(f"compiling the plugins for {', '.join(architectures)}; this takes minutes, and happens once")
-            build(Path(scratch), architectures)
+            build(scratch, architectures)
         for name in (PLUGINS, AUTOLOAD):
-            shutil.copyfile((libraries or Path(scratch)) / name, folder / name)
+            shutil.copyfile((libraries or scratch) / name, folder / name)
         hashes = {name: sha256_of(folder / name) for name in (PLUGINS, AUTOLOAD)}
         write_json(folder / BUILD_INFO, {**wanted, "sha256": hashes})
     return build_info(artifact, "plugins")

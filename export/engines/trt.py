@@ -138,9 +138,7 @@ def default_timing_cache(version: str | None) -> Path:
 def write_script(artifact: Artifact, options: Options) -> Path:
     """OUT/build_engine.sh: the two ways to build the engine on a machine that has a GPU."""
     axes = graph_axes(artifact.require_stage("onnx") / MODEL_NAME)
-    path = artifact.write_text(SCRIPT, script(axes, options, artifact.has_stage("plugins")))
-    path.chmod(0o755)
-    return path
+    return artifact.write_text(SCRIPT, script(axes, options, artifact.has_stage("plugins")), executable=True)
 
 
 def script(axes: Axes, options: Options, plugins: bool) -> str:

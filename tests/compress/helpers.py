@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compress.artifact import Artifact
+from compress.kept import KeptFolder
 from compress.models import ModelSource, resolve
 from compress.pipeline import compress_model
 from compress.recipe import Recipe, parse_recipe, read_yaml
@@ -75,6 +76,11 @@ def once(folder: Path, make: Callable[[Path], object]) -> Path:
             make(folder)
             done.touch()
     return folder
+
+
+def kept_in(folder: Path) -> KeptFolder:
+    """A folder for the pieces of a computation that no pipeline runs; the same folder again goes on from them."""
+    return KeptFolder.open(folder, {})
 
 
 def same_files(a: Artifact, b: Artifact) -> None:

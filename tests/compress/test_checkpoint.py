@@ -181,7 +181,10 @@ CONFIG = {
     "missing field": (lambda c: c["structures"]["layers.0.attn.q"].pop("blocks") and None, "missing field blocks"),
     "wrong type": (lambda c: c["structures"]["layers.0.attn.q"].update(blocks="8"), "wrong type: '8'"),
     "does not divide": (lambda c: c["structures"]["layers.0.attn.q"].update(blocks=7), "does not divide"),
-    "another shape": (lambda c: c["structures"]["layers.0.attn.q"].update(out_features=128), "layers.0.attn.q a structure of 128 x 64"),
+    "another shape": (
+        lambda c: c["structures"]["layers.0.attn.q"].update(out_features=128),
+        "layers.0.attn.q a structure of 128 x 64",
+    ),
     "a linear too many": (
         lambda c: c["structures"].update({"layers.9.attn.q": c["structures"]["layers.0.attn.q"]}),
         "layers.9",

@@ -33,7 +33,7 @@ from compress.structures import (
 from compress.textdata import load_text
 from tests import tiny
 from tests.compress import helpers
-from tests.compress.helpers import TinyModel, compressed, logits_of, relative, text_file, tiny_source
+from tests.compress.helpers import TinyModel, compressed, kept_in, logits_of, relative, text_file, tiny_source
 
 
 def exact(arch: Architecture, kind: str) -> dict[str, Structure]:
@@ -100,17 +100,18 @@ class Fit:
             vocab_size=arch.vocab_size,
         )
         model, runner = folded(source), Runner(arch, c.sequence_length, torch.device("cpu"), 4)
+        kept = kept_in(folder)
         self.moments = moments = collect(
             model,
             self.tokens[: recipe.sensitivity_samples],
             sensitivity=recipe.sensitivity,
             seed=0,
             runner=runner,
-            folder=folder / "moments",
+            kept=kept,
         )
         self.plan = plan = make_plan(model, recipe, moments)
         ends = model.ends(plan.rotations)
-        self.files, self.records = LayerFitter(model, plan, recipe, moments, self.tokens, runner, folder, ends).run()
+        self.files, self.records = LayerFitter(model, plan, recipe, moments, self.tokens, runner, kept, ends).run()
         shape = (*self.tokens.shape, arch.hidden_size)
         self.dense, self.compressed = (
             mapped(folder / f"fit-{n}-{arch.num_layers}.f32", shape).clone() for n in ("dense", "compressed")

@@ -41,7 +41,9 @@ def statistics(source: ModelSource, folder: Path, model: Any = None) -> Statisti
     arch = source.architecture()
     runner = Runner(arch, LENGTH, torch.device("cpu"), 4)
     tokens = tiny.token_ids(12, LENGTH)
-    return collect(model or folded(source), tokens, sensitivity="fisher", seed=0, runner=runner, folder=folder)
+    return collect(
+        model or folded(source), tokens, sensitivity="fisher", seed=0, runner=runner, kept=helpers.kept_in(folder)
+    )
 
 
 @pytest.fixture(scope="module")

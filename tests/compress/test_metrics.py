@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compress.checkpoint import load_model
+from compress.kept import Nowhere
 from compress.metrics import loss_metric
 from compress.models import ModelSource
 from compress.pipeline import folded, write_dense
@@ -20,7 +21,7 @@ from compress.statistics import StatisticsFolder, StreamMoments, collect
 from compress.streams import Runner
 from tests import tiny
 from tests.compress import helpers
-from tests.compress.helpers import LENGTH, TinyModel, logits_of, tiny_source
+from tests.compress.helpers import LENGTH, TinyModel, kept_in, logits_of, tiny_source
 
 F64 = torch.float64
 
@@ -68,7 +69,7 @@ def test_a_linear_that_only_sees_zeros(sensitivity: str) -> None:
 
 def statistics_of(source: ModelSource, tokens: Tensor, folder: Path) -> tuple[StatisticsFolder, Runner]:
     runner = Runner(source.architecture(), tokens.shape[1], torch.device("cpu"), 4)
-    found = collect(folded(source), tokens, sensitivity="measured", seed=0, runner=runner, folder=folder)
+    found = collect(folded(source), tokens, sensitivity="measured", seed=0, runner=runner, kept=kept_in(folder))
     return found, runner
 
 
@@ -85,7 +86,7 @@ def test_measured_is_the_divergence_of_truncated_models(name: str, tiny_model: T
     source, tokens = tiny_source(tiny_model, name), tiny.token_ids(10, LENGTH)
     arch, wanted = source.architecture(), recipe(sensitivity="measured")
     moments, runner = statistics_of(source, tokens, tmp_path / "moments")
-    found = measured_losses(folded(source), tokens, moments, wanted, runner)
+    found = measured_losses(folded(source), tokens, moments, wanted, runner, Nowhere())
     assert list(found) == list(arch.linears())
     write_dense(source, tmp_path / "dense")
     ids = tokens[:8]
@@ -121,7 +122,7 @@ def test_measured_without_anything_to_lose(tiny_model: TinyModel, tmp_path: Path
     source = with_weights(tiny_source(tiny_model, "tiny_llama"), tmp_path / "model", simplify)
     tokens, wanted = tiny.token_ids(4, LENGTH), recipe(sensitivity="measured")
     moments, runner = statistics_of(source, tokens, tmp_path / "moments")
-    found = measured_losses(folded(source), tokens, moments, wanted, runner)
+    found = measured_losses(folded(source), tokens, moments, wanted, runner, Nowhere())
     others = [value for role, value in found.items() if role not in ("attn.q", "attn.k")]
     for role in ("attn.q", "attn.k"):
         assert min(others) <= found[role] <= max(others)

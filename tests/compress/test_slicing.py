@@ -31,7 +31,7 @@ from compress.slicing import (
 from compress.streams import Runner, save_whole
 from compress.widths import kept_for_ratio, leading_structures
 from tests import tiny
-from tests.compress.helpers import TinyModel, logits_of, relative, tiny_source
+from tests.compress.helpers import TinyModel, kept_in, logits_of, relative, tiny_source
 
 NAMES = ["tiny_opt", "tiny_opt_untied", "tiny_llama", "tiny_llama_tied", "tiny_qwen3"]
 TOKENS = tiny.token_ids(6, 24)
@@ -40,7 +40,7 @@ TOKENS = tiny.token_ids(6, 24)
 def sliced(source: ModelSource, kept: int, state: Path, tokens: Tensor = TOKENS) -> Sliced:
     state.mkdir(parents=True, exist_ok=True)
     model = folded(source)
-    return slice_model(model, tokens, kept, Runner(model.arch, tokens.shape[1], torch.device("cpu"), 2), state)
+    return slice_model(model, tokens, kept, Runner(model.arch, tokens.shape[1], torch.device("cpu"), 2), kept_in(state))
 
 
 def written(

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from compress import families
 from compress.architecture import WRITERS
+from compress.errors import ArtifactError
 from compress.models import ModelSource
 from compress.pipeline import folded
-from compress.statistics import SUB_BLOCKS, StatisticsFolder, StreamMoments, collect
-from compress.streams import GramSum, Runner, mapped, save_whole
+from compress.statistics import SUB_BLOCKS, StatisticsFolder, StreamMoments, collect, sample
+from compress.streams import GramSum, Runner, mapped, mapped_anew, save_whole
 from tests import tiny
-from tests.compress.helpers import LENGTH, TinyModel, interrupted_at, relative, tiny_source
+from tests.compress.helpers import LENGTH, TinyModel, interrupted_at, kept_in, relative, tiny_source
 
 SEED = 5
 MODELS = ["tiny_llama_tied", "tiny_llama_bias", "tiny_opt", "tiny_opt_untied", "tiny_qwen3", "tiny_mistral"]
@@ -35,7 +36,7 @@ def moments_of(
     seed: int = SEED,
 ) -> StatisticsFolder:
     runner = Runner(source.architecture(), tokens.shape[1], torch.device("cpu"), batch)
-    return collect(folded(source), tokens, sensitivity=sensitivity, seed=seed, runner=runner, folder=folder)
+    return collect(folded(source), tokens, sensitivity=sensitivity, seed=seed, runner=runner, kept=kept_in(folder))
 
 
 def mean_of_squares(x: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ def reference_moments(source: ModelSource, tokens: Tensor) -> tuple[dict[tuple[i
     generator = torch.Generator().manual_seed(SEED)
     loss = logits.new_zeros(())
     for row in logits:
-        labels = torch.multinomial(row.detach().float().softmax(-1), 1, generator=generator)[:, 0]
+        labels = sample(row.detach().float().softmax(-1), generator)
         loss = loss + nn.functional.cross_entropy(row, labels, reduction="sum")
     outputs = {key: value for key, value in seen.items() if key[-1] != "input"}
     gradients = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True))
@@ -141,7 +142,7 @@ def test_again_gives_the_same_bits(tiny_model: TinyModel, tmp_path: Path) -> Non
         moments_of(source, tokens, tmp_path / run)
     # Nothing else is left: the streams are larger than the model.
     blocks = [f"{way}-{layer}.safetensors" for way in ("forward", "backward") for layer in range(arch.num_layers)]
-    names = sorted(["complete", "final.safetensors", *blocks])
+    names = sorted(["ledger.json", "final.safetensors", *blocks])
     for run in "ab":
         assert sorted(p.name for p in (tmp_path / run).iterdir()) == names
     for name in names:
@@ -169,7 +170,7 @@ def test_an_interrupted_pass_is_resumed(
     with monkeypatch.context() as patch:
         calls = interrupted_at(patch, Runner, "block", 0)
         moments_of(source, tokens, tmp_path / "resumed")
-    assert calls[0] == 6 - min(call - 1, 3)  # what went forward is not done again
+    assert calls[0] == 6 - (call - 1)  # what is done is not done again, in either pass
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "resumed" / path.name).read_bytes()
 
@@ -223,7 +224,7 @@ def test_gram_sum_of_bfloat16_numbers_is_exact() -> None:
 
 
 def test_mapped_stream_survives(tmp_path: Path) -> None:
-    stream = mapped(tmp_path / "new" / "x.f32", (3, 4, 5))
+    stream = mapped_anew(tmp_path / "new" / "x.f32", (3, 4, 5))
     stream.copy_(torch.arange(60.0).view(3, 4, 5))
     del stream
     torch.testing.assert_close(mapped(tmp_path / "new" / "x.f32", (3, 4, 5)), torch.arange(60.0).view(3, 4, 5))
@@ -243,7 +244,17 @@ def no_space_beyond(size: int) -> Iterator[None]:
 
 def test_a_stream_without_space_is_an_error_and_not_a_crash(tmp_path: Path) -> None:
     with no_space_beyond(4096), pytest.raises(OSError, match=r"x\.f32"):
-        mapped(tmp_path / "x.f32", (100, 100))
+        mapped_anew(tmp_path / "x.f32", (100, 100))
+
+
+def test_a_stream_that_is_not_there_is_not_made_by_reading_it(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="missing"):
+        mapped(tmp_path / "x.f32", (3, 4))
+    assert not (tmp_path / "x.f32").exists()
+    (tmp_path / "x.f32").write_bytes(bytes(44))
+    with pytest.raises(ArtifactError, match="is of 44 bytes, where 48 bytes"):
+        mapped(tmp_path / "x.f32", (3, 4))
+    assert (tmp_path / "x.f32").stat().st_size == 44
 
 
 def test_tensors_are_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from compress.pipeline import config_for, folded
 from compress.statistics import SUB_BLOCKS
 from compress.streams import Runner
 from tests import tiny
-from tests.compress.helpers import TinyModel, logits_of, tiny_source
+from tests.compress.helpers import TinyModel, kept_in, logits_of, tiny_source
 
 CPU = torch.device("cpu")
 TOKENS = tiny.token_ids(8, 32)
@@ -38,7 +38,15 @@ def grams_of(model: FoldedModel) -> solver.Moments:
 def fit(model: FoldedModel, folder: Path, kind: Kind = "kron", kept: float = 0.75) -> PaperFit:
     folder.mkdir(exist_ok=True)
     return fit_paper(
-        model, kind, kept, grams_of(model), COUNTS, als_iterations=3, gd_iterations=40, device=CPU, state=folder
+        model,
+        kind,
+        kept,
+        grams_of(model),
+        COUNTS,
+        als_iterations=3,
+        gd_iterations=40,
+        device=CPU,
+        state=kept_in(folder),
     )
 
 

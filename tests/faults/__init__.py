@@ -1,0 +1,1 @@
+"""Load and faults, for real: `python -m tests.faults` writes docs/reliability.md."""

@@ -1,0 +1,106 @@
+"""No disk, no permission, no file handles, no memory: a sentence, its exit code, and nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from tests.faults.commands import Command, Reference, commands
+from tests.faults.rows import FaultError, Options, Row
+
+FILE_SIZES = (1_000, 20_000, 60_000, 100_000, 200_000)  # bytes
+HANDLES = (3, 4, 5, 6, 7, 8, 10)
+MEMORY = (1, 4, 8, 16, 32, 64, 128)  # MiB beyond what is in use at the start
+DISKS = (64, 300, 600, 1_000)  # KiB
+
+
+def run(folder: Path, options: Options) -> list[Row]:
+    """One row for each lack. Raises FaultError for a traceback, another exit code, or another result afterwards."""
+    rows = list[Row]()
+    found = commands(folder)
+    for command in found[:2]:
+        reference = Reference.of(command)
+        for fault, code, limits in (
+            ("files limited in size (RLIMIT_FSIZE)", 5, [_limit(resource.RLIMIT_FSIZE, n) for n in FILE_SIZES]),
+            ("too few file handles (RLIMIT_NOFILE)", 4, [_limit(resource.RLIMIT_NOFILE, n) for n in HANDLES]),
+            ("too little memory (RLIMIT_AS)", 4, [_memory(n << 20) for n in MEMORY]),
+        ):
+            rows.append(_row(command, reference, fault, code, limits))
+    rows += _disks(found[0])
+    return rows
+
+
+def _row(command: Command, reference: Reference, fault: str, code: int, limits: Iterable[Callable[[], None]]) -> Row:
+    refused, enough = 0, 0
+    for limit in limits:
+        command.reset()
+        if _refused(command, f"{command.name}, {fault}", code, limit):
+            refused += 1
+            command.require(f"after {fault}")
+        else:
+            enough += 1
+        reference.require(command, f"after {fault}")
+    told = f"{refused} times exit {code} and a sentence, then the same bytes without the limit"
+    if not refused:
+        raise FaultError(f"{command.name}, {fault}: no limit was too low")
+    return Row(f"{command.name}, {fault}", refused + enough, told + (f"; {enough} times it was enough" * (enough > 0)))
+
+
+def _refused(command: Command, what: str, code: int, limit: Callable[[], None] | None) -> bool:
+    """Whether the command ended with `code` and a sentence; else it must have succeeded."""
+    seen = command.finish(limit)
+    text = command.log()
+    if seen not in (0, code) or "Traceback" in text:
+        raise FaultError(f"{what}: exit {seen}\n{text}")
+    if seen and not any(line.startswith("error: ") for line in text.splitlines()):
+        raise FaultError(f"{what}: exit {seen} without a sentence\n{text}")
+    return seen != 0
+
+
+def _limit(what: int, value: int) -> Callable[[], None]:
+    return lambda: resource.setrlimit(what, (value, value))
+
+
+def _memory(more: int) -> Callable[[], None]:
+    def limit() -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        size = pages * os.sysconf("SC_PAGE_SIZE") + more
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+    return limit
+
+
+def _disks(command: Command) -> list[Row]:
+    """A file system that is full, and one that is read-only; where this user may mount one."""
+    command.reset()
+    command.out.mkdir(exist_ok=True)
+    full = 0
+    for size in DISKS:
+        if not _mount("-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(command.out)):
+            return []
+        try:
+            full += _refused(command, f"{command.name} on a disk of {size} KiB", 5, None)
+            left = [path.name for path in command.out.iterdir() if path.name.startswith((".tmp", ".pending", ".draft"))]
+            if left:
+                raise FaultError(f"{command.name} on a disk of {size} KiB left {left}")
+        finally:
+            _unmount(command.out)
+    rows = [Row(f"{command.name}, disk full (tmpfs)", len(DISKS), f"{full} times exit 5 and a sentence")]
+    _mount("-t", "tmpfs", "-o", "ro", "tmpfs", str(command.out))
+    try:
+        if not _refused(command, f"{command.name} on a read-only disk", 5, None):
+            raise FaultError(f"{command.name} wrote to a read-only disk")
+    finally:
+        _unmount(command.out)
+    return [*rows, Row(f"{command.name}, read-only file system", 1, "exit 5 and a sentence")]
+
+
+def _mount(*arguments: str) -> bool:
+    return subprocess.run(["mount", *arguments], capture_output=True, check=False).returncode == 0
+
+
+def _unmount(folder: Path) -> None:
+    subprocess.run(["umount", str(folder)], check=True, capture_output=True)
