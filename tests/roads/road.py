@@ -33,6 +33,10 @@ MEASURED = ("--sequence-length", "64", "--max-windows", "2", "--prefill", "16", 
 MEASURED += ("--batch-sizes", "1,2", "--seconds", "0.02")
 BY_LATENCY = 0.8
 """Of the dense model's seconds, for cells with --budget-latency."""
+ROUNDING = 1e-5
+"""Of a budget in whole bytes."""
+RANK_STEP = 0.1
+"""Of the ratio of a compressed embedding: its ranks are multiples of the unit, here of 8 of some 40."""
 MADE = {"auto": set[str](), "jrk": {"lowrank"}, "slice": {"kron"}}
 """Structures of the recipe -> those that they are made of, where these are others."""
 QUESTIONS = [
@@ -158,8 +162,33 @@ class Road:
         stored = figures.stored_projections(self.folder / "first" / "checkpoint")
         assert stored == facts["projections"] + facts["overhead"], (stored, facts)
         assert facts["dense_projections"] == self.projections == self.plan["dense_projection_parameters"]
+        self.hold_ratios(facts)
         assert (facts["projections"] + facts["overhead"]) / self.projections == pytest.approx(facts["ratio"])
         self.facts = facts
+
+    def hold_ratios(self, facts: dict[str, Any]) -> None:
+        """Kept is what was asked for, or less by no more than the steps of the sizes: as the dry run told."""
+        if self.structure == "dense":
+            assert facts["ratio"] == 1.0
+            return
+        asked = BY_LATENCY if self.cell["budget"] == "latency" else self.ratio
+        assert 0 <= asked + ROUNDING - facts["ratio"] <= self.granularity, (asked, facts["ratio"])
+        if self.cell["budget"] != "latency":
+            assert self.plan["ratio_asked"] == pytest.approx(asked, abs=1e-4)
+            assert self.plan["rotation_overhead"] == facts["overhead"]
+            projections = facts["dense_projections"] + facts["dense_embeddings"] + facts["rest"]
+            told = self.plan["model_ratio"] - facts["model_ratio"]
+            room = self.granularity * facts["dense_projections"] + facts["dense_embeddings"] * RANK_STEP
+            assert -1e-4 <= told <= room / projections + 1e-4, (self.plan["model_ratio"], facts["model_ratio"])
+
+    @property
+    def granularity(self) -> float:
+        """The steps of the ratio: fine where a plan spends one budget, coarse where all matrices have one size."""
+        kinds = ("auto", "kron", "gs", "lowrank", "pifa")
+        planned = self.structure in kinds and self.cell["allocation"] == "global" and self.cell["ties"]
+        rotated = self.cell["method"][1] == "paper" or self.cell["method"][3] in ("cs", "householder", "slice")
+        unplanned = self.structure in ("kron", "gs") and (self.structure == "gs") == (self.cell["method"][2] != "none")
+        return 0.02 if planned and not rotated and not unplanned else 0.125
 
     def build(self) -> None:
         """export.build makes the same checkpoint, and OUT/dense where there is one."""
