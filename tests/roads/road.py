@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,16 @@ import pytest
 import torch
 
 from compress.artifact import Artifact
-from compress.budgets import default_unit
 from compress.checkpoint import CheckpointReader
-from compress.latency import variant_of
-from compress.options import _FLAGS
-from compress.structures import DenseStructure
 from tests import tiny
 from tests.roads import figures
+from tests.roads.arguments import SMALL, counted_table, flags_of
 from tests.roads.backend import ask, serving
-from tests.roads.cells import METHOD, OPTIONS, RATIOS, UNSET, Cell
+from tests.roads.cells import RATIOS, UNSET, Cell
 from tests.roads.commands import refuse, run, succeed
-from validate.latency import INNER, STRUCTURES, jobs_of
+from validate.latency import STRUCTURES
 from validate.taskdata import Example, Task
 
-SMALL = ("--calibration-samples", "4", "--sequence-length", "32", "--calibration-batch", "2")
-SMALL += tuple(
-    word for size in ("rotation_iterations=2", "sensitivity_samples=2", "reflections=4") for word in ("--set", size)
-)
 MEASURED = ("--sequence-length", "64", "--max-windows", "2", "--prefill", "16", "--past", "8")
 MEASURED += ("--batch-sizes", "1,2", "--seconds", "0.02")
 BY_LATENCY = 0.8
@@ -76,7 +69,12 @@ class Road:
         if self.cell["budget"] == "bytes":
             return ["--budget-bytes", str(int(self.ratio * self.projections * self.item))]
         seconds = BY_LATENCY * self.projections
-        return ["--budget-latency", str(seconds), "--latency-table", str(self.counted_table())]
+        return [
+            "--budget-latency",
+            str(seconds),
+            "--latency-table",
+            str(counted_table(self.architecture, self.kinds, self.folder)),
+        ]
 
     @property
     def item(self) -> int:
@@ -114,28 +112,6 @@ class Road:
     def kinds(self) -> tuple[str, ...]:
         """Structures that a table for this method has."""
         return ("pifa", "lowrank", "kron", "gs") if self.structure == "auto" else (self.structure,)
-
-    def counted_table(self) -> Path:
-        """The table of a machine on which time is parameters: a plan must not depend on how busy this one is."""
-        structures = {
-            structure
-            for job in jobs_of(self.architecture, self.kinds, INNER, default_unit(self.architecture))
-            for structure in (DenseStructure(job.shape.in_features, job.shape.out_features), *job.structures)
-        }
-        entries = [
-            {
-                "structure": structure.name,
-                "variant": variant_of(structure),
-                "in_features": structure.in_features,
-                "out_features": structure.out_features,
-                "parameters": structure.parameter_count(),
-                "seconds": float(structure.parameter_count()),
-            }
-            for structure in structures
-        ]
-        file = self.folder / "counted.json"
-        file.write_text(json.dumps({"tokens": 1, "entries": entries}))
-        return file
 
     def source(self) -> None:
         """What the project reads is what was written: logits of the tiny model in memory."""
@@ -388,22 +364,3 @@ def promised(cell: Cell) -> set[str]:
     # Of plain cells alone, so that it is the same on every machine: no menu is so close to another one.
     selected = {"select"} if structure == "auto" and cell["inner"] == UNSET and cell["menu"] == UNSET else set[str]()
     return MADE.get(structure, {structure}) | selected
-
-
-def flags_of(cell: Mapping[str, Any]) -> list[str]:
-    """What a cell, or a part of one, says to the command about the recipe, its budget aside."""
-    choices = [(field, cell[field]) for field in OPTIONS if field in cell]
-    choices += zip(METHOD, cell["method"], strict=True) if "method" in cell else []
-    words = [word for field, value in choices for word in _flag(field, value)]
-    return words if cell.get("embedding", 1.0) == 1.0 else [*words, "--embedding", str(cell["embedding"])]
-
-
-def _flag(field: str, value: Any) -> list[str]:
-    """The flag for a field of the recipe."""
-    if value == UNSET:
-        return []
-    [dest] = [dest for dest, name in _FLAGS.items() if name == field]
-    flag = "--" + dest.replace("_", "-")
-    if isinstance(value, bool):
-        return [flag if value else flag.replace("--", "--no-", 1)]
-    return [flag, ",".join(value) or "none"] if isinstance(value, tuple) else [flag, str(value)]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.roads.arguments import flags_of
 from tests.roads.cells import METHODS, PLAIN, RECIPE, REFUSED_METHODS, refusal, split_pairs
 from tests.roads.commands import refuse
-from tests.roads.road import flags_of
 
 
 @pytest.mark.parametrize("structure", RECIPE["structure"])
