@@ -164,7 +164,7 @@ class Road:
         planned = self.structure in kinds and self.cell["allocation"] == "global" and self.cell["ties"]
         rotated = self.cell["method"][1] == "paper" or self.cell["method"][3] in ("cs", "householder", "slice")
         unplanned = self.structure in ("kron", "gs") and (self.structure == "gs") == (self.cell["method"][2] != "none")
-        return 0.02 if planned and not rotated and not unplanned else 0.125
+        return 0.03 if planned and not rotated and not unplanned else 0.16
 
     def build(self) -> None:
         """export.build makes the same checkpoint, and OUT/dense where there is one."""
