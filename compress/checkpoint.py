@@ -18,11 +18,10 @@ from compress.blocks import StructuredLinear
 from compress.errors import ArtifactError
 from compress.generation import write_generation_config
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
-from compress.reading import RefusedError, read_json, shown
+from compress.reading import RefusedError, read_json, reason, shown
 from compress.skips import SkipForm, skip_from_config
 from compress.structures import DenseStructure, Structure
 from compress.structures.joint import leader_of
-from compress.weight_files import reason
 
 if TYPE_CHECKING:
     from compress.invariance import Rotations

@@ -22,14 +22,25 @@ import torch
 from torch import Tensor
 
 from compress.errors import UsageError
-from compress.structures import CompotStructure, DenseStructure, LowRankStructure, SelectStructure, Structure, cast
+from compress.structures import (
+    CompotStructure,
+    DenseStructure,
+    KroneckerStructure,
+    LowRankStructure,
+    PivotedStructure,
+    SelectStructure,
+    Structure,
+    cast,
+    core_of,
+)
 from compress.structures.joint import joint_fit
-from compress.structures.linalg import NumericalError, weighted_error
+from compress.structures.linalg import NumericalError, all_finite, noted_damping, weighted_error
 
 FAILURES = (torch.linalg.LinAlgError, NumericalError)  # type: ignore[attr-defined]
 """What a fit raises when its numbers do not allow it. Anything else is a bug or a wrong request."""
 
 SUSPECT = 0.1  # share of the error of What = 0 from which a slow fit is held against its unweighted one
+STATIONARY = 1e-4  # share by which the two sides of `_is_optimum` may differ; 2e-6 is seen
 ROUNDING = 1e-6  # of the error of What = 0: factors come back in float32
 
 
@@ -78,21 +89,26 @@ def fit_linears(linears: Sequence[Linear], gram: Tensor) -> list[Fit]:
     """Fit one linear, or the low-rank linears that share the V of the first, in the metric of `gram` G (in, in).
 
     Of the weighted and the unweighted fit the better one is kept, by sum tr(H E G E^T), E = W* - What: an iterative
-    solver may end above the Frobenius optimum. (Dictionaries are fitted again only where the weighted fit loses more
-    than `SUSPECT`: the second fit takes 3.6 s at 1536 x 576, those of all other structures below 0.1 s.) Raises
-    UsageError for a weight that is not finite; never returns a value that is not.
+    solver may end above the Frobenius optimum, and so may a closed form in a moment that had to be damped. One that is
+    in closed form, in moments as they are, is the optimum: no second fit is made, and it is enough to see that it
+    is one at all (`_is_optimum`). (Dictionaries are fitted again only where the weighted fit loses more than
+    `SUSPECT`: the second fit takes 3.6 s at 1536 x 576.) Raises UsageError for a weight that is not finite; never
+    returns a value that is not.
     """
     for linear in linears:
-        if not torch.isfinite(linear.weight).all():
+        if not all_finite(linear.weight):
             raise UsageError("the weight contains NaN or infinity; check the source model")
     parts = [linear.fitted for linear in linears]
-    if not all(bool(torch.isfinite(part.target).all()) for part in parts):
+    if not all(all_finite(part.target) for part in parts):
         return _left(linears, "the correction of the error made so far is not finite")
     if all(isinstance(part.structure, DenseStructure) for part in parts):
         return [Fit(x.structure, {"weight": p.target.float()}) for x, p in zip(linears, parts, strict=True)]
-    found, reason = _attempt(lambda: _factors(parts, gram))
+    with noted_damping() as damped:
+        found, reason = _attempt(lambda: _factors(parts, gram))
     if found is None:
         return _left(linears, reason)
+    if not damped and all(_closed_form(part.structure) for part in parts) and _is_optimum(parts, found, gram):
+        return [Fit(x.structure, factors) for x, factors in zip(linears, found, strict=True)]
     nothing, error, note = _error(parts, None, gram), _error(parts, found, gram), None
     if not isinstance(parts[0].structure, CompotStructure) or error > SUSPECT * nothing:
         plain, _ = _attempt(lambda: _factors(parts, None))
@@ -102,6 +118,35 @@ def fit_linears(linears: Sequence[Linear], gram: Tensor) -> list[Fit]:
     if not (math.isfinite(error) and error <= nothing * (1 + ROUNDING)):
         return _left(linears, f"the error of the fit, {error:.3g}, is above the {nothing:.3g} of no matrix at all")
     return [Fit(x.structure, factors, note) for x, factors in zip(linears, found, strict=True)]
+
+
+def _closed_form(structure: Structure) -> bool:
+    """Whether its fit is the optimum, and not the end of a search."""
+    structure = core_of(structure)
+    leading = isinstance(structure, KroneckerStructure) and structure.mix == "leading"
+    return leading or isinstance(structure, DenseStructure | LowRankStructure | PivotedStructure)
+
+
+def _is_optimum(parts: Sequence[Linear], found: Sequence[Mapping[str, Tensor]], gram: Tensor) -> bool:
+    """Whether the factors have what every optimum over a class closed under scaling has: E is orthogonal to What in the
+    metric of the fit, so that tr(H What G W*^T) = tr(H What G What^T), and the error is that of What = 0 less this.
+
+    In float32, with weight and moments scaled to 1: a fit that went wrong misses this by far more than rounding.
+    """
+    across = along = 0.0
+    unit = (gram / gram.diagonal().mean()).float()
+    for part, factors in zip(parts, found, strict=True):
+        scale = float(part.target.abs().max())
+        if scale == 0:
+            continue
+        target, approximation = ((x.double() / scale).float() for x in (part.target, part.structure.dense(factors)))
+        image, weight = approximation @ unit, scale**2
+        if part.metric is not None:
+            mean = part.metric.diagonal().mean()
+            image, weight = (part.metric / mean).float() @ image, weight * float(mean)
+        across += weight * float((image * target).sum(dtype=torch.float64))
+        along += weight * float((image * approximation).sum(dtype=torch.float64))
+    return math.isfinite(along) and along >= 0 and abs(across - along) <= STATIONARY * along
 
 
 def _left(linears: Sequence[Linear], reason: str) -> list[Fit]:
@@ -130,7 +175,7 @@ def _attempt(fit: Callable[[], list[dict[str, Tensor]]]) -> tuple[list[dict[str,
         found = [cast(factors, torch.float32) for factors in fit()]
     except FAILURES as error:
         return None, str(error).partition("\n")[0]
-    if not all(bool(torch.isfinite(f).all()) for factors in found for f in factors.values()):
+    if not all(all_finite(f) for factors in found for f in factors.values()):
         return None, "the fit is not finite"
     return found, ""
 

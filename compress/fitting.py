@@ -14,6 +14,7 @@ With bias correction the moments are centred, and a bias makes up for what the m
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeGuard
 
@@ -33,11 +34,11 @@ from compress.procrustes import damped
 from compress.progress import log, track
 from compress.recipe import Recipe
 from compress.rotating import position_of
-from compress.statistics import SUB_BLOCKS
+from compress.statistics import SUB_BLOCKS, StreamMoments
 from compress.streams import GramSum, Runner, embed, mapped, mapped_anew, save_whole
 from compress.structures import DenseStructure, SelectStructure, Structure, structure_from_config
 from compress.structures.joint import leader_of
-from compress.structures.linalg import is_singular, noted_damping
+from compress.structures.linalg import all_finite, is_singular, noted_damping
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ class FitMoments:
     gap: Tensor
     gap_mean: Tensor
 
+    @cached_property
+    def singular(self) -> bool:
+        """Whether G is, before any damping."""
+        return is_singular(self.gram)
+
     @classmethod
     def of(cls, gram: GramSum, gap: GramSum) -> FitMoments:
         """From the sums over all batches."""
@@ -98,6 +104,8 @@ class LayerFitter:
         self.plan, self.recipe, self.moments = plan, recipe, moments
         self.runner, self.kept, self.shape = runner, kept, (*tokens.shape, model.arch.hidden_size)
         self.tokens = tokens
+        self._last_step: tuple[FitMoments, tuple[Tensor, Tensor | None]] | None = None
+        self._last_moment: tuple[tuple[int, str], StreamMoments | None] | None = None
         # A bias for every linear: one that stays dense has its share of the error made so far to make up for.
         self.biases = frozenset(extra_biases(model.arch, tuple(model.arch.linears())) if "bias" in recipe.inner else ())
 
@@ -181,9 +189,9 @@ class LayerFitter:
 
     def _require_finite(self, layer: int, sub: str, seen: FitMoments, x_f: Tensor) -> None:
         """Raise UsageError when the dense model, or the compressed one so far, has overflown."""
-        if all(bool(torch.isfinite(moment).all()) for moment in (seen.gram, seen.gap)):
+        if all(all_finite(moment) for moment in (seen.gram, seen.gap)):
             return
-        if not torch.isfinite(x_f).all():
+        if not all_finite(x_f):
             raise UsageError(
                 f"the activations of the source model are NaN or infinite at layers.{layer}.{sub}: its weights are "
                 f"damaged or it overflows float32; check the model"
@@ -241,7 +249,7 @@ class LayerFitter:
         linears = [Linear(self._structure(names[r]), dense[r], targets[r], self._metric(layer, r)) for r in roles]
         with noted_damping() as singular:
             fits = self._fits(layer, names, linears, gram)
-        if is_singular(seen.gram):
+        if seen.singular:
             singular.append("Gram matrix")
         for (role, name), fit in zip(names.items(), fits, strict=True):
             structure, whole, failed = fit.structure, fit.factors, fit.failed
@@ -277,7 +285,7 @@ class LayerFitter:
     def _fits(self, layer: int, names: dict[str, str], linears: list[Linear], gram: Tensor) -> list[Fit]:
         """The fits, each note logged. Raises UsageError naming a weight that is not finite."""
         for name, linear in zip(names.values(), linears, strict=True):
-            if not torch.isfinite(linear.weight).all():
+            if not all_finite(linear.weight):
                 raise UsageError(f"the weight of {name} contains NaN or infinity; check the source model")
         fits = fit_linears(linears, gram)
         for name, fit in zip(names.values(), fits, strict=True):
@@ -295,7 +303,7 @@ class LayerFitter:
     def _damping(self, layer: int, role: str, structure: Structure, noted: list[str]) -> str | None:
         """Which moments of a linear were singular, before the recipe's damping or in spite of it."""
         found = set(noted)
-        moment = self.moments.get((layer, role.split(".")[0]))
+        moment = self._moment(layer, role.split(".")[0])
         if structure.name != "dense" and moment is not None and moment.gradients is not None:
             found |= {"metric"} if is_singular(moment.gradients[role]) else set()
         return ", ".join(sorted(found)) or None
@@ -318,15 +326,8 @@ class LayerFitter:
         self, dense: dict[str, Tensor], seen: FitMoments
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor | None]]:
         """The damped Gram matrix, W* of each linear, and the mean (out,) of what its bias should add to W x."""
-        recipe, b = self.recipe, self.recipe.correction if self.plan.structures else 0.0
-        gram, gap = seen.gram, seen.gap
-        if "bias" in recipe.inner:
-            gram, gap = centred(gram, seen.mean), centred(gap, seen.gap_mean, seen.mean)
-        gram = damped(gram, recipe.gram_damping)
-        step = None
-        if b:
-            solution, info = torch.linalg.solve_ex(gram, gap.T)  # a singular G gives numbers that `fit_linears` refuses
-            step = solution.T if int(info) == 0 else torch.full_like(gap, torch.nan)  # (rows, in)
+        b = self.recipe.correction if self.plan.structures else 0.0
+        gram, step = self._step(seen, b > 0)
         targets, shifts = dict[str, Tensor](), dict[str, Tensor | None]()
         for role, weight in dense.items():
             writes = role in WRITERS.values()
@@ -334,15 +335,35 @@ class LayerFitter:
             shifts[role] = b * (seen.gap_mean if writes else weight @ seen.gap_mean) if b else None
         return gram, targets, shifts
 
+    def _step(self, seen: FitMoments, corrects: bool) -> tuple[Tensor, Tensor | None]:
+        """The damped Gram matrix G (in, in) and E[r x^T] G^-1 (rows, in), found once for all that read the same x."""
+        if self._last_step is not None and self._last_step[0] is seen:
+            return self._last_step[1]
+        gram, gap, step = seen.gram, seen.gap, None
+        if "bias" in self.recipe.inner:
+            gram, gap = centred(gram, seen.mean), centred(gap, seen.gap_mean, seen.mean)
+        gram = damped(gram, self.recipe.gram_damping)
+        if corrects:
+            factor, info = torch.linalg.cholesky_ex(gram)  # a singular G gives numbers that `fit_linears` refuses
+            step = torch.cholesky_solve(gap.T, factor).T if int(info) == 0 else torch.full_like(gap, torch.nan)
+        self._last_step = seen, (gram, step)
+        return gram, step
+
+    def _moment(self, layer: int, sub_block: str) -> StreamMoments | None:
+        """The moments of the dense model, read from their files once for all linears of a sub-block."""
+        key = layer, sub_block
+        if self._last_moment is None or self._last_moment[0] != key:
+            self._last_moment = key, self.moments.get(key)
+        return self._last_moment[1]
+
     def _metric(self, layer: int, role: str) -> Tensor | None:
         """The loss metric of a linear's output after the rewrites and in the rotated stream; None without gradients."""
         sub_block = role.split(".")[0]
-        moment = self.moments.get((layer, sub_block))
+        moment = self._moment(layer, sub_block)
         if moment is None or moment.gradients is None:
             return None
-        gradients = moment.rewritten(self.plan.rewrites, self.model.arch, layer, sub_block).gradients
-        assert gradients is not None
-        metric = damped(gradients[role], self.recipe.metric_damping).to(self.runner.device)
+        gradient = self.plan.rewrites.gradient_moment(moment.gradients[role], self.model.arch, layer, role)
+        metric = damped(gradient, self.recipe.metric_damping).to(self.runner.device)
         q = self.plan.rotations.at(position_of(layer, role)) if role in WRITERS.values() else None
         return metric if q is None else q.T.to(metric) @ metric @ q.to(metric)
 
@@ -358,8 +379,12 @@ def _drops_outputs(structure: Structure) -> TypeGuard[SelectStructure]:
 
 def _relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
     """||X (W - What)|| / ||X W||; 1 where X W is nothing, as of a dead linear, and only a correction is left."""
-    gap = weight - approximation
-    lost, whole = float(((gap @ gram) * gap).sum()), float(((weight @ gram) * weight).sum())
+    scale = float(weight.abs().max()) or 1.0
+    seen = (gram / gram.diagonal().mean()).float()  # a figure for people: float32, scaled to be in its range
+    lost, whole = (
+        float(((x @ seen) * x).sum(dtype=torch.float64))
+        for x in (((weight - approximation) / scale).float(), (weight / scale).float())
+    )
     if whole <= 1e-20 * lost:
         return 1.0
     return (max(lost, 0.0) / whole) ** 0.5 if lost > 0 else 0.0

@@ -7,12 +7,12 @@ only config.json's runs on past the end of its answer.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from compress.errors import ArtifactError
-from compress.weight_files import read_json
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -40,8 +40,10 @@ def end_tokens(vocab_size: int, said: Mapping[str, Any]) -> int | list[int] | No
 
 def read_generation_config(folder: Path) -> dict[str, Any] | None:
     """The content of generation_config.json, None where `folder` has none. Raises ArtifactError when it is damaged."""
+    from compress.weight_files import read_json
+
     path = folder / GENERATION_CONFIG
-    return read_json(path) if path.is_file() else None
+    return read_json(path) if os.path.lexists(path) else None
 
 
 def write_generation_config(folder: Path, content: Mapping[str, Any] | None) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from compress.errors import MissingDependencyError, UsageError
 from compress.network import unreachable
-from compress.weight_files import ENTRIES, reason
+from compress.reading import reason
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
@@ -39,6 +39,8 @@ def download(repository: str, revision: str | None, cache_dir: Path | None) -> P
     What is in the cache already is not fetched again, and with all of it there no network is needed. Raises
     MissingDependencyError (exit 4) when the hub cannot be reached, UsageError (exit 2) when it refuses.
     """
+    from compress.weight_files import ENTRIES
+
     folder = _snapshot(repository, revision, cache_dir, _CONFIG + _TOKENIZER + _SAFETENSORS)
     if not any(folder.glob("*.safetensors")):
         folder = _snapshot(repository, revision, cache_dir, _CONFIG + _TOKENIZER + _PICKLES)

@@ -22,7 +22,7 @@ from compress.blocks import (
     rms_normalise,
     rotary_for,
 )
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, UsageError
 from compress.families.base import check_sizes
 from compress.reading import shown
 from compress.skips import SkipForm, skips_from_config
@@ -271,8 +271,10 @@ class ProcrustesForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         """Logits (batch, length, vocabulary), or of the last `logits_to_keep` positions when that is not 0.
 
         input_ids: (batch, length); attention_mask: (batch, past + length), 0 on (left) padding; position_ids:
-        (batch, length), counted from the first token that is not padding when not given.
+        (batch, length), counted from the first token that is not padding when not given. Raises UsageError for ids
+        that are not in the vocabulary, which a tokenizer that is longer than it gives.
         """
+        _check_ids(input_ids, self.config.vocab_size)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
@@ -287,3 +289,15 @@ class ProcrustesForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+
+
+def _check_ids(ids: Tensor, vocab_size: int) -> None:
+    """On a GPU an id out of range ends the process, and on a CPU it is an IndexError that names nothing."""
+    if torch.compiler.is_compiling() or ids.device.type == "meta" or not ids.numel():
+        return
+    least, most = (int(extreme) for extreme in torch.aminmax(ids))
+    if least < 0 or most >= vocab_size:
+        raise UsageError(
+            f"input_ids hold {least if least < 0 else most}, and this model has the tokens 0 to {vocab_size - 1}: the "
+            f"text has a token that only the tokenizer knows, or the tokenizer belongs to another model"
+        )

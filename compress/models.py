@@ -15,8 +15,9 @@ from compress.aliases import ALIASES, PACKAGED, PackagedModel
 from compress.architecture import Architecture
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.generation import GENERATION_CONFIG, end_tokens, read_generation_config
-from compress.tokenizer_files import check_files, check_use, rust_errors
-from compress.weight_files import reason, refuse_pointer
+from compress.reading import reason
+from compress.tokenizer_files import check_use, rust_errors, tokenizer_class
+from compress.vocabulary import warn_beyond
 
 if TYPE_CHECKING:
     import torch
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from compress.source import WeightReader
 
 Kind = Literal["folder", "gguf", "hub"]
-
-# One of these must be there. Without any, transformers makes up an empty tokenizer instead of failing.
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 # What transformers lets through on damaged files: it indexes and converts as they say.
 _ERRORS = (
@@ -72,8 +70,12 @@ class ModelSource:
         return families.architecture(self._config)
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer. ArtifactError when it is missing, damaged, or has tokens that the model has not."""
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+        """The tokenizer, which may know more tokens than the model has: a warning says so.
+
+        Raises ArtifactError when it is missing or damaged, UsageError when it is code that is not trusted,
+        MissingDependencyError when a package is missing that reads it.
+        """
+        from transformers import PreTrainedTokenizerFast
 
         if self.gguf_file is not None:
             from compress.gguf import check_tokenizer
@@ -82,25 +84,9 @@ class ModelSource:
             # AutoTokenizer would read the header of the file again, and slowly, for the config alone.
             tokenizer = self._from_pretrained(PreTrainedTokenizerFast, "tokenizer")
         else:
-            present = [self.path / file for file in _TOKENIZER_FILES if (self.path / file).is_file()]
-            if not present:
-                raise ArtifactError(
-                    f"The folder {self.path} has no tokenizer: one of {', '.join(_TOKENIZER_FILES)} is needed; "
-                    "copy the original model's tokenizer files there."
-                )
-            check_files(self.path)
-            for file in present:
-                refuse_pointer(file)
-            tokenizer = self._from_pretrained(AutoTokenizer, "tokenizer")
-        # Ids may have gaps, so the count alone is no bound.
-        needed = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
-        vocab_size = self._config.vocab_size
-        if needed > vocab_size:
-            raise ArtifactError(
-                f"The tokenizer of {self.name!r} has token ids up to {needed - 1}, but the model's "
-                f"vocabulary has {vocab_size} entries (vocab_size in config.json); tokenizer and model do "
-                "not belong together."
-            )
+            cls, options = tokenizer_class(self.path, self._config.model_type, self.trust_remote_code)
+            tokenizer = self._from_pretrained(cls, "tokenizer", **options)
+        warn_beyond(tokenizer, self._config.vocab_size, self.name)
         return cast("PreTrainedTokenizerFast", tokenizer)
 
     def reader(self) -> WeightReader:

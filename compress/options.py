@@ -151,7 +151,10 @@ def add_compress_arguments(parser: argparse.ArgumentParser, *, model_required: b
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     """Where the result goes and how it is told."""
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="OUT", help="artefact folder, made when it is missing"
+        "--out",
+        type=Path,
+        metavar="OUT",
+        help="artefact folder, made when it is missing (default: out/MODEL-STRUCTURE-RATIO)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
     parser.add_argument("--json", action="store_true", help="the result as one JSON object")

@@ -26,6 +26,7 @@ from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
 from compress.models import ModelSource
 from compress.planning import check_recipe
 from compress.progress import log
+from compress.provenance import identity, record_of
 from compress.recipe import Recipe, parse_recipe, read_yaml
 from compress.strategies import Fitted, fit_model
 from compress.structures import DenseStructure, Structure
@@ -75,7 +76,7 @@ def config_for(
 
 def request_digest(source: ModelSource, recipe: Recipe) -> dict[str, Any]:
     """What decides a checkpoint: equal requests give equal checkpoints."""
-    request = {"source": source.to_dict(), "recipe": recipe.digest()}
+    request: dict[str, Any] = {"source": identity(source), "recipe": recipe.digest()}
     text = Path(recipe.calibration.data.removeprefix("wikitext:"))
     if recipe.needs_text() and text.is_file():  # a named text never changes, a file may
         request["text"] = sha256_of(text)
@@ -138,7 +139,7 @@ def compress_model(
         dtype = getattr(torch, recipe.checkpoint_dtype)
         size = fitted.size(arch)
         resolved = _resolved(recipe, fitted, arch)
-        section = {"source": source.to_dict(), "recipe_sha256": resolved.digest(), "versions": versions()}
+        section = {"source": record_of(source), "recipe_sha256": resolved.digest(), "versions": versions()}
         facts = {"request": request, "ratio": size.ratio, "model_ratio": size.model_ratio, **asdict(size)}
         with artifact.stage("checkpoint", facts=facts, section=section) as folder:
             with ShardWriter(folder, dtype) as shards:

@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 
+from compress.errors import ArtifactError
+
 MAX_JSON_BYTES = 16 << 20
 """Of config.json, an index, a manifest. Parsed, a hostile file takes some 25 times its size."""
 MAX_YAML_BYTES = 1 << 20
@@ -24,6 +26,8 @@ MAX_YAML_BYTES = 1 << 20
 MAX_DEPTH = 64
 MAX_VALUES = 1 << 20
 """Values of a YAML document, aliases followed: nine lines of aliases stand for a billion."""
+
+_LFS = b"version https://git-lfs"
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -217,3 +221,25 @@ def shown(value: object, limit: int = 60) -> str:
     """A value for a message: its repr, cut where it is long, and without what a terminal would not print."""
     text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     return text if len(text) <= limit else f"{text[: limit - 4]} ..."
+
+
+def reason(error: BaseException) -> str:
+    """A library's message in one line without the full stop, or the name of the exception when it says nothing.
+
+    Messages of several lines are joined ("Validation error for field 'hidden_size':" has its reason in the second),
+    and cut after 300 characters.
+    """
+    lines = [line.strip() for line in str(error).splitlines()]
+    text = " ".join(line for line in lines if line)
+    text = text if len(text) <= 300 else text[:300].rsplit(" ", 1)[0] + " ..."
+    return text.rstrip(".") or type(error).__name__
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise ArtifactError when `path` is what git writes in the place of a large file that git-lfs has not fetched."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise ArtifactError(
+                f"The file {path} is a git-lfs pointer, not the file itself: run `git lfs install` and `git lfs pull` "
+                "in that folder, or download the model again."
+            )

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 
 from compress.errors import run_cli
 from compress.options import add_compress_arguments, add_output_arguments, recipe_from
+from compress.progress import log
 
 EXAMPLES = """\
 examples:
-  python -m compress.run --model smollm2-135m --out out/small
+  python -m compress.run --model smollm2-135m --structure auto --ratio 0.85
   python -m compress.run --model facebook/opt-1.3b --structure gs --ratio 0.8 --device cuda --out out/opt
-  python -m compress.run --model ./my-llama --calibration-data corpus.jsonl --dry-run --out out/x
+  python -m compress.run --model ./my-llama --calibration-data corpus.jsonl --dry-run
 """
 
 
@@ -35,13 +36,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, compress, print."""
     args = parser().parse_args(argv)
     recipe = recipe_from(args)
+    from compress.artifact import Artifact
+    from compress.default_out import default_out, refuse_anothers
     from compress.models import resolve
 
+    unnamed = args.out is None
+    if unnamed:
+        args.out = default_out(args.model, recipe)
+        log(f"OUT is {args.out}")
     source = resolve(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
+    if unnamed and not args.dry_run:
+        refuse_anothers(Artifact(args.out), source, recipe)
     if args.dry_run:
         from compress.forecast import forecast
 
-        result = forecast(source.architecture(), recipe)
+        result = {"out": str(args.out), **forecast(source.architecture(), recipe)}
         print(json.dumps(result) if args.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
         return 0
     from compress.pipeline import compress_model

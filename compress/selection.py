@@ -15,8 +15,10 @@ since the Schur complement of G_SS in G is (P_DD)^{-1}. Dropping D leaves a prob
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,22 +67,32 @@ def neuron_order(weight_down: Tensor, gram: Tensor, metric: Tensor | None = None
     """
     left = _Remaining.of(weight_down, gram, metric)
     inner = weight_down.shape[1]
-    names = torch.arange(inner, device=weight_down.device)
-    step = max(1, inner // BLOCKS)
+    # P is left as it is. With S (inner, dropped so far) the `shared` of `drop`, what the drops have made of it is
+    # P - S S^T, of which a round needs the diagonal and a few rows; Y^T <- Y^T - S lost. Features are rows here, so
+    # that picking some of them reads whole lines of memory.
+    start, y = left.inverse, left.whitened.T.contiguous()
+    diagonal, scaled = start.diagonal().clone(), torch.empty_like(start)
+    open_, done, step = torch.ones(inner, dtype=torch.bool, device=start.device), 0, max(1, inner // BLOCKS)
     dropped: list[Tensor] = []
     losses: list[float] = []
-    while len(names):
-        scores = left.whitened.square().sum(0) / left.inverse.diagonal()
-        pool = scores.argsort()[: POOL * step]
-        y = left.whitened[:, pool]
-        places, lost = _cheapest(y.T @ y, left.inverse[pool][:, pool], min(step, len(names)))
-        gone = pool[places.to(pool.device)]
-        stays = torch.ones(len(names), dtype=torch.bool, device=names.device)
-        stays[gone] = False
-        left.drop(gone, stays.nonzero()[:, 0])
-        dropped.append(names[gone])
+    while done < inner:
+        scores = (torch.linalg.vector_norm(y, dim=1).square() / diagonal).where(open_, torch.inf)
+        count = min(step, inner - done)
+        pool = scores.argsort()[: min(POOL * step, inner - done)]
+        part, before = (x.index_select(0, pool) for x in (y, scaled[:, :done]))  # many times faster than x[pool]
+        p = start.index_select(0, pool).index_select(1, pool) - before @ before.T
+        places, lost = _cheapest(part @ part.T, p, count)
+        places = places.to(p.device)
+        gone, factor = pool[places], torch.linalg.cholesky(p[places][:, places])
+        open_[gone] = False
+        rows = start.index_select(0, gone) - before[places] @ scaled[:, :done].T  # (count, inner)
+        shared = torch.linalg.solve_triangular(factor, rows, upper=False).T.where(open_[:, None], 0)  # (inner, count)
+        y.addmm_(shared, torch.linalg.solve_triangular(factor, part[places], upper=False), alpha=-1)
+        diagonal = (diagonal - shared.square().sum(1)).where(open_, 1)
+        scaled[:, done : done + count] = shared
+        dropped.append(gone)
         losses.extend(lost)
-        names = names[stays]
+        done += count
     curve = torch.tensor([0.0, *losses], dtype=torch.float64).cumsum(0).flip(0)
     return torch.cat(dropped).flip(0), curve
 
@@ -88,21 +100,38 @@ def neuron_order(weight_down: Tensor, gram: Tensor, metric: Tensor | None = None
 def _cheapest(m: Tensor, p: Tensor, count: int) -> tuple[Tensor, list[float]]:
     """Greedily drop `count` of the candidates with M and P (pool, pool): their indices in turn, and each one's loss.
 
-    On the host: the matrices are small and every step waits for the one before.
+    Dropping j makes M <- (I - u e_j^T) M (I - e_j u^T) and P <- P - P_jj u u^T, u = P_:j / P_jj. Only the diagonals and
+    the columns of what is dropped are kept up: with s_t the columns sqrt(P_jj) u of the drops t so far, as rows of S,
+    and y_i the vectors with M_ij = y_i^T y_j, y_i <- y_i - sum_t S_ti l_t, so that with B_it = y_i^T l_t of the first
+    y and C = (l_t^T l_u)
+
+        P_:j = P0_:j - S^T S_:j        M_:j = M0_:j - B S_:j - S^T (B_j: - C S_:j)
+
+    Pool x drops so far for each drop. On the host and in NumPy: every step is small and waits for the one before.
     """
-    m, p = m.cpu().clone(), p.cpu().clone()
-    scores, taken, losses = m.diagonal() / p.diagonal(), [], []
-    open_ = torch.ones(len(m), dtype=torch.bool)
-    for _ in range(count):
-        scores = torch.where(open_, m.diagonal() / p.diagonal().where(open_, 1), torch.inf)
+    m0, p0 = m.cpu().numpy(), p.cpu().numpy()
+    m_diagonal, p_diagonal = m0.diagonal().copy(), p0.diagonal().copy()
+    s, b, c = np.zeros((count, len(m0))), np.zeros((len(m0), count)), np.zeros((count, count))
+    taken: list[int] = []
+    losses: list[float] = []
+    closed = np.zeros(len(m0))
+    for t in range(count):
+        scores = m_diagonal / p_diagonal + closed
         j = int(scores.argmin())
         taken.append(j)
         losses.append(max(float(scores[j]) / 2, 0.0))
-        open_[j] = False
-        # M <- (I - u e_j^T) M (I - e_j u^T), u = P_:j / P_jj, as W <- W - w_j u^T.
-        u, column = p[:, j] / p[j, j], m[:, j].clone()
-        m -= torch.outer(u, column) + torch.outer(column, u) - column[j] * torch.outer(u, u)
-        p -= p[j, j] * torch.outer(u, u)
+        ahead = b[:, :t] @ s[:t, j]
+        along = b[j, :t] - c[:t, :t] @ s[:t, j]  # y_j^T l_t
+        column = m0[:, j] - ahead - s[:t].T @ along
+        root = math.sqrt(p_diagonal[j])
+        row = (p0[:, j] - s[:t].T @ s[:t, j]) / root
+        s[t], b[:, t] = row, (m0[:, j] - ahead) / root
+        c[t, :t] = c[:t, t] = along / root
+        c[t, t] = m_diagonal[j] / root**2
+        u = row / root
+        m_diagonal += u * (u * m_diagonal[j] - 2 * column)
+        p_diagonal -= row * row
+        closed[j], m_diagonal[j], p_diagonal[j] = np.inf, 0, 1
     return torch.tensor(taken, dtype=torch.int64), losses
 
 

@@ -12,18 +12,18 @@ FILE.jsonl        one JSON object a line, the text in its field `text`; also .js
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import importlib.metadata
-import json
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.lazy import require
+from compress.reading import shown
+from compress.textfiles import JsonTexts, Rows, WholeFile, WikitextLines, json_lines
 
 ROW_SEPARATOR = "\n\n"
 
@@ -41,29 +41,56 @@ HELD_OUT_ONE_IN = 5
 
 @dataclass(frozen=True)
 class TextData:
-    """Rows of text. `sha256` is that of `text()` in UTF-8; `description` says in a line where it is from."""
+    """Rows of text, those of a file read as they are used; `description` says in a line where it is from."""
 
     name: str
-    rows: tuple[str, ...]
-    sha256: str
+    rows: Sequence[str]
     description: str
 
     def text(self) -> str:
         """All rows, joined by a blank line: what is tokenised, once, as a whole."""
         return ROW_SEPARATOR.join(self.rows)
 
+    def beginning(self, characters: int, order: Iterable[int] | None = None) -> tuple[str, bool]:
+        """The first `characters` of `text()`, and whether that is all of it; `order`: of these rows in this order."""
+        parts: list[str] = []
+        left = characters
+        for index in range(len(self.rows)) if order is None else order:
+            if left <= 0:
+                return ROW_SEPARATOR.join(parts)[:characters], False
+            if isinstance(self.rows, Rows):
+                part, whole = self.rows.beginning(index, left)
+            else:
+                part, whole = self.rows[index][:left], len(self.rows[index]) <= left
+            parts.append(part)
+            if not whole:
+                return ROW_SEPARATOR.join(parts), False
+            left -= len(part) + len(ROW_SEPARATOR)
+        return ROW_SEPARATOR.join(parts), True
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of `text()` in UTF-8; all of it is read."""
+        if isinstance(self.rows, WholeFile):
+            return self.rows.sha256()
+        digest = hashlib.sha256()
+        for index, row in enumerate(self.rows):
+            digest.update((ROW_SEPARATOR if index else "").encode() + row.encode())
+        return digest.hexdigest()
+
 
 def load_text(name: str) -> TextData:
     """The text called `name` (see the module's docstring).
 
     Raises UsageError for a name that is not one of these and for empty text, MissingDependencyError for a
-    package or a hub that cannot be reached, ArtifactError for a file that is corrupt or not UTF-8.
+    package or a hub that cannot be reached, ArtifactError for a file that is corrupt or not UTF-8. Of a large file
+    the first rows are checked here, the others when they are used.
     """
     rows, description = _read(name)
-    text = ROW_SEPARATOR.join(rows)
-    if not text.strip():
-        raise UsageError(f"the text {name!r} is empty: {len(rows)} rows of white space; choose another")
-    return TextData(name, tuple(rows), hashlib.sha256(text.encode()).hexdigest(), description)
+    blank = rows.is_blank() if isinstance(rows, WholeFile) else not any(row.strip() for row in rows)
+    if blank:
+        raise UsageError(f"the text {shown(name, 4096)} is empty: {len(rows)} rows of white space; choose another")
+    return TextData(name, rows, description)
 
 
 def is_held_out(passage: str) -> bool:
@@ -71,7 +98,7 @@ def is_held_out(passage: str) -> bool:
     return int(hashlib.sha1(passage.encode()).hexdigest(), 16) % HELD_OUT_ONE_IN == 0
 
 
-def _read(name: str) -> tuple[list[str], str]:
+def _read(name: str) -> tuple[Sequence[str], str]:
     prefix, _, rest = name.partition(":")
     if name in NAMED:
         return NAMED[name]()
@@ -79,24 +106,16 @@ def _read(name: str) -> tuple[list[str], str]:
         return _hub(name, rest)
     if prefix == "wikitext" and rest:
         path = Path(rest)
-        return wikitext_rows(_decode(path)), f"{path.name}, WikiText raw layout"
+        return WikitextLines(path), f"{path.name}, WikiText raw layout"
     path = Path(name)
     if name.endswith((".jsonl", ".jsonl.gz")):
-        return list(_jsonl(path)), f"{path.name}, field `text` of each line"
+        return JsonTexts(path), f"{path.name}, field `text` of each line"
     if name.endswith(".txt"):
-        return [_decode(path)], f"{path.name}, as it is"
+        return WholeFile(path), f"{path.name}, as it is"
     raise UsageError(
-        f"there is no text called {name!r}; use one of {', '.join(NAMED)}, a FILE.txt, a FILE.jsonl, "
+        f"there is no text called {shown(name, 300)}; use one of {', '.join(NAMED)}, a FILE.txt, a FILE.jsonl, "
         "wikitext:FILE or hf:NAME[:CONFIG[:SPLIT]]"
     )
-
-
-def wikitext_rows(text: str) -> list[str]:
-    """The hub's rows of a file in WikiText's raw layout: each line with its newline, a blank line as ''."""
-    lines = text.split("\n")
-    if lines and lines[-1] == "":
-        lines.pop()
-    return [f"{line}\n" if line.strip() else "" for line in lines]
 
 
 def _boolq(held_out: bool) -> tuple[list[str], str]:
@@ -142,7 +161,7 @@ def packaged_file(relative: str, sha256: str) -> Path:
     return path
 
 
-def _hub(name: str, spec: str) -> tuple[list[str], str]:
+def _hub(name: str, spec: str) -> tuple[Sequence[str], str]:
     datasets = require("datasets", pip="'procrustes-llm[eval]'", purpose=f"read the hub dataset {name!r}")
     repository, config, split = [*spec.split(":"), "", ""][:3]
     if spec.count(":") > 2 or not repository:
@@ -164,58 +183,33 @@ def _hub(name: str, spec: str) -> tuple[list[str], str]:
             f"the hub dataset {name!r} has no column `text` but {', '.join(table.column_names)}; "
             "write the text to a FILE.jsonl and give that"
         )
-    rows = [str(row) for row in table["text"]]
-    return rows, f"hub dataset {repository}, config {config or 'default'}, split {split}"
+    return _Column(table, name), f"hub dataset {repository}, config {config or 'default'}, split {split}"
 
 
-def _decode(path: Path) -> str:
-    data = _bytes(path)
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ArtifactError(
-            f"{str(path)!r} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start}; "
-            "convert it with iconv"
-        ) from error
+class _Column(Rows):
+    """The column `text` of a hub dataset, read from its Arrow files as it is used."""
 
+    def __init__(self, table: Any, name: str) -> None:
+        self._table, self._name = table, name
 
-def _bytes(path: Path) -> bytes:
-    if not path.is_file():
-        what = "a folder, not a file" if path.is_dir() else "not there"
-        raise UsageError(f"the text file {str(path)!r} is {what}")
-    data = path.read_bytes()
-    if path.suffix != ".gz":
-        return data
-    try:
-        return gzip.decompress(data)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ArtifactError(f"{str(path)!r} is not a complete gzip file ({error})") from error
+    def __len__(self) -> int:
+        return len(self._table)
 
-
-def json_lines(path: Path) -> Iterator[Any]:
-    """The values of a JSON-lines file, gzipped or not. Raises UsageError, and ArtifactError naming the line."""
-    data = _bytes(path)
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ArtifactError(f"line {number} of {str(path)!r} is not JSON ({error})") from error
-
-
-def _jsonl(path: Path) -> Iterator[str]:
-    for number, entry in enumerate(json_lines(path), start=1):
-        if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-            raise ArtifactError(f"entry {number} of {str(path)!r} is not an object with a string `text`")
-        yield entry["text"]
+    def row(self, index: int) -> str:
+        value = self._table[index]["text"]
+        if not isinstance(value, str):
+            raise UsageError(
+                f"row {index} of the hub dataset {self._name!r} has no string in its column `text` but {shown(value)}; "
+                "write the text to a FILE.jsonl and give that"
+            )
+        return value
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-NAMED: dict[str, Callable[[], tuple[list[str], str]]] = {
+NAMED: dict[str, Callable[[], tuple[Sequence[str], str]]] = {
     "boolq": lambda: _boolq(held_out=False),
     "boolq-heldout": lambda: _boolq(held_out=True),
     "lambada": _lambada,

@@ -9,9 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from compress.errors import ArtifactError
-from compress.reading import RefusedError, fault_of, read_bytes, read_json, shown
+from compress.errors import ArtifactError, UsageError
+from compress.lazy import require
+from compress.reading import RefusedError, fault_of, read_bytes, read_json, reason, refuse_pointer, shown
 
+# One of these must be there. Without any, transformers makes up an empty tokenizer instead of failing.
+ANY_OF = ("tokenizer.json", "tokenizer.model", "vocab.json")
 OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 TEXTS = ("merges.txt", "chat_template.jinja")
 MAX_TEXT_BYTES = 32 << 20
@@ -22,12 +25,66 @@ MAX_MODEL_BYTES = 256 << 20
 PROBE = "It takes 2 words, <s>and a mark.\n"
 
 
+def tokenizer_class(folder: Path, model_type: str, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
+    """The class whose `from_pretrained` reads the tokenizer in `folder`, and the options to give it.
+
+    Raises ArtifactError when there is none or its file is damaged, UsageError when it is code that is not trusted,
+    MissingDependencyError when the package that reads tokenizer.model is not installed.
+    """
+    from transformers import AutoTokenizer, LlamaTokenizer
+
+    present = [file for file in ANY_OF if (folder / file).is_file()]
+    if not present:
+        raise ArtifactError(
+            f"The folder {folder} has no tokenizer: one of {', '.join(ANY_OF)} is needed; copy the original model's "
+            "tokenizer files there."
+        )
+    check_files(folder)
+    config = folder / "tokenizer_config.json"
+    said = read_json(config, unique=False) if config.is_file() else {}
+    if "tokenizer.json" in present:
+        return AutoTokenizer, {}  # complete by itself, whatever class it was written by
+    if "auto_map" in said and not trust_remote_code:
+        raise UsageError(
+            f"The tokenizer in {folder} is Python code of the model's authors (auto_map in tokenizer_config.json), "
+            "which is not run unless you say so: read it, then add --trust-remote-code; or save the tokenizer as "
+            "tokenizer.json."
+        )
+    if present == ["tokenizer.model"]:
+        named = str(said.get("tokenizer_class", "LlamaTokenizer" if model_type in ("llama", "mistral") else ""))
+        if _check_model(folder / "tokenizer.model") and named.removesuffix("Fast") == "LlamaTokenizer":
+            # Where nothing names a class, transformers 5 takes one that adds no leading space, and where nothing says
+            # so no BOS: Llama's own tokenizer, and that of transformers 4, does both.
+            return LlamaTokenizer, {} if "add_bos_token" in said else {"add_bos_token": True}
+    return AutoTokenizer, {}
+
+
+def _check_model(path: Path) -> bool:
+    """Whether `path` is of sentencepiece, not of tiktoken (Llama 3's original files); its package is there."""
+    with path.open("rb") as file:
+        is_sentencepiece = file.read(1) == b"\n"  # the first field of the protocol buffer; tiktoken's is base64
+    if not is_sentencepiece:
+        require("tiktoken", pip="tiktoken", purpose=f"read {path}, a tokenizer in tiktoken's format")
+        return False
+    sentencepiece = require("sentencepiece", pip="sentencepiece", purpose=f"read {path}")
+    try:
+        sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ArtifactError(
+            f"The tokenizer file {path} cannot be read ({reason(error)}); it is truncated or damaged: download it "
+            "again."
+        ) from error
+    return True
+
+
 def check_files(folder: Path) -> None:
     """Raise ArtifactError for a file of the tokenizer in `folder` that is no file, too large, or not of its kind."""
     for name in (*OBJECTS, *TEXTS, *MODELS):
         path = folder / name
         if not os.path.lexists(path):
             continue
+        if fault_of(path) is None:
+            refuse_pointer(path)
         try:
             if name in OBJECTS:
                 # transformers has written a key twice itself, and reads such files.

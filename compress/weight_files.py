@@ -23,7 +23,7 @@ from torch import Tensor
 
 from compress import reading
 from compress.errors import ArtifactError
-from compress.reading import fault_of, shown
+from compress.reading import fault_of, reason, refuse_pointer, shown
 
 # What transformers looks for, in its order: the first that exists is the checkpoint.
 ENTRIES = (
@@ -32,9 +32,6 @@ ENTRIES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-
-
-_LFS = b"version https://git-lfs"
 
 
 class WeightFile(Protocol):
@@ -201,28 +198,6 @@ def _read_index(path: Path) -> dict[str, str]:
                 f"{suffix} file in the same folder; the checkpoint is forged or damaged: do not use it."
             )
     return weight_map
-
-
-def reason(error: BaseException) -> str:
-    """A library's message in one line without the full stop, or the name of the exception when it says nothing.
-
-    Messages of several lines are joined ("Validation error for field 'hidden_size':" has its reason in the second),
-    and cut after 300 characters.
-    """
-    lines = [line.strip() for line in str(error).splitlines()]
-    text = " ".join(line for line in lines if line)
-    text = text if len(text) <= 300 else text[:300].rsplit(" ", 1)[0] + " ..."
-    return text.rstrip(".") or type(error).__name__
-
-
-def refuse_pointer(path: Path) -> None:
-    """Raise ArtifactError when `path` is what git writes in the place of a large file that git-lfs has not fetched."""
-    with path.open("rb") as file:
-        if file.read(len(_LFS)) == _LFS:
-            raise ArtifactError(
-                f"The file {path} is a git-lfs pointer, not the file itself: run `git lfs install` and `git lfs pull` "
-                "in that folder, or download the model again."
-            )
 
 
 def _damaged(path: Path, error: Exception) -> ArtifactError:

@@ -26,7 +26,7 @@ examples:
   python -m export.build --model opt-13b --structure kron --engine trt --batch 1,8,64 --cache 1,1024,2047 --out out/opt
   python -m export.build --model ./my-llama --engine trt-rtx --compute-capability 8.9,12.0 --out out/rtx
   python -m export.build --resume --engine trt --out out/opt
-  python -m export.build --model facebook/opt-1.3b --structure gs --dry-run --out out/opt
+  python -m export.build --model facebook/opt-1.3b --structure gs --dry-run
 
 --engine trt needs a GPU at its last step only: without one everything else is made, and OUT/build_engine.sh, which
 builds the engine where there is a GPU. What OUT already holds is used again when model, recipe and options are the
@@ -112,14 +112,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check(args)
     from compress.artifact import Artifact
 
-    artifact = Artifact(args.out)
     if args.resume:
-        result = _resume(args, artifact)
+        result = _resume(args, Artifact(args.out))
     else:
+        from compress.default_out import default_out, refuse_anothers
         from compress.models import resolve
 
         recipe = recipe_from(args)
+        unnamed = args.out is None
+        if unnamed:
+            args.out = default_out(args.model, recipe)
+            log(f"OUT is {args.out}")
+        artifact = Artifact(args.out)
         source = resolve(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
+        if unnamed and not args.dry_run:
+            refuse_anothers(artifact, source, recipe)
         result = _dry_run(args, artifact, source, recipe) if args.dry_run else _build(args, artifact, source, recipe)
     if args.json:
         print(json.dumps(result))
@@ -140,6 +147,8 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.resume and (args.model is not None or args.recipe is not None or args.dry_run):
         raise UsageError("--resume takes OUT as it is: leave out --model, --recipe and --dry-run")
+    if args.resume and args.out is None:
+        raise UsageError("say with --out which folder to go on with: --resume takes it as it is")
     if not args.resume and args.model is None:
         raise UsageError("say which model with --model, or go on with OUT's graph with --resume")
     if args.compute_capability is not None and args.engine != "trt-rtx":
@@ -338,7 +347,7 @@ def _dry_run(args: argparse.Namespace, artifact: Artifact, source: ModelSource, 
     from compress.forecast import forecast
 
     kept = _has_checkpoint(args, artifact, source, recipe)
-    result = forecast(source.architecture(), recipe)
+    result = {"out": str(args.out), **forecast(source.architecture(), recipe)}
     item, stored = (4 if kind == "float32" else 2 for kind in (args.dtype, recipe.checkpoint_dtype))
     result["onnx_bytes_about"] = result["checkpoint_bytes_about"] * item // stored
     steps = ["reuse checkpoint" if kept else "compress", f"export onnx ({args.dtype}, {args.logits} logits)"]

@@ -16,6 +16,7 @@ from compress.models import ModelSource, resolve
 from export.engines.jobs import rtx_environment as environment_of_rtx
 from tests import tiny
 from tests.compress.helpers import once
+from tests.roads.commands import ROAD
 from tests.tools import unavailable
 from trt_plugins.build import build
 from trt_plugins.toolchain import find
@@ -73,3 +74,11 @@ def libraries(shared_folder: Path) -> Path:
     except MissingDependencyError as missing:
         unavailable(str(missing))
     return once(shared_folder / "plugins", lambda folder: build(folder, ["90"]))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many roads (tests/roads) were driven, and what they took: the figures for the record."""
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.getreports(kind) if r.when == "call"]
+    seconds = [float(value) for r in reports for name, value in r.user_properties if name == ROAD]
+    if seconds:
+        terminalreporter.write_line(f"{len(seconds)} roads driven in {sum(seconds):.0f} s of processor time")

@@ -64,24 +64,29 @@ def _run(command: list[str], environment: dict[str, str], log_file: Path) -> Non
         )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 built, 2 usage, 4 a compiler or a header is missing."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
         prog="python -m trt_plugins.build",
         description="Compile the TensorRT plugins of the ops in an exported model. No GPU is needed.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=Path("out/plugins"), help="where to (default: %(default)s)")
-    parser.add_argument(
+    p.add_argument("--out", type=Path, default=Path("out/plugins"), help="where to (default: %(default)s)")
+    p.add_argument(
         "--arch",
         default=",".join(ARCHITECTURES),
         metavar="A,B",
         help="compute capabilities without their dot (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="the result as one JSON object")
-    parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
-    args = parser.parse_args(argv)
+    p.add_argument("--json", action="store_true", help="the result as one JSON object")
+    p.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 built, 2 usage, 4 a compiler or a header is missing."""
+    args = parser().parse_args(argv)
     architectures = [a.strip().replace(".", "") for a in args.arch.split(",")]
     unknown = [a for a in architectures if not a.isdigit() or int(a) < 80]
     if unknown:

@@ -7,10 +7,10 @@ from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compress.artifact import Artifact
-from compress.errors import ArtifactError, UsageError
+from compress.errors import UsageError
 from compress.progress import log
 
 if TYPE_CHECKING:
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 class Baseline:
     """OUT, verified, and its source. As a context it holds OUT's lock and removes what it made beside it.
 
-    `model` names the source where the manifest cannot (a local folder); `dense` is a dense ONNX export to use.
-    Raises ArtifactError when OUT is damaged or the source is not the one that it was made from.
+    `model` names the source, in place of what the manifest says of it; `dense` is a dense ONNX export to use.
+    Raises ArtifactError when OUT is damaged or the source is not the one that it was made from, UsageError when it is
+    not found.
     """
 
     def __init__(self, out: Path, *, model: str | None = None, dense: Path | None = None) -> None:
@@ -63,17 +64,9 @@ class Baseline:
     @cached_property
     def source(self) -> ModelSource:
         """The model that OUT was made from, found again and held against the manifest's hashes."""
-        from compress.models import resolve
+        from compress.provenance import find_source
 
-        recorded = self.manifest["source"]
-        revision = recorded.get("revision") if self._model is None else None
-        source = resolve(self._model or source_name(recorded), revision=revision)
-        if source.sha256 != recorded.get("sha256"):
-            raise ArtifactError(
-                f"{source.name!r} is not the model that {self.artifact.out} was made from: its weight files have "
-                "other SHA-256 sums than those in the manifest; name the right one with --model"
-            )
-        return source
+        return find_source(self.manifest["source"], self.artifact.out, self._model)
 
     @cached_property
     def dense(self) -> ProcrustesForCausalLM:
@@ -123,16 +116,3 @@ class Baseline:
         info = export_onnx(folder / "checkpoint", folder / "onnx", dtype=facts.dtype, logits=facts.logits)
         shutil.rmtree(folder / "checkpoint")
         return info.path
-
-
-def source_name(recorded: dict[str, Any]) -> str:
-    """What to call the source by, from the manifest. Raises UsageError for a local folder or file."""
-    from compress.aliases import PACKAGED
-
-    kind, name = recorded.get("kind"), str(recorded.get("id", ""))
-    if kind == "hub":
-        return f"hf:{name}"
-    for alias, package in PACKAGED.items():
-        if name == f"{package.distribution}=={package.version}":
-            return alias
-    raise UsageError(f"the manifest knows the source model only as {name!r}; say where it is with --model PATH")

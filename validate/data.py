@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +12,21 @@ from torch import Tensor
 
 from compress.errors import UsageError
 from compress.textdata import TextData
+from compress.vocabulary import check_ids
+
+CHARACTERS = 4 << 20
+"""Of text that are tokenised at the least: what is longer is read as far as the windows go."""
+MARGIN = 64
+"""Tokens at the end of a beginning that are not used: they may be others where the text goes on."""
 
 
 @dataclass(frozen=True)
 class Windows:
     """Token windows of equal length over one text.
 
-    `ids` is the whole text, tokenised once: (tokens,). Window w is ids[w * stride : w * stride + length]. Its
-    first token is context only; where windows overlap, so are the tokens that the one before has scored.
+    `ids` is the whole text, tokenised once, or a long enough beginning of it (`whole` is false): (tokens,). Window w is
+    ids[w * stride : w * stride + length]. Its first token is context only; where windows overlap, so are the tokens
+    that the one before has scored.
     """
 
     ids: Tensor
@@ -26,6 +34,7 @@ class Windows:
     stride: int
     count: int
     begins_with_bos: bool
+    whole: bool = True
 
     def scored_from(self, window: int) -> int:
         """The first position of `window` whose token is predicted and scored: every token at most once."""
@@ -62,16 +71,15 @@ def make_windows(
             f"windows of {length} tokens, {stride} apart, at most {max_windows}: the length must be "
             "at least 2, the stride from 1 to the length, the number of windows at least 1"
         )
-    ids = torch.tensor(tokenizer(text.text(), verbose=False)["input_ids"], dtype=torch.long)
+    needed = None if max_windows is None else (max_windows - 1) * stride + length
+    ids, whole = _ids(text, tokenizer, needed)
     if len(ids) < length:
         raise UsageError(
             f"the text {text.name!r} is too short: {len(ids)} tokens, and one window takes {length}; "
             "give a longer text or a smaller --sequence-length"
         )
-    if vocab_size is not None and int(ids.max()) >= vocab_size:
-        raise UsageError(
-            f"the tokenizer gives token {int(ids.max())} and the model has {vocab_size}: they do not belong together"
-        )
+    if vocab_size is not None:
+        check_ids([int(ids.max())], tokenizer, vocab_size, f"the text {text.name!r}")
     count = 1 + (len(ids) - length) // stride
     bos = getattr(tokenizer, "bos_token_id", None)
     return Windows(
@@ -80,4 +88,19 @@ def make_windows(
         stride=stride,
         count=count if max_windows is None else min(count, max_windows),
         begins_with_bos=bos is not None and int(ids[0]) == bos,
+        whole=whole,
     )
+
+
+def _ids(text: TextData, tokenizer: Any, needed: int | None) -> tuple[Tensor, bool]:
+    """The ids of the text tokenised as a whole, or where `needed` are enough those of its beginning, up to a line's
+    end; whether it is the whole."""
+    characters = sys.maxsize if needed is None else max(CHARACTERS, 32 * needed)
+    while True:
+        part, whole = text.beginning(characters)
+        if not whole:
+            part = part[: part.rfind("\n") + 1] or part
+        ids = torch.tensor(tokenizer(part, verbose=False)["input_ids"], dtype=torch.long)
+        if whole or (needed is not None and len(ids) >= needed + MARGIN):
+            return ids, whole
+        characters *= 8  # tokens of more than 32 characters: long runs of one

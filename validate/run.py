@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("out", type=Path, metavar="OUT", help="artefact folder")
-    p.add_argument("--model", metavar="M", help="where the source model is, when OUT cannot say (a local folder)")
+    p.add_argument("--model", metavar="M", help="where the source model is (default: where OUT's manifest says it was)")
     p.add_argument("--skip", action="append", choices=PARTS, default=[], help="leave a part out; may be repeated")
     gates = p.add_argument_group("gates (the parity ladder always is one)")
     gates.add_argument("--max-ppl-increase", metavar="L", help="5%%, 0.05 or 1.05x: of the dense model's perplexity")
@@ -250,7 +250,7 @@ def _quality(baseline: Baseline, args: argparse.Namespace) -> dict[str, Any]:
         },
         "protocol": {
             "rows_joined_by": "\n\n",
-            "tokenised": "once, as a whole",
+            "tokenised": "once, as a whole" if windows.whole else "once, a beginning",
             "window": windows.length,
             "stride": windows.stride,
             "windows": windows.count,
@@ -309,6 +309,7 @@ def _report(
     from dataclasses import asdict
 
     from compress.accounting import model_size
+    from compress.provenance import public
     from validate.machine import machine_facts
     from validate.report import Report, read_fit
 
@@ -319,6 +320,8 @@ def _report(
         reader.architecture,
         structures,
         config.rotation,
+        extra_biases=config.parsed_extra_biases(),
+        skip_parameters=sum(form.parameter_count() for form in config.parsed_skips()),
         embedding_rank=config.embedding_rank,
         head_rank=config.head_rank,
     )
@@ -328,7 +331,7 @@ def _report(
         "dense_parameters": size.dense_parameters,
         "parameters": size.parameters,
     }
-    source = baseline.manifest["source"]
+    source = public(baseline.manifest["source"])
     return Report(
         name=source["id"],
         model={"source": source, "family": reader.architecture.family},
@@ -347,12 +350,10 @@ def _report(
 
 def _commands(baseline: Baseline, args: argparse.Namespace) -> list[str]:
     """What makes OUT again from its recipe, and what made this report."""
-    from validate.baseline import source_name
+    from compress.provenance import stable_name
 
-    try:
-        name = source_name(baseline.manifest["source"])
-    except UsageError:
-        name = baseline.manifest["source"]["id"]
+    recorded = baseline.manifest["source"]
+    name = stable_name(recorded) or recorded["id"]
     given = vars(args)
     flags: list[str] = []
     for action in parser()._actions:

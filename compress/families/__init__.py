@@ -8,6 +8,7 @@ from compress.architecture import Architecture
 from compress.errors import UsageError
 from compress.families import llama, opt
 from compress.families.base import Family, LayerNames, ParameterNames, TensorNames, expected_shapes
+from compress.families.foreign import refuse_foreign
 from compress.reading import shown
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def family_of(model_type: str) -> Family:
 
 
 def architecture(config: PretrainedConfig) -> Architecture:
-    """Describe the model of a Hugging Face config; UsageError when no family supports it."""
+    """Describe the model of a Hugging Face config; UsageError when no family supports it, or only a part of it."""
+    refuse_foreign(config)
     return family_of(config.model_type).architecture(config)
 
 

@@ -106,6 +106,11 @@ def _rope(config: PretrainedConfig, head_dim: int) -> dict[str, Any]:
 def _sliding_window(config: PretrainedConfig) -> int | None:
     """Keys that a query sees, itself included; None for all. The same for every layer, or UsageError."""
     window: int | None = getattr(config, "sliding_window", None)
+    if config.model_type == "llama" and window is not None and window < config.max_position_embeddings:
+        raise UsageError(
+            f"config.json has sliding_window = {window}, which no llama model of transformers reads; if the model "
+            "needs it, its model_type is mistral, and if not, remove the key."
+        )
     kinds = set(getattr(config, "layer_types", None) or ())
     # Mistral's code goes by sliding_window alone, Qwen's by layer_types.
     if config.model_type == "mistral" and not kinds:

@@ -19,6 +19,7 @@ import numpy as np
 
 from compress.errors import ArtifactError
 from compress.lazy import require
+from compress.reading import refuse_pointer
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -79,8 +80,6 @@ def read_header(path: Path) -> GgufHeader:
 @lru_cache(maxsize=4)
 def _read(path: Path, inode: int, size: int, mtime_ns: int) -> GgufHeader:
     """`read_header` under the file's identity, so that a changed file is read anew."""
-    from compress.weight_files import refuse_pointer
-
     refuse_pointer(path)
     with path.open("rb") as file:
         start = file.read(4)

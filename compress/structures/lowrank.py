@@ -86,12 +86,19 @@ def best_factors(problem: Problem, rank: int) -> tuple[Tensor, Tensor]:
     truncated SVD of T = C_H^T W C_G. U and V have equal norms term by term. Derived here; with H = I it is the whitened
     SVD of SVD-LLM (arXiv 2403.07378).
     """
+    return balance(*best_parts(problem, rank)[:2])
+
+
+def best_parts(problem: Problem, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`best_factors` before they are balanced, and the norms (rank,) of the columns of C_H^T U and the rows of V C_G:
+    both are orthogonal, being the two sides of a truncated SVD up to their scale."""
     U, V = low_rank(problem.whiten(problem.weight), rank)
+    norms = torch.linalg.vector_norm(U, dim=0), torch.linalg.vector_norm(V, dim=1)
     if problem.metric is not None:
         U = torch.linalg.solve_triangular(problem.metric.factor.T, U, upper=True)
     if problem.gram is not None:
         V = torch.linalg.solve_triangular(problem.gram.factor, V, upper=False, left=False)
-    return balance(U, V)
+    return U, V, *norms
 
 
 def error_by_rank(weight: Tensor, gram: Tensor | None = None, metric: Tensor | None = None) -> Tensor:

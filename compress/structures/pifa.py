@@ -21,7 +21,7 @@ from typing_extensions import Self
 from compress.errors import ArtifactError, UsageError
 from compress.structures.base import Side, Structure, cast, register
 from compress.structures.linalg import Problem, result_dtype
-from compress.structures.lowrank import best_factors
+from compress.structures.lowrank import best_parts
 
 INDEX = torch.int32
 INDEX_SIZE = 2  # in parameters of 16 bits
@@ -83,7 +83,7 @@ class PivotedStructure(Structure):
         return sum(math.prod(shape) for name, shape in self.shapes().items() if name != "order")
 
     def fit(self, weight: Tensor, gram: Tensor | None = None, metric: Tensor | None = None) -> dict[str, Tensor]:
-        """`best_factors` in other coordinates: exact.
+        """`lowrank.best_factors` in other coordinates: exact.
 
         Pivots come from an LU factorisation with partial pivoting of What C_G (side "out": as large and as independent
         as outputs can be on what the linear reads, G = C_G C_G^T) or of (C_H^T What)^T. Entries of C are then about 1
@@ -91,14 +91,10 @@ class PivotedStructure(Structure):
         error of a typical rank or less.
         """
         problem = Problem.of(weight, gram, metric, self.in_features, self.out_features)
-        U, V = best_factors(problem, self.rank)
-        if self.side == "in":
-            factor = None if problem.metric is None else problem.metric.factor.T
-            left, right = V.T, U if factor is None else factor @ U  # rows of `left`: inputs
-        else:
-            factor = None if problem.gram is None else problem.gram.factor
-            left, right = U, (V if factor is None else V @ factor).T  # rows of `left`: outputs
-        pivots, rest, combine = pivot_rows(left @ torch.linalg.qr(right).R.T)
+        U, V, left_norms, right_norms = best_parts(problem, self.rank)
+        # Rows of U V C_G have the norms and angles of U's once its columns are scaled by the orthogonal rows of V C_G.
+        rows = V.T * left_norms if self.side == "in" else U * right_norms
+        pivots, rest, combine = pivot_rows(rows)
         dtype, order = result_dtype(weight), torch.cat((pivots, rest))
         if self.side == "in":
             factors = {"C": combine.T, "U": U @ V[:, pivots]}

@@ -16,7 +16,7 @@ TOKENIZER = tiny.tokenizer()
 
 
 def sequences(*rows: str, samples: int = 4, length: int = 16, seed: int = 0, vocab: int = tiny.VOCAB_SIZE) -> Tensor:
-    text = TextData("a test", rows, "", "")
+    text = TextData("a test", rows, "")
     return token_sequences(text, TOKENIZER, samples=samples, length=length, seed=seed, vocab_size=vocab)
 
 
@@ -48,7 +48,7 @@ def test_long_corpora_are_read_only_as_far_as_needed() -> None:
             return {"input_ids": [3] * 600}
 
     recording = Recording()
-    text = TextData("a test", tuple(f"row{i}" for i in range(5000)), "", "")
+    text = TextData("a test", tuple(f"row{i}" for i in range(5000)), "")
     token_sequences(text, recording, samples=2, length=500, seed=0, vocab_size=10)  # type: ignore[arg-type]
     assert len(recording.pieces) == 2
     assert len({*recording.pieces[0], *recording.pieces[1]}) == 2 * len(recording.pieces[0])  # no row twice
@@ -57,7 +57,7 @@ def test_long_corpora_are_read_only_as_far_as_needed() -> None:
 def test_no_warning_about_long_text(capfd: pytest.CaptureFixture[str]) -> None:
     tiny.tokenizer()
     fresh = tiny.tokenizer()  # transformers warns once per tokenizer
-    text = TextData("a test", (tiny.TEXT,), "", "")
+    text = TextData("a test", (tiny.TEXT,), "")
     token_sequences(text, fresh, samples=1, length=4, seed=0, vocab_size=tiny.VOCAB_SIZE)
     assert "longer than" not in capfd.readouterr().err
 

@@ -250,3 +250,59 @@ def test_importing_the_registry_is_light() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("logit_scale", 0.25),
+        ("logits_scaling", 8.0),
+        ("residual_multiplier", 0.22),
+        ("final_logit_softcapping", 30.0),
+        ("query_pre_attn_scalar", 256),
+        ("clip_qkv", 8.0),
+        ("num_local_experts", 8),
+        ("n_routed_experts", 64),
+        ("use_qk_norm", True),
+        ("position_embedding_type", "alibi"),
+        ("no_rope_layers", [0, 1, 0]),
+        ("rotary_pct", 0.25),
+        ("partial_rotary_factor", 0.5),
+        ("sliding_window", 16),
+    ],
+)
+def test_keys_that_change_the_model_and_that_transformers_passes_over(key: str, value: object) -> None:
+    config = tiny.config("tiny_llama").to_dict() | {key: value}
+    with pytest.raises(UsageError, match=key):
+        families.architecture(LlamaConfig(**config))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("logit_scale", 1.0), ("num_experts", None), ("alibi", False), ("sliding_window", 4096), ("some_note", "text")],
+)
+def test_keys_that_change_nothing(key: str, value: object) -> None:
+    config = tiny.config("tiny_llama").to_dict() | {key: value}
+    assert families.architecture(LlamaConfig(**config)) == families.architecture(tiny.config("tiny_llama"))
+
+
+@pytest.mark.parametrize("key", ["attn_factor", "mscale", "alpha", "short_factor"])
+def test_rotary_parameters_that_transformers_passes_over(key: str) -> None:
+    config = tiny.config("tiny_llama")
+    config.rope_parameters = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, key: 0.5}
+    with pytest.raises(UsageError, match=key):
+        families.architecture(config)
+
+
+def test_marks_beside_the_rotary_parameters() -> None:
+    config = tiny.config("tiny_llama")
+    rope = {
+        "rope_type": "linear",
+        "rope_theta": 1e4,
+        "factor": 2.0,
+        "type": "linear",
+        "finetuned": True,
+        "mscale": None,
+    }
+    config.rope_parameters = dict(rope)
+    assert families.architecture(config).rope == rope

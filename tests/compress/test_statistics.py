@@ -17,7 +17,7 @@ from compress.architecture import WRITERS
 from compress.errors import ArtifactError
 from compress.models import ModelSource
 from compress.pipeline import folded
-from compress.statistics import SUB_BLOCKS, StatisticsFolder, StreamMoments, collect
+from compress.statistics import SUB_BLOCKS, StatisticsFolder, StreamMoments, collect, sample
 from compress.streams import GramSum, Runner, mapped, mapped_anew, save_whole
 from tests import tiny
 from tests.compress.helpers import LENGTH, TinyModel, interrupted_at, kept_in, relative, tiny_source
@@ -72,7 +72,7 @@ def reference_moments(source: ModelSource, tokens: Tensor) -> tuple[dict[tuple[i
     generator = torch.Generator().manual_seed(SEED)
     loss = logits.new_zeros(())
     for row in logits:
-        labels = torch.multinomial(row.detach().float().softmax(-1), 1, generator=generator)[:, 0]
+        labels = sample(row.detach().float().softmax(-1), generator)
         loss = loss + nn.functional.cross_entropy(row, labels, reduction="sum")
     outputs = {key: value for key, value in seen.items() if key[-1] != "input"}
     gradients = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True))

@@ -12,7 +12,7 @@ import pytest
 
 from compress import textdata
 from compress.errors import ArtifactError, MissingDependencyError, ProcrustesError, UsageError
-from compress.textdata import is_held_out, load_text, wikitext_rows
+from compress.textdata import is_held_out, load_text
 
 
 def write(path: Path, content: bytes | str) -> str:
@@ -23,7 +23,7 @@ def write(path: Path, content: bytes | str) -> str:
 def test_a_text_file_is_one_row_as_it_is(tmp_path: Path) -> None:
     name = write(tmp_path / "a.txt", "one\n\n two \n")
     data = load_text(name)
-    assert data.rows == ("one\n\n two \n",)
+    assert tuple(data.rows) == ("one\n\n two \n",)
     assert data.text() == "one\n\n two \n"
     assert data.sha256 == hashlib.sha256(b"one\n\n two \n").hexdigest()
     assert str(tmp_path) not in data.description  # it goes into reports
@@ -36,12 +36,12 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 def test_wikitext_layout(tmp_path: Path) -> None:
     """The hub's rows: a line with its newline, a blank line as an empty string."""
     name = write(tmp_path / "wiki.raw", " \n = Title = \n \n Text . \n")
-    assert load_text(f"wikitext:{name}").rows == ("", " = Title = \n", "", " Text . \n")
+    assert tuple(load_text(f"wikitext:{name}").rows) == ("", " = Title = \n", "", " Text . \n")
     assert load_text(f"wikitext:{name}").text() == "\n\n = Title = \n\n\n\n\n Text . \n"
 
 
-def test_wikitext_last_line_without_newline() -> None:
-    assert wikitext_rows("a\nb") == ["a\n", "b\n"]
+def test_wikitext_last_line_without_newline(tmp_path: Path) -> None:
+    assert tuple(load_text(f"wikitext:{write(tmp_path / 'a.raw', 'a' + chr(10) + 'b')}").rows) == ("a\n", "b\n")
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -49,7 +49,7 @@ def test_jsonl(tmp_path: Path, packed: bool) -> None:
     content = "".join(json.dumps({"text": t, "id": 1}) + "\n" for t in ("one", "two é")) + "\n"
     data = gzip.compress(content.encode()) if packed else content.encode()
     name = write(tmp_path / ("a.jsonl.gz" if packed else "a.jsonl"), data)
-    assert load_text(name).rows == ("one", "two é")
+    assert tuple(load_text(name).rows) == ("one", "two é")
     assert load_text(name).text() == "one\n\ntwo é"
 
 
@@ -70,6 +70,7 @@ def test_jsonl(tmp_path: Path, packed: bool) -> None:
         ("a.jsonl.gz", b"not gzip", ArtifactError, "gzip"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n', mtime=0)[:-6], ArtifactError, "gzip"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:20] + b"\0" * 40, ArtifactError, "gzip"),
+        ("a.jsonl.gz", gzip.compress(bytes(70 << 20), mtime=0), ArtifactError, "unpacks to more than 200 times"),
     ],
 )
 def test_hostile_files(tmp_path: Path, file: str, content: bytes, error: type[ProcrustesError], message: str) -> None:

@@ -133,7 +133,7 @@ def commands(folder: Path) -> list[Command]:
         (folder / name).mkdir()
     model, text = tiny.write(MODEL, folder / "model"), folder / TEXT
     text.write_text(tiny.TEXT)
-    recipe = ("--structure", "kron", "--ratio", "0.75", "--calibration-data", str(text), "--calibration-samples", "4")
+    recipe = ("--structure", "auto", "--ratio", "0.75", "--calibration-data", str(text), "--calibration-samples", "4")
     recipe = (*recipe, "--sequence-length", "32", "--model", str(model))
     out = ("--out", str(folder / "compress" / "out"))
     first = Command("compress", compress.run.main, (*recipe, *out), folder / "compress")

@@ -1,7 +1,7 @@
-"""Triton's python backend in this process: OUT/triton's own model behind a small HTTP server, as far as clients see it.
+"""Triton's python backend in this process: OUT/triton's own model behind a small HTTP server, as clients see it.
 
-`tests/export/test_triton_server.py` has the real server, which takes seconds to start; this one takes none, so that every
-cell of the matrix is served. What runs is `export.triton.model`, as config.pbtxt of OUT/triton describes it.
+`tests/export/test_triton_server.py` has the real server, which takes seconds to start; this one takes none, so that
+every cell of the matrix is served. What runs is `export.triton.model`, as config.pbtxt of OUT/triton describes it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import queue
 import re
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -53,7 +54,7 @@ class InferenceResponse:
         self.tensors, self.error = {tensor.name: tensor for tensor in output_tensors}, error
 
 
-class TritonModelException(Exception):
+class TritonModelException(Exception):  # noqa: N818 (Triton's name)
     """What the server raises in the model."""
 
 
@@ -151,10 +152,6 @@ class Served:
             {"model_config": json.dumps(config), "model_repository": str(folder), "model_name": folder.name}
         )
 
-    def ask(self, **body: Any) -> list[dict[str, Any]]:
-        """All pieces of one answer."""
-        return list(self.stream(body))
-
     def stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Pieces as they come."""
         request = Request(body)
@@ -167,8 +164,8 @@ class Served:
 
 
 @contextmanager
-def serving(*outs: Path) -> Iterator[tuple[str, dict[str, Served]]]:
-    """A server's address and its models by name."""
+def serving(*outs: Path) -> Iterator[str]:
+    """The address of a server with the text models of these artefacts."""
     with ExitStack() as stack:
         models = dict[str, Served]()
         for out in outs:
@@ -179,7 +176,15 @@ def serving(*outs: Path) -> Iterator[tuple[str, dict[str, Served]]]:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         stack.callback(server.server_close)
         stack.callback(server.shutdown)
-        yield f"http://127.0.0.1:{server.server_port}", models
+        yield f"http://127.0.0.1:{server.server_port}"
+
+
+def ask(url: str, model: str, **body: Any) -> list[dict[str, Any]]:
+    """The pieces of one answer of a server, this one or Triton's own."""
+    request = urllib.request.Request(f"{url}/v2/models/{model}/generate_stream", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        lines = answer.read().decode().splitlines()
+    return [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
 
 
 def _handler(models: dict[str, Served]) -> type[BaseHTTPRequestHandler]:

@@ -171,8 +171,8 @@ def split_pairs() -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
 
 @cache
 def matrix() -> tuple[Cell, ...]:
-    """The quick cells, the methods of the quality table, and cells for every other pair of choices that is possible: few of
-    them (greedy, in a fixed order)."""
+    """The quick cells, the methods of the quality table, and cells for every other pair of choices that is possible:
+    few of them (greedy, in a fixed order)."""
     cells = list(diagonal())
     seen = set[Pair]().union(*map(pairs_of, cells))
     for part in (*map(part_of, METHODS_OF_THE_TABLE), *map(dict, split_pairs()[0])):

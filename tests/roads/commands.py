@@ -1,4 +1,4 @@
-"""Commands as a user gives them, run in this process: importing torch anew takes longer than all that tiny models do."""
+"""Commands as a user gives them, run in this process: importing torch anew takes longer than tiny models do."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.errors import run_cli
+
+ROAD = "processor seconds of a road"
+"""Property of the tests that drive one."""
 
 
 @dataclass(frozen=True)

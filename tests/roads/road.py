@@ -19,7 +19,7 @@ from compress.options import _FLAGS
 from compress.structures import DenseStructure
 from tests import tiny
 from tests.roads import figures
-from tests.roads.backend import serving
+from tests.roads.backend import ask, serving
 from tests.roads.cells import METHOD, OPTIONS, RATIOS, UNSET, Cell
 from tests.roads.commands import refuse, succeed
 from validate.latency import INNER, STRUCTURES, jobs_of
@@ -174,6 +174,8 @@ class Road:
             "small",
         ]
         self.build_arguments = [*self.arguments, *graph, "--out", self.out]
+        self.no_dense = self.no_dense_model()
+        self.build_arguments += ["--materialize-dense"] if self.no_dense is None else []
         done = succeed("export.build", *self.build_arguments, "--json")
         assert figures.files_of(self.out / "checkpoint") == figures.files_of(self.folder / "first" / "checkpoint")
         assert done.result["ratio"] == self.facts["ratio"]
@@ -255,43 +257,45 @@ class Road:
             [run] = runner.generate([ids[0].tolist()], max_new_tokens=figures.NEW_TOKENS)
             figures.assert_follows(self.pytorch, ids[0].tolist(), run, self.ends, self.cell["graph"])
 
-    def serve(self) -> None:
-        """OUT/triton beside the dense model's: the same greedy tokens, and validate.serving's report."""
-        if not self.served:
-            return
+    def dense_model(self) -> Path:
+        """An artefact of the model as it is, served as `dense`: what validate.serving compares with."""
         base = self.folder / "dense-model"
         words = ["--model", self.model, "--structure", "dense", "--engine", "ort", "--serve-as", "dense", "--out", base]
         succeed("export.build", *words)
-        with serving(self.out, base) as (url, models):
-            for prompt in figures.PROMPTS:
-                [answer] = models["small"].ask(text_input=prompt, max_tokens=figures.NEW_TOKENS)
-                assert "error" not in answer, answer
-                ids = self.tokenizer(prompt)["input_ids"]
-                tokens = answer["tokens"] if isinstance(answer["tokens"], list) else [answer["tokens"]]
-                figures.assert_follows(self.pytorch, ids, tokens, self.ends, self.cell["graph"])
-            words = ["--clients", "1,2", "--tokens", "3", "--requests", "1", "--rounds", "1", "--json"]
-            words += ["--prompts", str(self.words)]
-            report = succeed("validate.serving", self.out, "--baseline", base, "--url", url, *words).result
+        return base
+
+    def serve(self) -> None:
+        """OUT/triton beside the dense model's, by the python backend in this process."""
+        if self.served:
+            with serving(self.out, self.dense_model()) as url:
+                self.answers(url)
+
+    def answers(self, url: str) -> None:
+        """Of a server with both models: the same greedy tokens, and validate.serving's report."""
+        for prompt in figures.PROMPTS:
+            pieces = ask(url, "small", text_input=prompt, max_tokens=figures.NEW_TOKENS, stream=True)
+            tokens = [token for piece in pieces for token in _listed(piece["tokens"])]
+            assert pieces[-1]["finish_reason"] == ("stop" if tokens[-1] in self.ends else "length")
+            figures.assert_follows(
+                self.pytorch, self.tokenizer(prompt)["input_ids"], tokens, self.ends, self.cell["graph"]
+            )
+        words = ["--clients", "1,2", "--tokens", "3", "--requests", "1", "--rounds", "1", "--json"]
+        words += ["--baseline", str(self.folder / "dense-model"), "--url", url, "--prompts", str(self.words)]
+        report = succeed("validate.serving", self.out, *words).result
         assert (report["dense"], report["compressed"]) == ("dense", "small")
         assert [case["clients"] for case in report["cases"]] == [1, 2]
         assert json.loads((self.out / "reports" / "serving.json").read_text()) == report
         Artifact(self.out).verify()
 
     def materialize(self) -> None:
-        """OUT/dense loads as the source's own class and says what the checkpoint says; or is refused before it is
-        written."""
+        """OUT/dense loads as the source's own class and says what the checkpoint says; or it is refused."""
         from transformers import AutoModelForCausalLM
 
-        words = [*self.build_arguments, "--materialize-dense"]
-        before = figures.files_of(self.out / "checkpoint")
-        reason = self.no_dense_model()
-        if reason is not None:
-            done = refuse("export.build", *words)
-            assert reason in done.sentence, str(done)
+        if self.no_dense is not None:
+            done = refuse("export.build", *self.build_arguments, "--materialize-dense")
+            assert self.no_dense in done.sentence, str(done)
             assert not (self.out / "dense").exists()
             return
-        succeed("export.build", *words)
-        assert figures.files_of(self.out / "checkpoint") == before
         plain = AutoModelForCausalLM.from_pretrained(self.out / "dense", dtype=torch.float32)
         assert plain.config.model_type == tiny.config(self.cell["model"]).model_type
         kind = self.cell["checkpoint_dtype"]
@@ -331,9 +335,17 @@ class Road:
         ]
 
 
+def _listed(value: Any) -> list[Any]:
+    """Triton says a list of one as its only value."""
+    return value if isinstance(value, list) else [value]
+
+
 def promised(cell: Cell) -> set[str]:
     """Registered structures that the checkpoint of a cell has at least."""
-    return MADE.get(cell["method"][0], {cell["method"][0]})
+    structure = cell["method"][0]
+    # Of plain cells alone, so that it is the same on every machine: no menu is so close to another one.
+    selected = {"select"} if structure == "auto" and cell["inner"] == UNSET and cell["menu"] == UNSET else set[str]()
+    return MADE.get(structure, {structure}) | selected
 
 
 def flags_of(cell: Mapping[str, Any]) -> list[str]:

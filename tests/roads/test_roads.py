@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from tests.roads.cells import Cell, diagonal, label, matrix
+from tests.roads.commands import ROAD
 from tests.roads.road import Road
 from tests.roads.sources import source
-
-ROAD = "processor seconds of this road"
+from tests.serve import free_ports, ready, running
+from tests.tools import require_server
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -23,6 +24,30 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         rest = [cell for cell in matrix() if cell not in quick]
         cells += [pytest.param(cell, id=label(cell), marks=pytest.mark.slow) for cell in rest]
         metafunc.parametrize("cell", cells)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("structure", ["auto", "kron", "gs"])
+def test_by_a_real_server(structure: str, tmp_path: Path) -> None:
+    """What the backend in this process stands for, by Triton itself."""
+    require_server()
+    cell = next(cell for cell in diagonal() if cell["method"][0] == structure and cell["method"][2] == "none")
+    with source(cell["source"], cell["model"], cell["tokenizer"], tmp_path / "source") as model:
+        road = Road(cell, model, tmp_path)
+        for step in (road.dry_run, road.compress, road.build, road.generate):
+            step()
+        outs, (http, grpc, metrics) = [road.out, road.dense_model()], free_ports(3)
+        (tmp_path / "server").mkdir()
+        log = tmp_path / "server.log"
+        process = running(outs, tmp_path / "server", http=http, grpc=grpc, metrics=metrics, log=log)
+        try:
+            while not ready(http):
+                assert process.poll() is None, log.read_text(errors="replace")[-3000:]
+                time.sleep(0.2)
+            road.answers(f"http://127.0.0.1:{http}")
+        finally:
+            process.terminate()
+            process.wait(60)
 
 
 def test_road(cell: Cell, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:

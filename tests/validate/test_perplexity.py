@@ -131,7 +131,7 @@ def test_logits_that_are_not_finite_are_refused(value: float) -> None:
 
 
 def text(content: str) -> TextData:
-    return TextData("test", (content,), "0" * 64, "test")
+    return TextData("test", (content,), "test")
 
 
 def test_windows_tile_the_text_and_leave_out_the_tail() -> None:
@@ -151,7 +151,7 @@ def test_text_is_tokenised_once_as_a_whole() -> None:
         calls.append(content)
         return {"input_ids": [7] * 40}
 
-    rows = TextData("t", ("one\n", "", "two\n"), "0" * 64, "test")
+    rows = TextData("t", ("one\n", "", "two\n"), "test")
     make_windows(rows, tokenizer, length=10)
     assert calls == ["one\n\n\n\n\ntwo\n"]
 

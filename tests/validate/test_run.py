@@ -190,9 +190,24 @@ def test_another_source(built: Any, tiny_model: Any, capsys: pytest.CaptureFixtu
     assert "not the model that" in capsys.readouterr().err
 
 
-def test_source_that_the_manifest_cannot_find(built: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run.run_cli(run.main, [str(built.out), "--skip", "speed"]) == 2
-    assert "--model" in capsys.readouterr().err
+def test_the_source_is_found_by_the_manifest(
+    built: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the README has it: no --model for a local folder, wherever the command is run."""
+    mine = built.copy(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    skipped = ("--skip", "speed", "--skip", "perplexity", "--no-plot")
+    assert run.run_cli(run.main, [str(mine.out), *skipped]) == 0
+    assert "parity rung 1" in capsys.readouterr().out
+
+
+def test_a_source_that_has_gone(built: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = built.copy(tmp_path / "out")
+    manifest = json.loads((mine.out / "manifest.json").read_text())
+    manifest["source"]["location"] = {"given": "gone", "path": str(tmp_path / "gone")}
+    (mine.out / "manifest.json").write_text(json.dumps(manifest))
+    assert run.run_cli(run.main, [str(mine.out), "--skip", "speed", "--no-plot"]) == 2
+    assert f"no longer at {tmp_path / 'gone'}" in capsys.readouterr().err
 
 
 def test_without_an_export(built: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ import probe
 EVERY, PATIENCE = 2.0, 3  # seconds between two probes; failures in a row that make a dead model
 GRACE = 5.0  # seconds that a server with a dead model has to end: it waits for answers that never come
 PERIOD = 600.0
+RESTRICTED = (401, 403)
 
 
 def value_of(arguments, name, default):
@@ -88,30 +89,39 @@ class Supervisor:
             say(f"the server is started again, time {len(self.started)} of {self.restarts} in ten minutes")
 
     def watch(self):
-        """Until the server has ended: whether its models ever answered, and whether we ended it when they did not."""
-        lived, failures, last, refused = False, 0, 0.0, None
+        """Until the server has ended: whether it was ever ready, and whether we ended it, its models being dead."""
+        self.lived, failures, last = False, 0, 0.0
         while self.server.poll() is None:
             time.sleep(0.2)
             if self.url is None or self.stopping or time.monotonic() < last + EVERY:
                 continue
-            try:
-                probe.ask(self.url)
-                lived, failures = True, 0
-            except probe.NotReadyError as reason:
-                failures += lived
-                if not lived and reason.status is not None and reason.status != refused:
-                    refused = reason.status
-                    say(f"the models cannot be asked whether they answer, and are not watched: {reason}")
-                if failures and self.server.poll() is None and not self.stopping:
-                    say(f"{reason} (failure {failures} of {PATIENCE})")
+            reason = self.failure()
+            failures = 0 if reason is None else failures + 1
             last = time.monotonic()
-            if failures >= PATIENCE and not self.stopping:
+            if reason is None or self.stopping or self.server.poll() is not None:
+                continue
+            say(f"{reason} (failure {failures} of {PATIENCE})")
+            if failures == PATIENCE:
                 say("the server is ended, for its model does not answer")
                 self.end()
-                return True, True
+                return self.lived, True
         if not self.stopping:
             say(f"tritonserver has ended with status {self.server.returncode}")
-        return lived, False
+        return self.lived, False
+
+    def failure(self):
+        """Why the models of a server that has loaded them do not answer; None when they do, or are being loaded."""
+        try:
+            self.lived = self.lived or probe.call(self.url, "/v2/health/ready")[0] == 200
+            if self.lived:
+                probe.ask(self.url)
+        except probe.NotReadyError as reason:
+            if reason.status in RESTRICTED:  # by --http-restricted-api
+                say(f"{reason}; so the models are not watched")
+                self.url = None
+            elif self.lived:
+                return str(reason)
+        return None
 
     def end(self):
         """Soon: a server with a dead model waits for answers that never come."""

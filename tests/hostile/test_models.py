@@ -1,0 +1,32 @@
+"""Hostile model folders through the commands: one sentence at once, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.hostile.conftest import assert_refused
+from tests.hostile.models import KINDS, damaged
+from tests.hostile.sandbox import Sandbox
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_compress(
+    name: str, sandbox: Sandbox, sound: Callable[[str], Path], small: tuple[object, ...], tmp_path: Path
+) -> None:
+    kind = KINDS[name]
+    model = damaged(sound(kind.model), tmp_path / "model", kind)
+    outcome = sandbox.run("compress.run", "--model", model, "--out", tmp_path / "out", *small)
+    assert_refused(outcome, kind.code, kind.says)
+    assert not (tmp_path / "out" / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_opt", "shards"])
+def test_sound_ones_are_not_refused(
+    model: str, sandbox: Sandbox, sound: Callable[[str], Path], small: tuple[object, ...], tmp_path: Path
+) -> None:
+    """The limits of the sandbox are not what refuses the others."""
+    outcome = sandbox.run("compress.run", "--model", sound(model), "--out", tmp_path / "out", *small)
+    assert outcome.code == 0, outcome
