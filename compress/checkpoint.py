@@ -16,6 +16,7 @@ from torch import Tensor
 from compress.architecture import Architecture
 from compress.blocks import StructuredLinear
 from compress.errors import ArtifactError
+from compress.finite import all_finite
 from compress.generation import write_generation_config
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
 from compress.reading import RefusedError, parse_json, read_json, reason, shown
@@ -52,10 +53,10 @@ class ShardWriter:
         """Queue one tensor. Raises ArtifactError when it is not finite: a broken weight is never written."""
         if name in self._seen:
             raise ValueError(f"{name} was already written")
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise ArtifactError(f"{name} came out with NaN or infinite values; it was not written. Please report this")
         tensor = tensor.detach().to("cpu", self._stored_dtype(name, tensor)).contiguous().clone()
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise ArtifactError(
                 f"{name} has values beyond the range of {str(self.dtype).removeprefix('torch.')}; it was not written. "
                 f"Use --checkpoint-dtype bfloat16 or float32"
@@ -243,7 +244,7 @@ class CheckpointReader:
                 tensor: Tensor = file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"{path} cannot be read ({error}); compress the model again") from error
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise ArtifactError(f"{name} in {path} has NaN or infinite values; compress the model again")
         return tensor
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from compress import families
 from compress.architecture import Architecture
@@ -22,6 +23,7 @@ from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.files import sha256_of
 from compress.fitting import summarise
 from compress.invariance import FoldedModel, Rotations, rotate_block
+from compress.largest import largest_activations
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
 from compress.models import ModelSource
 from compress.planning import check_recipe
@@ -154,6 +156,8 @@ def compress_model(
             write_rotations(folder, fitted.rotations)
             tokenizer.save_pretrained(folder)
             (folder / "fit.json").write_text(json.dumps([asdict(r) for r in fitted.records], indent=1) + "\n")
+            if tokens is not None:
+                facts["activations"] = _watched(folder, tokens, runner_device, batch)
         artifact.write_text("recipe.yaml", resolved.to_yaml())
         if materialize_dense:
             from compress.materialize import write_plain
@@ -165,6 +169,15 @@ def compress_model(
     asked = f"{ratio_of(arch, recipe):.4f}" if seconds is None else f"{seconds:g} seconds"
     log(f"kept {size.ratio:.4f} of the projection parameters (asked {asked}), {size.model_ratio:.4f} of the model")
     return artifact
+
+
+def _watched(checkpoint: Path, tokens: Tensor, device: torch.device, batch: int) -> dict[str, Any]:
+    """checkpoint/activations.json, and what the manifest says of it."""
+    found = largest_activations(checkpoint, tokens, device, batch)
+    (checkpoint / "activations.json").write_text(json.dumps(found.all(), indent=1) + "\n")
+    place, value = found.worst()
+    log(f"largest activation {value:.4g}: {place}")
+    return found.to_dict()
 
 
 def _warn_when_short(tokens: int, width: int) -> None:
