@@ -50,7 +50,7 @@ class Manifest:
         if not path.is_file() and os.path.lexists(path):
             raise ArtifactError(f"{path} is not a regular file; {elsewhere}")
         try:
-            value = read_json(path)
+            value = read_json(path, finite=True)
         except RefusedError as error:
             if not os.path.lexists(path):
                 raise ArtifactError(
@@ -132,6 +132,51 @@ def _fault(value: Any) -> str | None:
     for name, facts in value["stages"].items():
         if not isinstance(facts, dict) or not isinstance(facts.get("inputs", {}), dict):
             return f"stage {shown(name)} is not an object with an object of inputs"
+        fault = _facts_fault(facts, _STAGE_FACTS)
+        if fault is not None:
+            return f"stage {shown(name)} {fault}"
+    fault = _source_fault(value["source"])
+    if fault is not None:
+        return f"source {fault}"
+    return None
+
+
+_NUMBER = (int, float)
+_STAGE_FACTS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("ratio", "model_ratio"), _NUMBER),
+    **dict.fromkeys(("structured_linears", "dense_linears"), int),
+    **dict.fromkeys(("dtype", "logits", "engine"), str),
+    **dict.fromkeys(("activations", "request"), dict),
+}
+"""Facts of stages that commands read, and their types where they are given."""
+
+_ACTIVATIONS: dict[str, type | tuple[type, ...]] = {"beyond": dict, "place": str, "tokens": int, "value": _NUMBER}
+
+
+def _facts_fault(facts: dict[str, Any], kinds: Mapping[str, type | tuple[type, ...]]) -> str | None:
+    for name, kind in kinds.items():
+        fact = facts.get(name)
+        if fact is not None and (not isinstance(fact, kind) or isinstance(fact, bool)):
+            return f"has {name} {shown(fact)}"
+    if isinstance(watched := facts.get("activations"), dict):
+        missing = sorted(_ACTIVATIONS.keys() - watched.keys())
+        return f"has activations without {missing[0]}" if missing else _facts_fault(watched, _ACTIVATIONS)
+    return None
+
+
+def _source_fault(source: dict[str, Any]) -> str | None:
+    """What of the source no command could find it by, as a clause; an empty one is not known yet."""
+    if not source:
+        return None
+    if not isinstance(source.get("id"), str):
+        return f"has the id {shown(source.get('id'))}, no string"
+    for name, kind in (("kind", str), ("revision", str), ("sha256", dict), ("location", dict)):
+        if source.get(name) is not None and not isinstance(source[name], kind):
+            return f"has {name} {shown(source[name])}"
+    for name in ("sha256", "location"):
+        for key, value in (source.get(name) or {}).items():
+            if not isinstance(value, str):
+                return f"has {name} of {shown(key)} {shown(value)}, no string"
     return None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import stat
 from collections.abc import Hashable, Mapping
@@ -93,15 +94,15 @@ def fault_of(path: Path) -> str | None:
     return None
 
 
-def read_json(path: Path, limit: int = MAX_JSON_BYTES, *, unique: bool = True) -> Any:
-    """The value of a JSON file. Raises RefusedError and OSError."""
-    return parse_json(read_bytes(path, limit), unique=unique)
+def read_json(path: Path, limit: int = MAX_JSON_BYTES, *, unique: bool = True, finite: bool = False) -> Any:
+    """The value of a JSON file; options as of `parse_json`. Raises RefusedError and OSError."""
+    return parse_json(read_bytes(path, limit), unique=unique, finite=finite)
 
 
 def read_artefact_json(path: Path, kind: type[T], advice: str) -> T:
     """The list or object in a JSON file of an artefact. Raises ArtifactError, which ends with `advice`."""
     try:
-        value = read_json(path)
+        value = read_json(path, finite=True)
     except RefusedError as error:
         raise ArtifactError(f"{path} {error}; {advice}") from error
     except OSError as error:
@@ -111,11 +112,12 @@ def read_artefact_json(path: Path, kind: type[T], advice: str) -> T:
     return value
 
 
-def parse_json(data: bytes, *, unique: bool = True) -> Any:
+def parse_json(data: bytes, *, unique: bool = True, finite: bool = False) -> Any:
     """The value of a JSON document in UTF-8.
 
     Raises RefusedError when it is not one, or one that no honest program writes: a key twice in one object (where
-    `unique`), values nested more than MAX_DEPTH deep, half a surrogate pair, which UTF-8 cannot hold.
+    `unique`), values nested more than MAX_DEPTH deep, half a surrogate pair, which UTF-8 cannot hold; where `finite`,
+    as our own files are, NaN or infinity.
     """
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique if unique else None)
@@ -127,7 +129,7 @@ def parse_json(data: bytes, *, unique: bool = True) -> Any:
         raise
     except ValueError as error:  # also an integer of more digits than Python converts
         raise RefusedError(f"is not JSON ({error})") from error
-    _check_values(value)
+    _check_values(value, finite)
     return value
 
 
@@ -163,7 +165,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_values(value: Any) -> None:
+def _check_values(value: Any, finite: bool = False) -> None:
     """Bound depth and number of values, and refuse strings that are not Unicode. Not recursive."""
     level, count = [value], 0
     for _ in range(MAX_DEPTH + 1):
@@ -174,6 +176,9 @@ def _check_values(value: Any) -> None:
         for entry in level:
             if isinstance(entry, str):
                 _check_string(entry)
+            elif isinstance(entry, float):
+                if finite and not math.isfinite(entry):
+                    raise RefusedError(f"has the number {entry}, which is not finite")
             elif isinstance(entry, Mapping):
                 for key in entry:
                     if isinstance(key, str):
