@@ -5,13 +5,13 @@ Everything here is made from one dictionary, `Report`, that validate/run.py fill
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from compress.errors import ArtifactError
+from compress.reading import read_artefact_json, shown
 from validate.machine import machine_text
 from validate.markdown import markdown_table
 from validate.reportfiles import write_json
@@ -67,13 +67,21 @@ def write(report: Report, folder: Path, plot: bool = True) -> None:
 def read_fit(checkpoint: Path) -> list[dict[str, Any]]:
     """checkpoint/fit.json: what became of each linear. Raises ArtifactError when it is missing or malformed."""
     path = checkpoint / "fit.json"
-    needed = {"name", "structure", "parameters", "dense_parameters", "relative_error"}
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}); compress the model again") from error
-    if not isinstance(records, list) or not all(isinstance(r, dict) and needed <= r.keys() for r in records):
-        raise ArtifactError(f"{path} is not a list of records with {', '.join(sorted(needed))}")
+    records: list[Any] = read_artefact_json(path, list, "compress the model again")
+    needed = {"name": str, "structure": str, "parameters": int, "dense_parameters": int, "relative_error": float}
+    optional = {"note": str, "damped": str}
+    for record in records:
+        if not isinstance(record, dict):
+            raise ArtifactError(f"{path} has {shown(record)} in its list, no record; compress the model again")
+        kept = {name: record.get(name) for name in needed}
+        told = {name: record[name] for name in optional if record.get(name) is not None}
+        for name, value in (kept | told).items():
+            kind = (needed | optional)[name]
+            number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+            if not (isinstance(value, str) if kind is str else number and (kind is float or isinstance(value, int))):
+                raise ArtifactError(
+                    f"{path} has a record with {name} = {shown(value)}, no {kind.__name__}; compress the model again"
+                )
     return records
 
 

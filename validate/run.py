@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import GateError, UsageError, run_cli
+from compress.lazy import CORE, check_versions, require
 from compress.progress import log
 
 if TYPE_CHECKING:
@@ -91,9 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, validate, report; 0, or 3 when a gate failed."""
     args = parser().parse_args(argv)
     limits = _check(args)
+    check_versions(*CORE, "onnx", purpose="validate a model")
+    if args.perplexity_runtime == "onnxruntime" or not {"parity", "speed"} <= set(args.skip):
+        require("onnxruntime", pip="'onnxruntime>=1.24'", purpose="validate the exported model")
     if not args.no_plot:
-        from compress.lazy import require
-
         require(  # now, and not after minutes of work
             "matplotlib", pip="'procrustes-llm[eval]'", purpose="draw the plots of reports/ (or give --no-plot)"
         )
