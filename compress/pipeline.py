@@ -120,11 +120,10 @@ def compress_model(
         from compress.materialize import check_plain, write_plain
 
         check_plain(source.name, arch, recipe)
-    request = request_digest(source, recipe)
     runner_device = torch_device(device)
     with artifact.lock():
         artifact.claim("checkpoint", "recipe.yaml", *(["dense"] if materialize_dense else []))
-        state = artifact.open_state(request | {"versions": versions()})
+        # Weights, tokenizer and text are looked at before anything that takes long, such as hashing the weights.
         model = folded(source)
         tokenizer = source.tokenizer()
         tokens = None
@@ -139,6 +138,8 @@ def compress_model(
                 vocab_size=arch.vocab_size,
             )
             _warn_when_short(tokens.numel(), max(m for _, m in arch.linears().values()))
+        request = request_digest(source, recipe)
+        state = artifact.open_state(request | {"versions": versions()})
         folder = None if statistics is None else statistics / statistics_digest(source, recipe)
         fitted = fit_model(model, recipe, tokens, state, runner_device, batch, folder)
         summarise(fitted.records)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  python -m export.build --model smollm2-135m --structure kron --ratio 0.75 --engine ort --out out/demo
+  python -m export.build --model smollm2-135m --structure auto --ratio 0.75 --engine ort --out out/demo
   python -m export.build --model ./my-llama --structure lowrank --dtype float16 --engine none --out out/half
   python -m export.build --model opt-13b --structure kron --engine trt --batch 1,8,64 --cache 1,1024,2047 --out out/opt
   python -m export.build --model ./my-llama --engine trt-rtx --compute-capability 8.9,12.0 --out out/rtx

@@ -279,9 +279,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             threads=args.threads,
             seconds=args.seconds or 15.0,
         )
-    from validate.report import speed_lines
+    from validate.console import case_line
 
-    print(json.dumps(result) if args.json else "\n".join(speed_lines(result)))
+    lines = [f"{case['name']}: {case_line(case)}" for case in result["cases"]]
+    print(json.dumps(result) if args.json else "\n".join(lines))
     return 0
 
 

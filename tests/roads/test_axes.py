@@ -8,12 +8,13 @@ from typing import get_args
 import gguf
 import pytest
 
-from compress import models, weight_files
+from compress import models, tokenizer_files, weight_files
 from compress.families import supported_model_types
 from compress.options import add_compress_arguments
 from compress.recipe import Recipe
 from compress.structures import registry
 from tests import tiny
+from tests.roads.arguments import flags_of
 from tests.roads.cells import (
     AXES,
     METHODS,
@@ -31,7 +32,7 @@ from tests.roads.cells import (
     part_of,
     split_pairs,
 )
-from tests.roads.road import flags_of, promised
+from tests.roads.road import promised
 from tests.roads.sources import ENTRIES, GGUF, NOT_IN_GGUF, SOURCES, TOKENIZERS
 from validate.quality.methods import METHODS as METHODS_OF_THE_TABLE
 
@@ -43,7 +44,7 @@ def test_every_model_type_has_a_tiny_model() -> None:
 def test_every_kind_of_source_is_written() -> None:
     assert tuple(ENTRIES) == weight_files.ENTRIES
     assert set(SOURCES) == {*ENTRIES, *get_args(models.Kind)} - {"folder"}  # folders are told apart by their files
-    assert tuple(sorted(TOKENIZERS)) == tuple(sorted(models._TOKENIZER_FILES))
+    assert tuple(sorted(TOKENIZERS)) == tuple(sorted(tokenizer_files.ANY_OF))
 
 
 def test_every_model_type_is_in_a_gguf_file_or_cannot_be() -> None:
