@@ -78,11 +78,12 @@ class ModelSource:
         from transformers import PreTrainedTokenizerFast
 
         if self.gguf_file is not None:
-            from compress.gguf import check_tokenizer
+            from compress.gguf import check_tokenizer, split_as_trained
 
             check_tokenizer(self._gguf_header)
             # AutoTokenizer would read the header of the file again, and slowly, for the config alone.
             tokenizer = self._from_pretrained(PreTrainedTokenizerFast, "tokenizer")
+            split_as_trained(tokenizer, self._gguf_header)
         else:
             cls, options = tokenizer_class(self.path, self._config.model_type, self.trust_remote_code)
             tokenizer = self._from_pretrained(cls, "tokenizer", **options)

@@ -137,7 +137,8 @@ def add_compress_arguments(parser: argparse.ArgumentParser, *, model_required: b
         "--statistics",
         type=Path,
         metavar="DIR",
-        help="keep the calibration's second moments here and take them from here, for several recipes in turn",
+        help="keep the calibration's second moments here and take them from here, for several recipes; runs that need "
+        "the same ones wait for each other",
     )
     run.add_argument("--checkpoint-dtype", choices=["float32", "float16", "bfloat16"], help="default: float32")
     run.add_argument(

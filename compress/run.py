@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from compress.errors import run_cli
+from compress.lazy import CORE, check_versions
 from compress.options import add_compress_arguments, add_output_arguments, recipe_from
 from compress.progress import log
 
@@ -35,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, compress, print."""
     args = parser().parse_args(argv)
+    check_versions(*CORE, purpose="compress a model")
     recipe = recipe_from(args)
     from compress.artifact import Artifact
     from compress.default_out import default_out, refuse_anothers

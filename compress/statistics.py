@@ -8,27 +8,26 @@ as it is found, and read from there when it is needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress.architecture import WRITERS, Architecture
 from compress.blocks import rms_normalise
-from compress.errors import UsageError
+from compress.errors import ArtifactError, UsageError
+from compress.finite import all_finite
 from compress.inner import InnerRewrites
 from compress.invariance import FoldedModel, Rotations, Weights
 from compress.kept import KeptFolder
 from compress.locking import locked
 from compress.progress import track
 from compress.streams import GramSum, Runner, embed, mapped, mapped_anew, save_whole
-from compress.structures.linalg import all_finite
 from compress.versions import versions
 
 SUB_BLOCKS = ("attn", "mlp")
@@ -73,14 +72,22 @@ class StatisticsFolder(Mapping[tuple[int, str], StreamMoments]):
         layer, sub = key
         if sub not in SUB_BLOCKS or not 0 <= layer < self.arch.num_layers:
             raise KeyError(key)
-        with safe_open(self.folder / _forward_file(layer), framework="pt") as file:
-            read, inner = (file.get_tensor(f"{sub}.{place}").double() for place in ("in", "inner"))
+        read, inner = self._read(_forward_file(layer), [f"{sub}.in", f"{sub}.inner"])
         gradients = None
         if self.sensitivity == "fisher":
-            with safe_open(self.folder / _backward_file(layer), framework="pt") as file:
-                roles = (*self.arch.readers(sub), WRITERS[sub])
-                gradients = {role: file.get_tensor(role).double() for role in roles}
+            roles = (*self.arch.readers(sub), WRITERS[sub])
+            gradients = dict(zip(roles, self._read(_backward_file(layer), roles), strict=True))
         return StreamMoments(read, inner, gradients)
+
+    def _read(self, name: str, keys: Sequence[str]) -> list[Tensor]:
+        path = self.folder / name
+        try:
+            with safe_open(path, framework="pt") as file:
+                return [file.get_tensor(key).double() for key in keys]
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(
+                f"{path} was removed or changed while it was in use ({error}); run the same command again"
+            ) from error
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         return ((layer, sub) for layer in range(self.arch.num_layers) for sub in SUB_BLOCKS)
@@ -90,7 +97,7 @@ class StatisticsFolder(Mapping[tuple[int, str], StreamMoments]):
 
     def final(self) -> Tensor:
         """Second moment (d, d) of the normalised stream that the head reads."""
-        return load_file(self.folder / FINAL)["gram"].double()
+        return self._read(FINAL, ["gram"])[0]
 
 
 def collect(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import GateError, UsageError, run_cli
+from compress.lazy import CORE, check_versions, require
 from compress.progress import log
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     gpu.add_argument(
         "--trust-engine", action="store_true", help="load a plan that is not what manifest.json vouches for"
     )
-    p.add_argument("--no-plot", action="store_true", help="do without reports/layers.png, and matplotlib")
+    p.add_argument("--no-plot", action="store_true", help="do without the plots of reports/, and matplotlib")
     p.add_argument("--json", action="store_true", help="the result as one JSON object")
     p.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     return p
@@ -91,11 +92,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, validate, report; 0, or 3 when a gate failed."""
     args = parser().parse_args(argv)
     limits = _check(args)
+    check_versions(*CORE, "onnx", purpose="validate a model")
+    if args.perplexity_runtime == "onnxruntime" or not {"parity", "speed"} <= set(args.skip):
+        require("onnxruntime", pip="'onnxruntime>=1.24'", purpose="validate the exported model")
     if not args.no_plot:
-        from compress.lazy import require
-
         require(  # now, and not after minutes of work
-            "matplotlib", pip="'procrustes-llm[eval]'", purpose="draw reports/layers.png (or give --no-plot)"
+            "matplotlib", pip="'procrustes-llm[eval]'", purpose="draw the plots of reports/ (or give --no-plot)"
         )
     from validate.baseline import Baseline
 
@@ -109,14 +111,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Baseline(args.out, model=args.model, dense=args.dense) as baseline:
         report, gates = validate(baseline, args, limits)
         _publish(baseline, report, plot=not args.no_plot)
-    from validate import report as reports
+    from validate.console import console
     from validate.gates import failures
 
     failed = failures(gates)
     if args.json:
         print(json.dumps({"out": str(args.out), "passed": not failed, **report.to_dict()}, allow_nan=False))
     else:
-        print(reports.console(report))
+        print(console(report))
         print("\n".join(f"FAILED {sentence}" for sentence in failed) or f"OK {args.out / 'reports'}")
     return GateError.exit_code if failed else 0
 

@@ -173,9 +173,11 @@ def test_a_stage_knows_what_it_was_made_from(tmp_path):
 
 def test_state_is_outside_the_manifest(tmp_path):
     artifact = build(tmp_path)
-    (artifact.state_folder() / "layer-3.safetensors").write_text("x")
+    kept = artifact.open_state({"ratio": 0.75})
+    kept.path("layer-3.safetensors").write_text("x")
+    kept.keep("layer-3.safetensors")
     build(tmp_path, "onnx")
-    assert (artifact.state_folder() / "layer-3.safetensors").exists()
+    assert "layer-3.safetensors" in artifact.open_state({"ratio": 0.75})
     artifact.verify()
     artifact.clear_state()
     assert names(tmp_path) == ["checkpoint", "manifest.json", "onnx"]

@@ -249,7 +249,7 @@ def source(tiny_model: TinyModel) -> Iterator[ModelSource]:
 # Runner.block is called once a block to calibrate (1-3) and for the sensitivity (4-6), and twice a block to fit (7-12).
 @pytest.mark.parametrize(
     ("call", "left"),
-    [(2, 11), (5, 9), (7, 6), (9, 4), (12, 2)],
+    [(2, 11), (5, 8), (7, 6), (9, 4), (12, 2)],
     ids=["calibrate", "sensitivity", "first fit", "second fit", "last fit"],
 )
 @pytest.mark.parametrize("rotation", ["shared", "block"])

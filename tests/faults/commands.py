@@ -41,13 +41,13 @@ class Command:
             shutil.copytree(self.before, self.out)
 
     def start(self, limit: Callable[[], None] | None = None) -> int:
-        """Run it in a child whose id is returned; its output goes to `folder`/log. limit: called there first."""
+        """Run it in a child whose id is returned; its output goes to `folder`.log. limit: called there first."""
         child = os.fork()
         if child:
             return child
         code = 1
         try:
-            log = os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            log = os.open(self.folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.close(log)
@@ -63,7 +63,7 @@ class Command:
 
     def log(self) -> str:
         """What the last run printed."""
-        return (self.folder / "log").read_text(errors="replace")
+        return (self.folder.with_suffix(".log")).read_text(errors="replace")
 
     def require(self, what: str) -> None:
         """Run it to its end, which must be exit 0."""
@@ -133,7 +133,7 @@ def commands(folder: Path) -> list[Command]:
         (folder / name).mkdir()
     model, text = tiny.write(MODEL, folder / "model"), folder / TEXT
     text.write_text(tiny.TEXT)
-    recipe = ("--structure", "kron", "--ratio", "0.75", "--calibration-data", str(text), "--calibration-samples", "4")
+    recipe = ("--structure", "auto", "--ratio", "0.75", "--calibration-data", str(text), "--calibration-samples", "4")
     recipe = (*recipe, "--sequence-length", "32", "--model", str(model))
     out = ("--out", str(folder / "compress" / "out"))
     first = Command("compress", compress.run.main, (*recipe, *out), folder / "compress")

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 from tests.faults.commands import Reference, commands, kill_after
-from tests.faults.rows import Options, Row
+from tests.faults.rows import Options, Row, times
 
 SHARES = {"compress": 0.5, "export": 0.25, "validate": 0.25}
 
@@ -27,5 +27,5 @@ def run(folder: Path, options: Options) -> list[Row]:
             reference.require(command, f"after kill {kills}")
         told = f"{len(reference.files)} of {len(reference.names)} files, all that hold no measured times"
         went_on = f"; {resumed} went on from finished pieces" if command.name != "validate" else ""
-        rows.append(Row(f"SIGKILL of {command.name}", kills, f"{kills} times the same bytes ({told}){went_on}"))
+        rows.append(Row(f"SIGKILL of {command.name}", kills, f"{times(kills)} the same bytes ({told}){went_on}"))
     return rows

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tests.faults.commands import Command, Reference, commands
-from tests.faults.rows import FaultError, Options, Row
+from tests.faults.rows import FaultError, Options, Row, times
 
 FILE_SIZES = (1_000, 20_000, 60_000, 100_000, 200_000)  # bytes
 HANDLES = (3, 4, 5, 6, 7, 8, 10)
-MEMORY = (1, 4, 8, 16, 32, 64, 128)  # MiB beyond what is in use at the start
+MEMORY = (0, 64, 128, 256, 512, 1_024, 4_096, 32_768)  # KiB beyond what is mapped at the start
 DISKS = (64, 300, 600, 1_000)  # KiB
 
 
@@ -21,15 +21,15 @@ def run(folder: Path, options: Options) -> list[Row]:
     """One row for each lack. Raises FaultError for a traceback, another exit code, or another result afterwards."""
     rows = list[Row]()
     found = commands(folder)
-    for command in found[:2]:
+    for command in found:
         reference = Reference.of(command)
         for fault, code, limits in (
             ("files limited in size (RLIMIT_FSIZE)", 5, [_limit(resource.RLIMIT_FSIZE, n) for n in FILE_SIZES]),
             ("too few file handles (RLIMIT_NOFILE)", 4, [_limit(resource.RLIMIT_NOFILE, n) for n in HANDLES]),
-            ("too little memory (RLIMIT_AS)", 4, [_memory(n << 20) for n in MEMORY]),
+            ("too little memory (RLIMIT_AS)", 4, [_memory(n << 10) for n in MEMORY]),
         ):
             rows.append(_row(command, reference, fault, code, limits))
-    rows += _disks(found[0])
+        rows += _disks(command, reference)
     return rows
 
 
@@ -43,10 +43,11 @@ def _row(command: Command, reference: Reference, fault: str, code: int, limits: 
         else:
             enough += 1
         reference.require(command, f"after {fault}")
-    told = f"{refused} times exit {code} and a sentence, then the same bytes without the limit"
+    told = f"{times(refused)} exit {code} and a sentence, then the same bytes without the limit"
     if not refused:
         raise FaultError(f"{command.name}, {fault}: no limit was too low")
-    return Row(f"{command.name}, {fault}", refused + enough, told + (f"; {enough} times it was enough" * (enough > 0)))
+    told += f"; {times(enough)} it was enough" if enough else ""
+    return Row(f"{command.name}, {fault}", refused + enough, told)
 
 
 def _refused(command: Command, what: str, code: int, limit: Callable[[], None] | None) -> bool:
@@ -73,28 +74,39 @@ def _memory(more: int) -> Callable[[], None]:
     return limit
 
 
-def _disks(command: Command) -> list[Row]:
+def _disks(command: Command, reference: Reference) -> list[Row]:
     """A file system that is full, and one that is read-only; where this user may mount one."""
-    command.reset()
-    command.out.mkdir(exist_ok=True)
-    full = 0
+    full, disk = 0, command.folder
     for size in DISKS:
-        if not _mount("-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(command.out)):
+        command.reset()
+        before = sum(file.stat().st_blocks * 512 for file in command.out.rglob("*")) if command.before else 0
+        if not _mount("-t", "tmpfs", "-o", f"size={size + before // 1024}k", "tmpfs", str(disk)):
             return []
         try:
+            command.reset()
             full += _refused(command, f"{command.name} on a disk of {size} KiB", 5, None)
             left = [path.name for path in command.out.iterdir() if path.name.startswith((".tmp", ".pending", ".draft"))]
             if left:
                 raise FaultError(f"{command.name} on a disk of {size} KiB left {left}")
+            _mount("-o", "remount,size=1g", str(disk))
+            command.require("with space on the disk")
+            reference.require(command, "with space on the disk")
         finally:
-            _unmount(command.out)
-    rows = [Row(f"{command.name}, disk full (tmpfs)", len(DISKS), f"{full} times exit 5 and a sentence")]
-    _mount("-t", "tmpfs", "-o", "ro", "tmpfs", str(command.out))
+            _unmount(disk)
+    told = f"{times(full)} exit 5 and a sentence, then the same bytes once there was space"
+    enough = len(DISKS) - full
+    told += f"; {times(enough)} it was enough" if enough else ""
+    if not full:
+        raise FaultError(f"{command.name}: no disk was too small")
+    rows = [Row(f"{command.name}, disk full (tmpfs)", len(DISKS), told)]
+    _mount("-t", "tmpfs", "tmpfs", str(disk))
     try:
+        command.reset()
+        _mount("-o", "remount,ro", str(disk))
         if not _refused(command, f"{command.name} on a read-only disk", 5, None):
             raise FaultError(f"{command.name} wrote to a read-only disk")
     finally:
-        _unmount(command.out)
+        _unmount(disk)
     return [*rows, Row(f"{command.name}, read-only file system", 1, "exit 5 and a sentence")]
 
 

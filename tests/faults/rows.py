@@ -23,5 +23,10 @@ class Options:
     seed: int = 0
 
 
+def times(count: int) -> str:
+    """`once`, `7 times`."""
+    return "once" if count == 1 else f"{count} times"
+
+
 class FaultError(Exception):
     """The program did not do what it should: the run ends, and the table is not written."""

@@ -25,7 +25,7 @@ def validated(built: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_reports_are_complete_and_vouched_for(validated: Any) -> None:
     names = {path.name for path in (validated.out / "reports").iterdir()}
-    assert names == {"summary.md", "parity.json", "quality.json", "speed.json", "layers.png"}
+    assert names == {"summary.md", "parity.json", "quality.json", "speed.json", "layers.png", "frontier.png"}
     artifact = Artifact(validated.out)
     artifact.verify()
     gates = artifact.read_manifest()["gates"]
