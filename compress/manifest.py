@@ -150,7 +150,12 @@ _STAGE_FACTS: dict[str, type | tuple[type, ...]] = {
 }
 """Facts of stages that commands read, and their types where they are given."""
 
-_ACTIVATIONS: dict[str, type | tuple[type, ...]] = {"beyond": dict, "place": str, "tokens": int, "value": _NUMBER}
+_ACTIVATIONS: dict[str, type | tuple[type, ...]] = {
+    "beyond": dict,
+    "place": str,
+    "tokens": int,
+    "value": (*_NUMBER, str),  # "inf", which JSON has no number for
+}
 
 
 def _facts_fault(facts: dict[str, Any], kinds: Mapping[str, type | tuple[type, ...]]) -> str | None:
