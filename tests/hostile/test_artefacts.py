@@ -12,7 +12,6 @@ from tests.hostile.artefacts import KINDS, UNREAD
 from tests.hostile.conftest import assert_refused, validation
 from tests.hostile.sandbox import Sandbox
 
-
 READ = [name for name in KINDS if name not in UNREAD]
 # Half a second each: every second one waits for the slow tests.
 CASES = [pytest.param(name, marks=pytest.mark.slow if at % 2 else ()) for at, name in enumerate(READ)]
