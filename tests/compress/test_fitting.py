@@ -100,7 +100,7 @@ class Fit:
             vocab_size=arch.vocab_size,
         )
         model, runner = folded(source), Runner(arch, c.sequence_length, torch.device("cpu"), 4)
-        kept = kept_in(folder)
+        kept = kept_in(folder / "state")  # the text lies beside it
         self.moments = moments = collect(
             model,
             self.tokens[: recipe.sensitivity_samples],
@@ -114,7 +114,7 @@ class Fit:
         self.files, self.records = LayerFitter(model, plan, recipe, moments, self.tokens, runner, kept, ends).run()
         shape = (*self.tokens.shape, arch.hidden_size)
         self.dense, self.compressed = (
-            mapped(folder / f"fit-{n}-{arch.num_layers}.f32", shape).clone() for n in ("dense", "compressed")
+            mapped(folder / "state" / f"fit-{n}-{arch.num_layers}.f32", shape).clone() for n in ("dense", "compressed")
         )
 
     def error(self) -> float:
