@@ -114,7 +114,7 @@ def test_dry_run_foretells_the_checkpoint(command: Command, tmp_path: Path, caps
         (["--set", "ratio=["], 2, "not YAML"),
         (["--set", "calibraton.seed=1"], 2, "calibraton: there is no such field"),
         (["--recipe", "nothing.yaml"], 2, "nothing.yaml is missing"),
-        (["--calibration-data", "nothing.txt"], 2, "'nothing.txt' is not there"),
+        (["--calibration-data", "nothing.txt"], 2, "'nothing.txt' is missing"),
         (["--calibration-data", "nothing"], 2, "there is no text called 'nothing'"),
         (["--calibration-samples", "1000"], 2, "lower --calibration-samples or --sequence-length"),
         (["--sequence-length", "1000"], 2, "the 128 positions of this model"),
