@@ -23,6 +23,7 @@ from compress.checkpoint import CheckpointReader
 from compress.modeling import Decoder, ProcrustesForCausalLM
 from compress.progress import track
 from compress.streams import Runner, embed
+from compress.structures import cast
 
 SEQUENCES = 4
 """Of the calibration text. The largest activations are those of a few features and of first tokens: in any text."""
@@ -113,9 +114,10 @@ def largest_activations(checkpoint: Path, tokens: Tensor, device: torch.device, 
     for layer in track(range(arch.num_layers), description="largest activations"):
         prefix = f"model.layers.{layer}."
         stored = {n.removeprefix(prefix): reader.get(n) for n in reader.names() if n.startswith(prefix)}
-        weights = {n: t.float() if t.is_floating_point() else t for n, t in stored.items()}
-        block = runner.block(layer, weights, structures, skips[2 * layer : 2 * layer + 2], biases)
-        x = _through(block, f"layers.{layer}", x, watch, runner)
+        with torch.device("meta"):
+            block = Block(arch, structures, layer, skips[2 * layer : 2 * layer + 2], biases)
+        block.load_state_dict({n: t.to(device) for n, t in cast(stored, torch.float32).items()}, assign=True)
+        x = _through(block.requires_grad_(False).eval(), f"layers.{layer}", x, watch, runner)
     _head(reader, ends, x[:1], watch)
     return Largest(few.numel(), watch.values)
 

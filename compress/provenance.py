@@ -62,23 +62,26 @@ def public(recorded: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in recorded.items() if key != "location"}
 
 
-def find_source(recorded: Mapping[str, Any], out: Path, model: str | None = None) -> ModelSource:
+def find_source(
+    recorded: Mapping[str, Any], out: Path, model: str | None = None, trust_remote_code: bool = False
+) -> ModelSource:
     """The model of which OUT's manifest has `recorded`, held against its hashes; `model` names it instead.
 
     A hub model and a package are found by their names, a folder or file where it lay, or at the same relative path from
     the present folder. Raises UsageError when it is not there, ArtifactError when it is another model than it was.
     """
     if model is not None:
-        source = resolve(model)
+        source = resolve(model, trust_remote_code=trust_remote_code)
         _must_match(source, recorded, out, "name the right one with --model")
         return source
     name = stable_name(recorded)
     if name is not None:
         revision = recorded.get("revision")
-        source = resolve(name, revision=None if revision is None else str(revision))
+        revision = None if revision is None else str(revision)
+        source = resolve(name, revision=revision, trust_remote_code=trust_remote_code)
         _must_match(source, recorded, out, "or name the right one with --model")
         return source
-    return _find_local(recorded, out)
+    return _find_local(recorded, out, trust_remote_code)
 
 
 def stable_name(recorded: Mapping[str, Any]) -> str | None:
@@ -94,7 +97,7 @@ def stable_name(recorded: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _find_local(recorded: Mapping[str, Any], out: Path) -> ModelSource:
+def _find_local(recorded: Mapping[str, Any], out: Path, trust_remote_code: bool) -> ModelSource:
     places = list(_places(recorded))
     if not places:
         raise UsageError(
@@ -107,7 +110,7 @@ def _find_local(recorded: Mapping[str, Any], out: Path) -> ModelSource:
             f"the model that {out} was made from is no longer at {' or '.join(map(str, places))}: it was moved or "
             "removed; say where it is with --model PATH"
         )
-    sources = [resolve(str(place)) for place in there]
+    sources = [resolve(str(place), trust_remote_code=trust_remote_code) for place in there]
     for source in sources:
         if not _changed(source, recorded):
             return source

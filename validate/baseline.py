@@ -28,9 +28,11 @@ class Baseline:
     not found.
     """
 
-    def __init__(self, out: Path, *, model: str | None = None, dense: Path | None = None) -> None:
+    def __init__(
+        self, out: Path, *, model: str | None = None, dense: Path | None = None, trust_remote_code: bool = False
+    ) -> None:
         self.artifact = Artifact(out)
-        self._model, self._dense = model, dense
+        self._model, self._dense, self._trust_remote_code = model, dense, trust_remote_code
         self._stack = ExitStack()
 
     def __enter__(self) -> Baseline:
@@ -66,7 +68,7 @@ class Baseline:
         """The model that OUT was made from, found again and held against the manifest's hashes."""
         from compress.provenance import find_source
 
-        return find_source(self.manifest["source"], self.artifact.out, self._model)
+        return find_source(self.manifest["source"], self.artifact.out, self._model, self._trust_remote_code)
 
     @cached_property
     def dense(self) -> ProcrustesForCausalLM:

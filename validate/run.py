@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("out", type=Path, metavar="OUT", help="artefact folder")
     p.add_argument("--model", metavar="M", help="where the source model is (default: where OUT's manifest says it was)")
+    p.add_argument("--trust-remote-code", action="store_true", help="let the source model run its own Python code")
     p.add_argument("--skip", action="append", choices=PARTS, default=[], help="leave a part out; may be repeated")
     gates = p.add_argument_group("gates (the parity ladder always is one)")
     gates.add_argument("--max-ppl-increase", metavar="L", help="5%%, 0.05 or 1.05x: of the dense model's perplexity")
@@ -109,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         require_tensorrt()
         check_engine(Artifact(args.out), trust=args.trust_engine)
-    with Baseline(args.out, model=args.model, dense=args.dense) as baseline:
+    with Baseline(args.out, model=args.model, dense=args.dense, trust_remote_code=args.trust_remote_code) as baseline:
         report, gates = validate(baseline, args, limits)
         _publish(baseline, report, plot=not args.no_plot)
     from validate.console import console

@@ -242,6 +242,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, default=1, metavar="N", help="of ONNX Runtime (default: 1)")
     p.add_argument("--seconds", type=float, metavar="S", help="for each measurement (default: 15, layers: 2)")
     p.add_argument("--model", metavar="M", help="where the source model is (default: where OUT's manifest says it was)")
+    p.add_argument("--trust-remote-code", action="store_true", help="let the source model run its own Python code")
     p.add_argument("--dense", type=Path, metavar="PATH", help="a dense export to use, instead of making one")
     p.add_argument(
         "--write-docs", type=Path, metavar="FILE", help="with --layers: put the table into FILE (docs/speed.md)"
@@ -268,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _layers(args)
     from validate.baseline import Baseline
 
-    with Baseline(args.out, model=args.model, dense=args.dense) as baseline:
+    with Baseline(args.out, model=args.model, dense=args.dense, trust_remote_code=args.trust_remote_code) as baseline:
         result = measure_model(
             baseline.dense_onnx(),
             baseline.onnx,

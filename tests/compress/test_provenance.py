@@ -75,6 +75,13 @@ def test_a_moved_one_is_missed_by_its_path_and_found_by_model(model: Path) -> No
     assert find_source(said, OUT, str(moved)).name == str(moved)
 
 
+def test_code_of_the_model_s_own_is_run_only_when_asked_for(model: Path) -> None:
+    said = recorded(resolve(str(model), trust_remote_code=True))
+    for place in (None, str(model)):
+        assert not find_source(said, OUT, place).trust_remote_code  # the manifest does not ask, the command line does
+        assert find_source(said, OUT, place, trust_remote_code=True).trust_remote_code
+
+
 def test_moving_it_changes_no_request(model: Path, tmp_path: Path) -> None:
     """A checkpoint is used again although the model has another place and name."""
     recipe = helpers.recipe(helpers.text_file(tmp_path))
