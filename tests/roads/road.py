@@ -152,6 +152,7 @@ class Road:
         """Kept is what was asked for, or less by no more than the steps of the sizes: as the dry run told."""
         if self.structure == "dense":
             assert (facts["ratio"] == 1.0) == (self.file is None)
+            assert self.plan["rotation_overhead"] == facts["overhead"] == 0
             return
         asked = BY_LATENCY if self.cell["budget"] == "latency" else self.ratio
         assert 0 <= asked + ROUNDING - facts["ratio"] <= self.granularity, (asked, facts["ratio"])
