@@ -301,12 +301,12 @@ def _from_hub(
             f"{name!r} is not the name of a hub model, which is hf:ORG/NAME, for instance "
             "hf:facebook/opt-125m, nor of an existing folder."
         )
-    preview = hub.download_config(repository, revision, cache_dir)
+    preview = hub.download_config(repository, revision, cache_dir, trust_remote_code)
     # The rest at the very commit that the config came from, should the branch move in between.
     commit = hub.commit_of(preview) or revision
     # A model that no family supports is refused here, before gigabytes are fetched.
     ModelSource(name, "hub", preview, None, repository, commit, trust_remote_code).architecture()
-    folder = hub.download(repository, commit, cache_dir)
+    folder = hub.download(repository, commit, cache_dir, trust_remote_code)
     return ModelSource(name, "hub", folder, None, repository, commit, trust_remote_code)
 
 

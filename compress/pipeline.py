@@ -116,6 +116,10 @@ def compress_model(
     artifact = Artifact(out)
     arch = source.architecture()
     check_recipe(arch, recipe)
+    if materialize_dense:
+        from compress.materialize import check_plain, write_plain
+
+        check_plain(source.name, arch, recipe)
     runner_device = torch_device(device)
     with artifact.lock():
         artifact.claim("checkpoint", "recipe.yaml", *(["dense"] if materialize_dense else []))
@@ -160,8 +164,6 @@ def compress_model(
                 facts["activations"] = _watched(folder, tokens, runner_device, batch)
         artifact.write_text("recipe.yaml", resolved.to_yaml())
         if materialize_dense:
-            from compress.materialize import write_plain
-
             with artifact.stage("dense", inputs=["checkpoint"]) as folder:
                 write_plain(source, model, artifact.path("checkpoint"), folder)
         artifact.clear_state()

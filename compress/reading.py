@@ -58,6 +58,8 @@ def open_regular(path: Path) -> int:
         raise RefusedError(
             f"is a link to {os.readlink(path)!r}, which is not there" if broken else "is missing"
         ) from None
+    except ValueError:
+        raise RefusedError("has a null character in its name, and so cannot be there") from None
     except OSError as error:
         if error.errno in (errno.ENXIO, errno.ENODEV):  # a socket, a device that has no driver
             raise RefusedError("is not a file but a socket or a device") from None

@@ -50,10 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unnamed and not args.dry_run:
         refuse_anothers(Artifact(args.out), source, recipe)
     if args.dry_run:
-        from compress.forecast import forecast
+        from compress.forecast import forecast, lines
 
-        result = {"out": str(args.out), **forecast(source.architecture(), recipe)}
-        print(json.dumps(result) if args.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
+        if args.materialize_dense:
+            from compress.materialize import check_plain
+
+            check_plain(source.name, source.architecture(), recipe)
+        plan = forecast(source.architecture(), recipe, materialize_dense=args.materialize_dense)
+        result = {"out": str(args.out), **plan}
+        print(json.dumps(result) if args.json else "\n".join(lines(result)))
         return 0
     from compress.pipeline import compress_model
 

@@ -137,6 +137,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = _dry_run(args, artifact, source, recipe) if args.dry_run else _build(args, artifact, source, recipe)
     if args.json:
         print(json.dumps(result))
+    elif args.dry_run:
+        from compress.forecast import lines
+
+        print("\n".join(lines(result)))
     else:
         print("\n".join(f"{name}: {value}" for name, value in result.items()))
         if not args.dry_run:
@@ -353,14 +357,21 @@ def _has_checkpoint(args: argparse.Namespace, artifact: Artifact, source: ModelS
 
 def _dry_run(args: argparse.Namespace, artifact: Artifact, source: ModelSource, recipe: Recipe) -> dict[str, Any]:
     from compress.forecast import forecast
+    from compress.space import rotation_bytes
 
     kept = _has_checkpoint(args, artifact, source, recipe)
-    result = {"out": str(args.out), **forecast(source.architecture(), recipe)}
+    if args.materialize_dense:
+        from compress.materialize import check_plain
+
+        check_plain(source.name, source.architecture(), recipe)
+    plan = forecast(source.architecture(), recipe, materialize_dense=args.materialize_dense)
+    result = {"out": str(args.out), **plan}
     dtype = args.dtype or ("float16" if args.engine in TENSORRT else "float32")
     item, stored = (4 if kind == "float32" else 2 for kind in (dtype, recipe.checkpoint_dtype))
     if args.dtype is None and dtype == "float16":
         dtype = "float16, or bfloat16 where calibration finds activations that need it"
-    result["onnx_bytes_about"] = result["checkpoint_bytes_about"] * item // stored
+    weights = plan["checkpoint_bytes_about"] - rotation_bytes(source.architecture(), recipe)
+    result["onnx_bytes_about"] = plan["disk"]["onnx"] = weights * item // stored
     steps = ["reuse checkpoint" if kept else "compress", f"export onnx ({dtype}, {args.logits} logits)"]
     if args.engine in TENSORRT:
         options, _ = _tensorrt(args, source.architecture().max_positions)

@@ -196,7 +196,8 @@ def test_interrupted_and_resumed_is_the_same(
     with monkeypatch.context() as patch:
         calls = interrupted_at(patch, streams, "save_file", 0)
         same_files(compressed(source, tmp_path, **changes), whole)
-    assert calls[0] == writes - 2 * (writes // 3)  # what was done is not done again
+    # What was done is not done again, but for one file where a piece of two was cut in half (the plan is one).
+    assert writes - 2 * (writes // 3) <= calls[0] <= writes - 2 * (writes // 3) + 1
 
 
 def test_statistics_are_computed_once(source: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,9 @@ import pytest
 import yaml
 
 from tests.hostile.artefacts import sign
-from tests.hostile.conftest import is_told
+from tests.hostile.conftest import is_told, validation
 from tests.hostile.mutate import mutations
 from tests.hostile.sandbox import Outcome, Sandbox
-from tests.hostile.test_artefacts import flags, whole  # noqa: F401 (whole is a fixture)
 
 pytestmark = pytest.mark.slow
 
@@ -78,7 +77,7 @@ def test_models(
 def test_artefacts(
     file: str,
     every: int,
-    whole: Path,  # noqa: F811
+    whole: Path,
     sandbox: Sandbox,
     sound: Callable[[str], Path],
     text: Path,
@@ -91,7 +90,7 @@ def test_artefacts(
         (out / file).write_text(json.dumps(document))  # which is YAML as well
         if file != "manifest.json":
             sign(out)
-        outcome = sandbox.run("validate.run", out, "--model", sound("tiny_llama"), *flags(text))
+        outcome = sandbox.run("validate.run", out, "--model", sound("tiny_llama"), *validation(text))
         found += complaint(what, outcome, (0, 3))
         outcome = sandbox.run("export.build", "--resume", "--out", out)
         found += complaint(f"{what}, resumed", outcome, (0,))
@@ -101,7 +100,7 @@ def test_artefacts(
 @pytest.mark.parametrize("every", [2])
 def test_recipes(
     every: int,
-    whole: Path,  # noqa: F811
+    whole: Path,
     sandbox: Sandbox,
     sound: Callable[[str], Path],
     text: Path,
