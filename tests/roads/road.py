@@ -133,7 +133,8 @@ class Road:
         before = sorted(self.folder.rglob("*"))
         self.plan = succeed("compress.run", *arguments, "--out", self.out, "--dry-run", "--json").result
         shown = succeed("compress.run", *arguments, "--out", self.out, "--dry-run").out
-        assert [line.split(": ", 1)[0] for line in shown.splitlines()] == list(self.plan)  # the form is for readers
+        told = [line.split(": ", 1)[0] for line in shown.splitlines() if not line.startswith(" ")]
+        assert told == list(self.plan)
         assert sorted(self.folder.rglob("*")) == before
 
     def compress(self) -> None:
