@@ -36,8 +36,10 @@ def ratio_of(arch: Architecture, recipe: Recipe) -> float:
 
 
 def _added_biases(arch: Architecture, recipe: Recipe) -> int:
-    """Parameters of the biases that bias correction adds."""
-    return bias_parameters(arch, extra_biases(arch, tuple(arch.linears()))) if "bias" in recipe.inner else 0
+    """Parameters of the biases that bias correction adds, which corrects what is fitted: nothing of a dense copy."""
+    if "bias" not in recipe.inner or recipe.structure == "dense":
+        return 0
+    return bias_parameters(arch, extra_biases(arch, tuple(arch.linears())))
 
 
 def ratio_of_weights(arch: Architecture, recipe: Recipe) -> float:

@@ -124,9 +124,9 @@ Text with `python -m compress.run --model x --out y` and `make demo`.
 def test_the_demo_of_the_makefile_is_the_readmes() -> None:
     makefile = (ROOT / "Makefile").read_text()
     [recipe] = re.findall(r"^demo:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
-    for name, value in re.findall(r"^(OUT|STRUCTURE) \?= (\S+)$", makefile, re.MULTILINE):
-        recipe = recipe.replace(f"$({name})", value)
-    wanted = [re.sub(r"^.*\$\(bin\)/", "", line) for line in recipe.splitlines()]
+    values = dict(re.findall(r"^(\w+) \?= (.*)$", makefile, re.MULTILINE))
+    lines = [re.sub(r"^.*\$\(bin\)/", "", line) for line in recipe.splitlines()]
+    wanted = [re.sub(r"\$\((\w+)\)", lambda variable: values[variable[1]], line) for line in lines]
     shown = [s.text for s in shown_in("README.md", (ROOT / "README.md").read_text())]
     assert wanted
     assert set(wanted) <= set(shown)
