@@ -3,13 +3,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= out/demo
+# What make demo compresses with: auto, or kron (the method of the ProcrustesGPT paper), gs, pifa, lowrank.
+STRUCTURE ?= auto
 # Test processes side by side, each on one thread.
 WORKERS ?= 2
 
 bin := $(VENV)/bin
 # More threads than free cores make small matrix products slower, and paired timings worthless.
 one_thread := OMP_NUM_THREADS=1
-# All cores for the solvers, but threads that wait must not spin where the machine has other work.
+# All cores for solvers and perplexity, but threads that wait must not spin where the machine has other work; what
+# ONNX Runtime is timed with has one thread of its own.
 patient := OMP_WAIT_POLICY=passive
 offline := HF_HUB_OFFLINE=1
 pip := $(bin)/python -m pip install --disable-pip-version-check --quiet
@@ -27,7 +30,7 @@ help:
 	@echo 'make venv       set up: $(VENV) with this project, editable, and its tools'
 	@echo 'make clean      remove caches and the output of the demo; the environment stays'
 	@echo
-	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) OUT=$(OUT) WORKERS=$(WORKERS)'
+	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) OUT=$(OUT) STRUCTURE=$(STRUCTURE) WORKERS=$(WORKERS)'
 
 venv: $(VENV)/.ready
 
@@ -55,8 +58,8 @@ $(VENV)/serve/.ready: $(VENV)/.ready requirements-serve.txt
 	@touch $@
 
 demo: $(VENV)/.ready-demo
-	$(patient) $(bin)/python -m export.build --model smollm2-135m --structure kron --ratio 0.75 --engine ort --out $(OUT)
-	$(one_thread) $(bin)/python -m validate.run $(OUT) --max-windows 16
+	$(patient) $(bin)/python -m export.build --model smollm2-135m --structure $(STRUCTURE) --ratio 0.75 --calibration-samples 8 --engine ort --out $(OUT)
+	$(patient) $(bin)/python -m validate.run $(OUT) --max-windows 16 --seconds 5
 
 serve-demo: $(VENV)/.ready-demo $(VENV)/serve/.ready
 	test -f $(OUT)/triton/launch.sh || $(MAKE) demo

@@ -87,48 +87,6 @@ def rotary_for(arch: Architecture, position_ids: Tensor) -> Rotary | None:
     return Rotary(angles.cos() * scaling, angles.sin() * scaling)
 
 
-def attention_mask_bool(
-    attention_mask: Tensor | None,
-    batch: int,
-    past: int,
-    length: int,
-    window: int | None,
-    device: torch.device,
-) -> Tensor:
-    """Which key each query may see: bool (batch, 1, length, past + length).
-
-    attention_mask: (batch, past + length), 0 on padding, or None. Every query sees itself, so that a row of
-    padding never becomes a softmax over nothing. A mask of four axes, (batch, 1, length, past + length), says all
-    by itself, as in transformers.
-    """
-    if attention_mask is not None and attention_mask.dim() == 4:
-        return attention_mask.bool()
-    query = torch.arange(past, past + length, device=device)[:, None]  # (length, 1)
-    key = torch.arange(past + length, device=device)[None, :]  # (1, past + length)
-    visible = key <= query
-    if window is not None:
-        visible = visible & (key > query - window)
-    visible = visible[None, None].expand(batch, 1, length, past + length)
-    if attention_mask is not None:
-        visible = visible & (attention_mask.bool()[:, None, None, :] | (key == query))
-    return visible
-
-
-def mask_unless_causal(
-    given: Tensor | None, batch: int, past: int, length: int, window: int | None, device: torch.device
-) -> Tensor | None:
-    """`attention_mask_bool`, or None where it is the plain causal one: attention then skips what nobody sees."""
-    everything = given is None and (window is None or window >= past + length)
-    if everything and (past == 0 or length == 1):
-        return None
-    return attention_mask_bool(given, batch, past, length, window, device)
-
-
-def positions_from_mask(attention_mask: Tensor) -> Tensor:
-    """Position of each token counted from the first one that is not padding; (batch, total) -> the same shape."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
 def _silent(place: str, value: Tensor) -> None:
     """The tap of a block that nobody listens to."""
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from compress.architecture import Architecture
 from compress.blocks import StructuredLinear
 from compress.errors import ArtifactError
+from compress.finite import all_finite
 from compress.generation import write_generation_config
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
-from compress.reading import RefusedError, read_json, reason, shown
+from compress.reading import RefusedError, parse_json, read_json, reason, shown
 from compress.skips import SkipForm, skip_from_config
 from compress.structures import DenseStructure, Structure
 from compress.structures.joint import leader_of
@@ -52,10 +53,10 @@ class ShardWriter:
         """Queue one tensor. Raises ArtifactError when it is not finite: a broken weight is never written."""
         if name in self._seen:
             raise ValueError(f"{name} was already written")
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise ArtifactError(f"{name} came out with NaN or infinite values; it was not written. Please report this")
         tensor = tensor.detach().to("cpu", self._stored_dtype(name, tensor)).contiguous().clone()
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise ArtifactError(
                 f"{name} has values beyond the range of {str(self.dtype).removeprefix('torch.')}; it was not written. "
                 f"Use --checkpoint-dtype bfloat16 or float32"
@@ -130,7 +131,7 @@ def read_rotations(folder: Path) -> Rotations:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         kind = metadata.get("kind", "block" if "skips" in metadata else "none")
-        forms = json.loads(metadata.get("skips", "[]"))
+        forms = parse_json(metadata.get("skips", "[]").encode())
         tensors = load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); compress the model again") from error
@@ -168,6 +169,7 @@ class CheckpointReader:
             )
         self.config = _config(self.folder)
         self.architecture: Architecture = self.config.parsed_architecture()
+        _check_copies(self.config, self.architecture)
         self._structures = self.config.parsed_structures()
         self._skips = self.config.parsed_skips()
         self.extra_biases = self.config.parsed_extra_biases()
@@ -242,7 +244,7 @@ class CheckpointReader:
                 tensor: Tensor = file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"{path} cannot be read ({error}); compress the model again") from error
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise ArtifactError(f"{name} in {path} has NaN or infinite values; compress the model again")
         return tensor
 
@@ -283,6 +285,34 @@ def _config(folder: Path) -> ProcrustesConfig:
         raise ArtifactError(
             f"transformers refuses {folder / 'config.json'} ({reason(error)}); compress the model again"
         ) from error
+
+
+def _check_copies(config: ProcrustesConfig, arch: Architecture) -> None:
+    """The values that transformers itself reads are those of the architecture; ArtifactError otherwise."""
+    copies = {
+        "num_hidden_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "num_attention_heads": arch.num_heads,
+        "num_key_value_heads": arch.num_kv_heads,
+        "head_dim": arch.head_dim,
+        "vocab_size": arch.vocab_size,
+        "max_position_embeddings": arch.max_positions,
+        "tie_word_embeddings": arch.tied,
+    }
+    for name, value in copies.items():
+        if getattr(config, name) is not value and getattr(config, name) != value:
+            raise ArtifactError(
+                f"config.json has {name} = {shown(getattr(config, name))} beside an architecture with {value}; "
+                "compress the model again"
+            )
+    for name in ("center_embedding", "head_map", "head_bias", "use_cache"):
+        if not isinstance(getattr(config, name), bool):
+            raise ArtifactError(
+                f"config.json has {name} = {shown(getattr(config, name))}, but true or false is needed; compress the "
+                "model again"
+            )
+    if config.rotation not in ("none", "shared", "block"):
+        raise ArtifactError(f"config.json has the rotation {shown(config.rotation)}; compress the model again")
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> ProcrustesForCausalLM:

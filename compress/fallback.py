@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UsageError
+from compress.finite import all_finite
 from compress.structures import (
     CompotStructure,
     DenseStructure,
@@ -34,7 +35,7 @@ from compress.structures import (
     core_of,
 )
 from compress.structures.joint import joint_fit
-from compress.structures.linalg import NumericalError, all_finite, noted_damping, weighted_error
+from compress.structures.linalg import NumericalError, noted_damping, weighted_error
 
 FAILURES = (torch.linalg.LinAlgError, NumericalError)  # type: ignore[attr-defined]
 """What a fit raises when its numbers do not allow it. Anything else is a bug or a wrong request."""
@@ -133,10 +134,11 @@ def _is_optimum(parts: Sequence[Linear], found: Sequence[Mapping[str, Tensor]], 
 
     In float32, with weight and moments scaled to 1: a fit that went wrong misses this by far more than rounding.
     """
-    across = along = 0.0
+    across = along = largest = 0.0
     unit = (gram / gram.diagonal().mean()).float()
     for part, factors in zip(parts, found, strict=True):
         scale = float(part.target.abs().max())
+        largest = max(largest, scale)
         if scale == 0:
             continue
         target, approximation = ((x.double() / scale).float() for x in (part.target, part.structure.dense(factors)))
@@ -146,7 +148,7 @@ def _is_optimum(parts: Sequence[Linear], found: Sequence[Mapping[str, Tensor]], 
             image, weight = (part.metric / mean).float() @ image, weight * float(mean)
         across += weight * float((image * target).sum(dtype=torch.float64))
         along += weight * float((image * approximation).sum(dtype=torch.float64))
-    return math.isfinite(along) and along >= 0 and abs(across - along) <= STATIONARY * along
+    return largest == 0 or (math.isfinite(along) and along > 0 and abs(across - along) <= STATIONARY * along)
 
 
 def _left(linears: Sequence[Linear], reason: str) -> list[Fit]:

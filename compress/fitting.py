@@ -26,6 +26,7 @@ from compress.blocks import Block, StructuredLinear, rms_normalise
 from compress.checkpoint import structured_state
 from compress.errors import UsageError
 from compress.fallback import Fit, Linear, fit_linears
+from compress.finite import all_finite
 from compress.inner import RewrittenModel, bias_correction, centred, extra_biases
 from compress.invariance import FoldedModel, Weights, rotate_block
 from compress.kept import KeptFolder
@@ -38,7 +39,7 @@ from compress.statistics import SUB_BLOCKS, StreamMoments
 from compress.streams import GramSum, Runner, embed, mapped, mapped_anew, save_whole
 from compress.structures import DenseStructure, SelectStructure, Structure, structure_from_config
 from compress.structures.joint import leader_of
-from compress.structures.linalg import all_finite, is_singular, noted_damping
+from compress.structures.linalg import is_singular, noted_damping
 
 
 @dataclass(frozen=True)

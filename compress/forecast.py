@@ -9,12 +9,14 @@ from compress.architecture import Architecture
 from compress.budgets import budget_parameters, overhead_of, ratio_of, unit_of
 from compress.planning import check_recipe
 from compress.recipe import Recipe
+from compress.space import FLOAT, memory_parts, rotation_bytes, state_parts
 
 
-def forecast(arch: Architecture, recipe: Recipe) -> dict[str, Any]:
+def forecast(arch: Architecture, recipe: Recipe, *, materialize_dense: bool = False) -> dict[str, Any]:
     """Shapes, sizes and limits, all computed: nothing of the model is read. Sizes in parameters, memory in bytes.
 
-    The decode ceiling is dense over compressed weight bytes read per token, at batch 1 with an empty cache.
+    The decode ceiling is dense over compressed weight bytes read per token, at batch 1 with an empty cache. `disk` and
+    `memory` list by name what OUT and the process take when it is most.
     """
     check_recipe(arch, recipe)
     size = model_size(arch, {}, recipe.rotation)
@@ -23,10 +25,13 @@ def forecast(arch: Architecture, recipe: Recipe) -> dict[str, Any]:
     head = arch.vocab_size * arch.hidden_size
     ends = recipe.embedding * size.dense_embeddings
     read = budget + overhead + recipe.embedding * head
-    c = recipe.calibration
-    stream = c.samples * c.sequence_length * arch.hidden_size * 4
-    block = 4 * sum(n * m for n, m in arch.linears().values())
     item = 4 if recipe.checkpoint_dtype == "float32" else 2
+    kept = budget + overhead + ends + size.rest
+    state, memory = state_parts(arch, recipe), memory_parts(arch, recipe)
+    checkpoint = int(item * kept) + rotation_bytes(arch, recipe)
+    disk = {**{f"state: {name}": size for name, size in state.items()}, "checkpoint": checkpoint}
+    if materialize_dense:
+        disk["dense"] = int(FLOAT * size.dense_parameters)
     return {
         "family": arch.family,
         "linears": {role: list(shape) for role, shape in arch.linears().items()},
@@ -38,10 +43,33 @@ def forecast(arch: Architecture, recipe: Recipe) -> dict[str, Any]:
         "dense_projection_parameters": size.dense_projections,
         "projection_budget": int(budget),
         "rotation_overhead": overhead,
-        "model_ratio": round((budget + overhead + ends + size.rest) / size.dense_parameters, 4),
+        "model_ratio": round(kept / size.dense_parameters, 4),
         "decode_ceiling": round((size.dense_projections + head) / read, 4),
-        "memory_bytes_about": 6 * block + 4 * stream + 4 * head,
-        "state_bytes_about": (arch.num_layers + 1) * min(recipe.sensitivity_samples, c.samples) * stream // c.samples
-        + 2 * stream,
-        "checkpoint_bytes_about": int(item * (budget + overhead + ends + size.rest)),
+        "memory_bytes_about": sum(memory.values()),
+        "memory": memory,
+        "state_bytes_about": sum(state.values()),
+        "checkpoint_bytes_about": checkpoint,
+        "disk": disk,
     }
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """A forecast as text, the parts of disk and memory one a line."""
+    found = []
+    for key, value in result.items():
+        if key in ("disk", "memory"):
+            found.append(f"{key}: about {readable(sum(value.values()))} at most, of that")
+            found += [f"  {name}: {readable(size)}" for name, size in value.items()]
+        else:
+            found.append(f"{key}: {value}")
+    return found
+
+
+def readable(size: int) -> str:
+    """12.3 MB of 12,345,678."""
+    value = float(size)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"

@@ -12,6 +12,7 @@ from compress.reading import reason
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 _CONFIG = ["config.json"]
+_CODE = ["*.py"]
 _TOKENIZER = [
     "tokenizer.json",
     "tokenizer.model",
@@ -28,12 +29,15 @@ _SAFETENSORS = ["model.safetensors", "model-*.safetensors", "model.safetensors.i
 _PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"]
 
 
-def download_config(repository: str, revision: str | None, cache_dir: Path | None) -> Path:
-    """Fetch config.json alone and return the folder: a refusal should not cost a download of the weights."""
-    return _snapshot(repository, revision, cache_dir, _CONFIG)
+def download_config(repository: str, revision: str | None, cache_dir: Path | None, code: bool = False) -> Path:
+    """Fetch config.json alone and return the folder: a refusal should not cost a download of the weights.
+
+    `code`: the repository's Python files too, which --trust-remote-code runs.
+    """
+    return _snapshot(repository, revision, cache_dir, _CONFIG + _CODE * code)
 
 
-def download(repository: str, revision: str | None, cache_dir: Path | None) -> Path:
+def download(repository: str, revision: str | None, cache_dir: Path | None, code: bool = False) -> Path:
     """Fetch config, tokenizer and weights and return their folder; `.bin` only when there are no safetensors.
 
     What is in the cache already is not fetched again, and with all of it there no network is needed. Raises
@@ -41,9 +45,10 @@ def download(repository: str, revision: str | None, cache_dir: Path | None) -> P
     """
     from compress.weight_files import ENTRIES
 
-    folder = _snapshot(repository, revision, cache_dir, _CONFIG + _TOKENIZER + _SAFETENSORS)
+    always = _CONFIG + _TOKENIZER + _CODE * code
+    folder = _snapshot(repository, revision, cache_dir, always + _SAFETENSORS)
     if not any(folder.glob("*.safetensors")):
-        folder = _snapshot(repository, revision, cache_dir, _CONFIG + _TOKENIZER + _PICKLES)
+        folder = _snapshot(repository, revision, cache_dir, always + _PICKLES)
     if not any((folder / entry).is_file() for entry in ENTRIES) and (why := _no_network()) is not None:
         raise _out_of_reach(repository, why)  # config.json alone is in the cache, from an interrupted download
     return folder

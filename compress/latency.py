@@ -7,7 +7,6 @@ norms and the head are not in it.
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ from statistics import median
 from typing import Any
 
 from compress.errors import UsageError
+from compress.reading import RefusedError, read_json
 from compress.structures import DenseStructure, GroupShuffleStructure, KroneckerStructure, Structure, core_of
 
 Key = tuple[str, int, int]
@@ -70,9 +70,11 @@ class LatencyTable:
     def read(cls, path: Path) -> LatencyTable:
         """What `python -m validate.latency` wrote. Raises UsageError when the file is not such a table."""
         try:
-            table = json.loads(path.read_text())
+            table = read_json(path)
             return cls.of(table["entries"], int(table["tokens"]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except RefusedError as error:
+            raise UsageError(f"--latency-table {path} {error}; measure one with python -m validate.latency") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise UsageError(
                 f"--latency-table {path} cannot be used ({error!r}); measure one with python -m validate.latency"
             ) from error

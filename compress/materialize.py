@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from compress.architecture import WRITERS
+from compress.architecture import WRITERS, Architecture
 from compress.checkpoint import CheckpointReader, ShardWriter, read_rotations
 from compress.errors import UsageError
 from compress.families import TensorNames, tensor_names
 from compress.generation import write_generation_config
+from compress.inner import extra_biases
 from compress.invariance import FoldedModel, Rotations, unrotate
 from compress.models import ModelSource
+from compress.recipe import Recipe
 from compress.statistics import SUB_BLOCKS
 from compress.structures import cast
+
+SLICED = (
+    "{name}: the skips of --structure slice drop part of the stream, which its own class cannot express; do without "
+    "--materialize-dense"
+)
+HEAD_BIAS = (
+    "{name}: its compressed head needs a bias that its own class does not have; do without --embedding, or without "
+    "--materialize-dense"
+)
+NO_PLAIN = (
+    "Such a model has no plain equivalent: use --structure kron with a rotation, auto, pifa or lowrank, or do without "
+    "--materialize-dense"
+)
 
 
 def write_plain(
@@ -35,10 +52,7 @@ def write_plain(
     reader, rotations = CheckpointReader(checkpoint), read_rotations(checkpoint)
     arch = reader.architecture
     if reader.config.skip == "slice":
-        raise UsageError(
-            f"{source.name}: the skips of --structure slice drop part of the stream, which its own class cannot "
-            f"express; do without --materialize-dense"
-        )
+        raise UsageError(SLICED.format(name=source.name))
     names = tensor_names(arch)
     stored = next(reader.get(name).dtype for name in reader.names() if name.startswith("model.embed_tokens."))
     with ShardWriter(folder, dtype) as shards:
@@ -65,8 +79,8 @@ def write_plain(
                         continue
                     if name is None:
                         raise UsageError(
-                            f"{source.name}: {linear} needs a bias that its own class has not; "
-                            f"use the checkpoint itself"
+                            f"{source.name}: {linear} needs a bias that its own class does not have; "
+                            f"do without --materialize-dense"
                         )
                     shards.add(name, unrotate(bias.float(), "out", q) if side == "out" else bias)
             for name in (layer.q_norm, layer.k_norm):
@@ -77,6 +91,43 @@ def write_plain(
     config.save_pretrained(folder)
     write_generation_config(folder, source.generation_config())
     source.tokenizer().save_pretrained(folder)
+
+
+def check_plain(name: str, arch: Architecture, recipe: Recipe) -> None:
+    """Raise UsageError when the recipe's result cannot be written by `write_plain`, as far as the recipe tells.
+
+    What only the fitted weights tell (whether a writer that --structure auto chose has a mean) is left to it.
+    """
+    if recipe.structure == "slice":
+        raise UsageError(SLICED.format(name=name))
+    if "bias" in recipe.inner:
+        added = extra_biases(arch, tuple(arch.linears()))
+        if added:
+            raise UsageError(
+                f"{name}: --inner bias gives {added[0]} and others a bias that its own class does not have; do without "
+                f"it, or without --materialize-dense"
+            )
+    if recipe.embedding < 1 and arch.norm == "layernorm" and not arch.tied:
+        raise UsageError(HEAD_BIAS.format(name=name))
+    if arch.norm == "layernorm" and _writes_means(arch, recipe):
+        how = f"--structure {recipe.structure}{' --fit paper' if recipe.fit == 'paper' else ''}"
+        raise UsageError(
+            f"{name}: what {how} makes of the linears that write into the stream has a mean, which the source's "
+            f"LayerNorm would remove. {NO_PLAIN}"
+        )
+
+
+def _writes_means(arch: Architecture, recipe: Recipe) -> bool:
+    """Whether writers mix the coordinates of the stream with no regard to their mean."""
+
+    def structure(config: Mapping[str, Any]) -> str:
+        core = config.get("core")
+        return structure(core) if isinstance(core, Mapping) else str(config.get("structure"))
+
+    writers = [f"layers.{layer}.{role}" for layer in range(arch.num_layers) for role in WRITERS.values()]
+    chosen = {structure(recipe.layers[name]) if name in recipe.layers else recipe.structure for name in writers}
+    loose = recipe.rotation == "none" or not recipe.ties or recipe.fit == "paper"
+    return bool(chosen & {"compot", "compot24", "gs"}) or ("kron" in chosen and loose)
 
 
 def _plain_ends(
@@ -92,9 +143,7 @@ def _plain_ends(
         plain[names.embed] = unrotate(U @ R, "in", rotations.at(0))
     if reader.config.head_rank:
         if reader.config.head_bias:
-            raise UsageError(
-                f"{source.name}: the compressed head needs a bias that its own class has not; use the checkpoint itself"
-            )
+            raise UsageError(HEAD_BIAS.format(name=source.name))
         U, R = (reader.get(f"lm_head.{factor}").float() for factor in ("U", "R"))
         assert names.lm_head is not None
         plain[names.lm_head] = unrotate(U @ R, "in", rotations.at(2 * arch.num_layers))
@@ -107,6 +156,5 @@ def _check_mean_free(weight: Tensor, linear: str, stored: torch.dtype) -> None:
     mean = float(weight.double().mean(0).norm()) * len(weight) ** 0.5
     if mean > max(1e-5, 2 * torch.finfo(stored).eps) * float(weight.norm()):
         raise UsageError(
-            f"{linear} writes a mean into the stream, which the source's LayerNorm would remove: this model has no "
-            f"plain equivalent. Use --structure kron with a rotation, or lowrank, or do without --materialize-dense"
+            f"{linear} writes a mean into the stream, which the source's LayerNorm would remove. {NO_PLAIN}"
         )

@@ -17,13 +17,12 @@ from compress.blocks import (
     ACTIVATIONS,
     Block,
     Rotary,
-    mask_unless_causal,
-    positions_from_mask,
     rms_normalise,
     rotary_for,
 )
 from compress.errors import ArtifactError, UsageError
 from compress.families.base import check_sizes
+from compress.masks import check_mask, mask_unless_causal, positions_for
 from compress.reading import shown
 from compress.skips import SkipForm, skips_from_config
 from compress.structures import Structure, structure_from_config
@@ -224,13 +223,20 @@ class Decoder(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: Cache | None
     ) -> Tensor:
         batch, length = input_ids.shape
-        past = cache.get_seq_length() if cache is not None else 0
-        mask = mask_unless_causal(attention_mask, batch, past, length, self.arch.sliding_window, input_ids.device)
+        past = past_of(cache)
+        keys = None if cache is None else cache.get_mask_sizes(length, 0)
+        window, device = self.arch.sliding_window, input_ids.device
         x, rotary = self.embed(input_ids, position_ids), self.rotary(position_ids)
+        mask = mask_unless_causal(attention_mask, batch, past, length, window, device, keys, x.dtype)
         for block in self.layers:
             x = block(x, rotary, mask, cache)
         x = rms_normalise(x, self.arch.norm_eps)
         return x if self.head_map is None else self.head_map(x)
+
+
+def past_of(cache: Cache | None) -> int:
+    """Tokens in the cache."""
+    return 0 if cache is None else int(cache.get_seq_length())
 
 
 class ProcrustesForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
@@ -254,6 +260,11 @@ class ProcrustesForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
             self._tied_weights_keys = {f"lm_head.{name}": f"model.embed_tokens.{name}" for name in ("U", "R")}
         self.post_init()  # type: ignore[no-untyped-call]
 
+    @staticmethod
+    def create_masks_for_generate(*, attention_mask: Tensor | None = None, **unused: Any) -> Tensor | None:
+        """What `generate` gives `forward` with a static cache. transformers' own would know of no sliding window."""
+        return attention_mask
+
     def _init_weights(self, module: nn.Module) -> None:
         """A compressed checkpoint always brings every weight; there is nothing to draw at random."""
 
@@ -270,19 +281,21 @@ class ProcrustesForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
     ) -> CausalLMOutputWithPast:
         """Logits (batch, length, vocabulary), or of the last `logits_to_keep` positions when that is not 0.
 
-        input_ids: (batch, length); attention_mask: (batch, past + length), 0 on (left) padding; position_ids:
-        (batch, length), counted from the first token that is not padding when not given. Raises UsageError for ids
-        that are not in the vocabulary, which a tokenizer that is longer than it gives.
+        input_ids: (batch, length); attention_mask: (batch, past + length), 0 on (left) padding, or four axes, see
+        compress/masks.py; position_ids: (batch, length), when not given counted from the first token that is not
+        padding, or with a mask of four axes from the start of the cache. Raises UsageError for a mask that could be
+        read in more than one way, and for ids that are not in the vocabulary, which a tokenizer that is longer gives.
         """
         _check_ids(input_ids, self.config.vocab_size)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        (batch, length), past = input_ids.shape, past_of(past_key_values)
+        if attention_mask is not None:
+            keys = (length, 0) if past_key_values is None else past_key_values.get_mask_sizes(length, 0)
+            check_mask(attention_mask, batch, past, length, keys)
         if position_ids is None:
-            length = input_ids.shape[1]
-            full = attention_mask if attention_mask is not None else input_ids.new_ones(len(input_ids), past + length)
-            position_ids = positions_from_mask(full)[:, -length:]
+            position_ids = positions_for(attention_mask, batch, past, length, input_ids.device)
         hidden = self.model(input_ids, attention_mask, position_ids, past_key_values)
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None

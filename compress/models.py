@@ -78,11 +78,12 @@ class ModelSource:
         from transformers import PreTrainedTokenizerFast
 
         if self.gguf_file is not None:
-            from compress.gguf import check_tokenizer
+            from compress.gguf import check_tokenizer, split_as_trained
 
             check_tokenizer(self._gguf_header)
             # AutoTokenizer would read the header of the file again, and slowly, for the config alone.
             tokenizer = self._from_pretrained(PreTrainedTokenizerFast, "tokenizer")
+            split_as_trained(tokenizer, self._gguf_header)
         else:
             cls, options = tokenizer_class(self.path, self._config.model_type, self.trust_remote_code)
             tokenizer = self._from_pretrained(cls, "tokenizer", **options)
@@ -300,12 +301,12 @@ def _from_hub(
             f"{name!r} is not the name of a hub model, which is hf:ORG/NAME, for instance "
             "hf:facebook/opt-125m, nor of an existing folder."
         )
-    preview = hub.download_config(repository, revision, cache_dir)
+    preview = hub.download_config(repository, revision, cache_dir, trust_remote_code)
     # The rest at the very commit that the config came from, should the branch move in between.
     commit = hub.commit_of(preview) or revision
     # A model that no family supports is refused here, before gigabytes are fetched.
     ModelSource(name, "hub", preview, None, repository, commit, trust_remote_code).architecture()
-    folder = hub.download(repository, commit, cache_dir)
+    folder = hub.download(repository, commit, cache_dir, trust_remote_code)
     return ModelSource(name, "hub", folder, None, repository, commit, trust_remote_code)
 
 

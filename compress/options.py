@@ -203,5 +203,5 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
     for flag, field in _FLAGS.items():
         given = getattr(args, flag)
         if given is not None:
-            put(values, field, given, str(args.recipe))
+            put(values, field, given, "--set" if args.recipe is None else str(args.recipe))
     return parse_recipe(values, str(args.recipe) if args.recipe else "the command line")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from compress import families
 from compress.architecture import Architecture
@@ -22,6 +23,7 @@ from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.files import sha256_of
 from compress.fitting import summarise
 from compress.invariance import FoldedModel, Rotations, rotate_block
+from compress.largest import largest_activations
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
 from compress.models import ModelSource
 from compress.planning import check_recipe
@@ -114,11 +116,14 @@ def compress_model(
     artifact = Artifact(out)
     arch = source.architecture()
     check_recipe(arch, recipe)
-    request = request_digest(source, recipe)
+    if materialize_dense:
+        from compress.materialize import check_plain, write_plain
+
+        check_plain(source.name, arch, recipe)
     runner_device = torch_device(device)
     with artifact.lock():
         artifact.claim("checkpoint", "recipe.yaml", *(["dense"] if materialize_dense else []))
-        state = artifact.open_state(request | {"versions": versions()})
+        # Weights, tokenizer and text are looked at before anything that takes long, such as hashing the weights.
         model = folded(source)
         tokenizer = source.tokenizer()
         tokens = None
@@ -133,6 +138,8 @@ def compress_model(
                 vocab_size=arch.vocab_size,
             )
             _warn_when_short(tokens.numel(), max(m for _, m in arch.linears().values()))
+        request = request_digest(source, recipe)
+        state = artifact.open_state(request | {"versions": versions()})
         folder = None if statistics is None else statistics / statistics_digest(source, recipe)
         fitted = fit_model(model, recipe, tokens, state, runner_device, batch, folder)
         summarise(fitted.records)
@@ -153,10 +160,10 @@ def compress_model(
             write_rotations(folder, fitted.rotations)
             tokenizer.save_pretrained(folder)
             (folder / "fit.json").write_text(json.dumps([asdict(r) for r in fitted.records], indent=1) + "\n")
+            if tokens is not None:
+                facts["activations"] = _watched(folder, tokens, runner_device, batch)
         artifact.write_text("recipe.yaml", resolved.to_yaml())
         if materialize_dense:
-            from compress.materialize import write_plain
-
             with artifact.stage("dense", inputs=["checkpoint"]) as folder:
                 write_plain(source, model, artifact.path("checkpoint"), folder)
         artifact.clear_state()
@@ -164,6 +171,15 @@ def compress_model(
     asked = f"{ratio_of(arch, recipe):.4f}" if seconds is None else f"{seconds:g} seconds"
     log(f"kept {size.ratio:.4f} of the projection parameters (asked {asked}), {size.model_ratio:.4f} of the model")
     return artifact
+
+
+def _watched(checkpoint: Path, tokens: Tensor, device: torch.device, batch: int) -> dict[str, Any]:
+    """checkpoint/activations.json, and what the manifest says of it."""
+    found = largest_activations(checkpoint, tokens, device, batch)
+    (checkpoint / "activations.json").write_text(json.dumps(found.all(), indent=1) + "\n")
+    place, value = found.worst()
+    log(f"largest activation {value:.4g}: {place}")
+    return found.to_dict()
 
 
 def _warn_when_short(tokens: int, width: int) -> None:

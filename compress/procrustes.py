@@ -123,12 +123,16 @@ class Dropped:
     @classmethod
     def of(cls, terms: Sequence[tuple[StreamTerm, int]], dtype: torch.dtype) -> list[Dropped]:
         """Group (term, kept) by P; P is inverted in float64 whatever `dtype` the search runs in."""
-        shared: dict[int, list[tuple[StreamTerm, int]]] = {}
+        shared: dict[int, tuple[Tensor, dict[int, Tensor]]] = {}
         for term, kept in terms:
-            shared.setdefault(id(term.p), []).append((term, kept))
+            _, sums = shared.setdefault(id(term.p), (term.p, {}))
+            sums[kept] = sums[kept] + term.m if kept in sums else term.m  # a loss is linear in M
         return [
-            cls(torch.linalg.inv(group[0][0].p).to(dtype), tuple((t.m.to(dtype), k) for t, k in group))
-            for group in shared.values()
+            cls(
+                torch.cholesky_inverse(torch.linalg.cholesky(p)).to(dtype),
+                tuple((m.to(dtype), kept) for kept, m in sums.items()),
+            )
+            for p, sums in shared.values()
         ]
 
 
@@ -218,8 +222,19 @@ def nested_rotation(
         if len(history) > 5 and history[-6] - value < tolerance * abs(value) and value <= history[-6]:
             break
     found = polar(best.double())  # removes the rounding that accumulates over the steps
-    before, after = (sum(float(t.curve(q)[k]) for t, k in wanted) for q in (start, found))
-    return found if after < before else start
+    return found if summed_loss(wanted, found) < summed_loss(wanted, start) else start
+
+
+def summed_loss(terms: Sequence[tuple[StreamTerm, int]], q: Tensor) -> float:
+    """sum_t loss_t(q[:, kept_t:]) in float64; see `StreamTerm.curve`."""
+    columns: dict[int, Tensor] = {}
+    total = 0.0
+    for term, kept in terms:
+        if id(term.p) not in columns:
+            columns[id(term.p)] = whitened_columns(term.p, q)
+        z = columns[id(term.p)]
+        total += float(curve_of(((z @ term.m) * z).sum(1))[kept])
+    return total
 
 
 def plane_curvatures(active: Sequence[Dropped], q: Tensor) -> Tensor:

@@ -13,11 +13,14 @@ import os
 import stat
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from compress.errors import ArtifactError
+
+T = TypeVar("T")
+
 
 MAX_JSON_BYTES = 16 << 20
 """Of config.json, an index, a manifest. Parsed, a hostile file takes some 25 times its size."""
@@ -55,6 +58,8 @@ def open_regular(path: Path) -> int:
         raise RefusedError(
             f"is a link to {os.readlink(path)!r}, which is not there" if broken else "is missing"
         ) from None
+    except ValueError:
+        raise RefusedError("has a null character in its name, and so cannot be there") from None
     except OSError as error:
         if error.errno in (errno.ENXIO, errno.ENODEV):  # a socket, a device that has no driver
             raise RefusedError("is not a file but a socket or a device") from None
@@ -91,6 +96,19 @@ def fault_of(path: Path) -> str | None:
 def read_json(path: Path, limit: int = MAX_JSON_BYTES, *, unique: bool = True) -> Any:
     """The value of a JSON file. Raises RefusedError and OSError."""
     return parse_json(read_bytes(path, limit), unique=unique)
+
+
+def read_artefact_json(path: Path, kind: type[T], advice: str) -> T:
+    """The list or object in a JSON file of an artefact. Raises ArtifactError, which ends with `advice`."""
+    try:
+        value = read_json(path)
+    except RefusedError as error:
+        raise ArtifactError(f"{path} {error}; {advice}") from error
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror}); {advice}") from error
+    if not isinstance(value, kind):
+        raise ArtifactError(f"{path} is not a JSON {'list' if kind is list else 'object'} but {shown(value)}; {advice}")
+    return value
 
 
 def parse_json(data: bytes, *, unique: bool = True) -> Any:

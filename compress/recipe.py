@@ -39,7 +39,7 @@ DEFAULT_ROTATION: dict[str, RotationName] = {
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Calibration(_Strict):
@@ -196,13 +196,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = reading.parse_yaml(reading.read_bytes(path, reading.MAX_YAML_BYTES).decode("utf-8-sig"))
     except OSError as error:
-        raise UsageError(f"the recipe {path} cannot be read: {error.strerror}") from error
+        raise UsageError(f"the recipe {path} cannot be read: {error.strerror}; change its permissions") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"the recipe {path} is not UTF-8 text ({error.reason} at offset {error.start})") from error
     except reading.RefusedError as error:
-        raise UsageError(f"the recipe {path} {error}") from error
+        raise UsageError(f"the recipe {path} {error}; give a file such as the recipe.yaml of a build") from error
     if not isinstance(values, dict):
-        raise UsageError(f"the recipe {path} must be a mapping of fields to values, it is {shown(values)}")
+        raise UsageError(
+            f"the recipe {path} must be a mapping of fields to values, it is {shown(values)}; give a file such as the "
+            f"recipe.yaml of a build"
+        )
     return values
 
 

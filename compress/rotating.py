@@ -51,12 +51,15 @@ class StreamRotations:
             self.basis = torch.linalg.qr(ones, mode="complete").Q[:, 1:]
         self.matrices: list[Tensor] = []
 
-    def term(self, term: StreamTerm) -> StreamTerm:
-        """The term in the directions that the search is in."""
+    def term(self, term: StreamTerm, known: dict[int, Tensor] | None = None) -> StreamTerm:
+        """The term in the directions that the search is in. `known`, by the identity of P: the P of other terms, so
+        that terms that share theirs go on sharing it."""
         if self.basis is None:
             return term
-        b = self.basis
-        return StreamTerm(term.name, b.T @ term.p @ b, b.T @ term.m @ b, term.cost)
+        b, known = self.basis, {} if known is None else known
+        if id(term.p) not in known:
+            known[id(term.p)] = b.T @ term.p @ b
+        return StreamTerm(term.name, known[id(term.p)], b.T @ term.m @ b, term.cost)
 
     def start(self, terms: Sequence[Callable[[], Iterator[StreamTerm]]], keeper: Keeper) -> None:
         """The closed-form start of each rotation from its terms, which are asked for where it is not kept yet."""

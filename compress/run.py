@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from compress.errors import run_cli
+from compress.lazy import CORE, check_versions
 from compress.options import add_compress_arguments, add_output_arguments, recipe_from
 from compress.progress import log
 
@@ -35,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, compress, print."""
     args = parser().parse_args(argv)
+    check_versions(*CORE, purpose="compress a model")
     recipe = recipe_from(args)
     from compress.artifact import Artifact
     from compress.default_out import default_out, refuse_anothers
@@ -48,10 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unnamed and not args.dry_run:
         refuse_anothers(Artifact(args.out), source, recipe)
     if args.dry_run:
-        from compress.forecast import forecast
+        from compress.forecast import forecast, lines
 
-        result = {"out": str(args.out), **forecast(source.architecture(), recipe)}
-        print(json.dumps(result) if args.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
+        if args.materialize_dense:
+            from compress.materialize import check_plain
+
+            check_plain(source.name, source.architecture(), recipe)
+        plan = forecast(source.architecture(), recipe, materialize_dense=args.materialize_dense)
+        result = {"out": str(args.out), **plan}
+        print(json.dumps(result) if args.json else "\n".join(lines(result)))
         return 0
     from compress.pipeline import compress_model
 

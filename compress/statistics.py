@@ -21,13 +21,13 @@ from torch import Tensor
 from compress.architecture import WRITERS, Architecture
 from compress.blocks import rms_normalise
 from compress.errors import ArtifactError, UsageError
+from compress.finite import all_finite
 from compress.inner import InnerRewrites
 from compress.invariance import FoldedModel, Rotations, Weights
 from compress.kept import KeptFolder
 from compress.locking import locked
 from compress.progress import track
 from compress.streams import GramSum, Runner, embed, mapped, mapped_anew, save_whole
-from compress.structures.linalg import all_finite
 from compress.versions import versions
 
 SUB_BLOCKS = ("attn", "mlp")

@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.architecture import Architecture
-from compress.blocks import Block, Rotary, mask_unless_causal, rotary_for
+from compress.blocks import Block, Rotary, rotary_for
 from compress.errors import ArtifactError
 from compress.files import named, os_error_of
 from compress.invariance import Weights
+from compress.masks import mask_unless_causal
 from compress.skips import SkipForm
 from compress.structures import Structure
 

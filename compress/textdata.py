@@ -165,12 +165,16 @@ def _hub(name: str, spec: str) -> tuple[Sequence[str], str]:
     datasets = require("datasets", pip="'procrustes-llm[eval]'", purpose=f"read the hub dataset {name!r}")
     repository, config, split = [*spec.split(":"), "", ""][:3]
     if spec.count(":") > 2 or not repository:
-        raise UsageError(f"{name!r} is not of the form hf:NAME[:CONFIG[:SPLIT]]")
+        raise UsageError(
+            f"{name!r} is not of the form hf:NAME[:CONFIG[:SPLIT]]; write for instance hf:allenai/c4:en:train"
+        )
     split = split or "train"
     try:
         table = datasets.load_dataset(repository, config or None, split=split)
     except FileNotFoundError as error:
-        raise UsageError(f"the hub has no dataset {repository!r} ({_first_line(error)})") from error
+        raise UsageError(
+            f"the hub has no dataset {repository!r} ({_first_line(error)}); check the spelling of NAME in hf:NAME"
+        ) from error
     except ValueError as error:  # an unknown config or split
         raise UsageError(f"no such config or split in {name!r}: {_first_line(error)}") from error
     except OSError as error:  # not found, or the hub cannot be reached

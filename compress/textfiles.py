@@ -41,7 +41,7 @@ def open_text(path: Path) -> IO[bytes]:
     try:
         file = os.fdopen(open_regular(path), "rb")
     except RefusedError as error:
-        raise UsageError(f"the text file {str(path)!r} {error}") from error
+        raise UsageError(f"the text file {str(path)!r} {error}; check the path") from error
     if path.suffix != ".gz":
         return file
     unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)

@@ -50,7 +50,7 @@ def tokenizer_class(folder: Path, model_type: str, trust_remote_code: bool) -> t
             "which is not run unless you say so: read it, then add --trust-remote-code; or save the tokenizer as "
             "tokenizer.json."
         )
-    if present == ["tokenizer.model"]:
+    if present == ["tokenizer.model"] and "auto_map" not in said:
         named = str(said.get("tokenizer_class", "LlamaTokenizer" if model_type in ("llama", "mistral") else ""))
         if _check_model(folder / "tokenizer.model") and named.removesuffix("Fast") == "LlamaTokenizer":
             # Where nothing names a class, transformers 5 takes one that adds no leading space, and where nothing says

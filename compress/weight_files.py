@@ -34,6 +34,22 @@ ENTRIES = (
 )
 
 
+# What torch's restricted unpickler and its storages let through on a damaged file: it does as the bytes say.
+_UNPICKLING = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+
+
 class WeightFile(Protocol):
     """One open file: shapes by tensor name, and the tensors, which may share the file's mapping."""
 
@@ -77,7 +93,7 @@ class _PickleFile:
                 f"The weight file {path} is damaged or holds something other than tensors; nothing in it was "
                 "executed. Get the model's safetensors files instead."
             ) from error
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, struct.error) as error:
+        except _UNPICKLING as error:
             raise _damaged(path, error) from error
         if not isinstance(content, dict) or not all(
             isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()

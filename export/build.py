@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import ArtifactError, MissingDependencyError, UsageError, run_cli
+from compress.lazy import CORE, check_versions, require
 from compress.options import add_compress_arguments, add_output_arguments, recipe_from
 from compress.progress import log
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  python -m export.build --model smollm2-135m --structure kron --ratio 0.75 --engine ort --out out/demo
+  python -m export.build --model smollm2-135m --structure auto --ratio 0.75 --engine ort --out out/demo
   python -m export.build --model ./my-llama --structure lowrank --dtype float16 --engine none --out out/half
   python -m export.build --model opt-13b --structure kron --engine trt --batch 1,8,64 --cache 1,1024,2047 --out out/opt
   python -m export.build --model ./my-llama --engine trt-rtx --compute-capability 8.9,12.0 --out out/rtx
@@ -58,7 +59,10 @@ def parser() -> argparse.ArgumentParser:
         help="ONNX Runtime, TensorRT, TensorRT-RTX, or the ONNX file alone (default: ort)",
     )
     what.add_argument(
-        "--dtype", choices=DTYPES, help="of the graph (default: float16 for TensorRT and TensorRT-RTX, else float32)"
+        "--dtype",
+        choices=DTYPES,
+        help="of the graph (default: float32; for TensorRT and TensorRT-RTX float16, or bfloat16 where activations of "
+        "the calibration text come near the end of float16)",
     )
     what.add_argument(
         "--logits",
@@ -110,6 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, compress if need be, export, prepare the engine, print."""
     args = parser().parse_args(argv)
     _check(args)
+    check_versions(*CORE, "onnx", purpose="compress and export a model")
+    if args.engine == "ort":  # now, and not after hours of work
+        require("onnxruntime", pip="'onnxruntime>=1.24'", purpose="prepare --engine ort")
     from compress.artifact import Artifact
 
     if args.resume:
@@ -130,6 +137,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = _dry_run(args, artifact, source, recipe) if args.dry_run else _build(args, artifact, source, recipe)
     if args.json:
         print(json.dumps(result))
+    elif args.dry_run:
+        from compress.forecast import lines
+
+        print("\n".join(lines(result)))
     else:
         print("\n".join(f"{name}: {value}" for name, value in result.items()))
         if not args.dry_run:
@@ -138,9 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Fill in the type, and refuse flags that contradict each other, before any work."""
-    if args.dtype is None:
-        args.dtype = "float16" if args.engine in TENSORRT else "float32"
+    """Refuse flags that contradict each other, before any work."""
     if args.engine == "ort" and args.dtype == "bfloat16":
         raise UsageError(
             "ONNX Runtime has no bfloat16 matrix product on the CPU: use --dtype float32, or --engine none"
@@ -169,6 +178,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _build(args: argparse.Namespace, artifact: Artifact, source: ModelSource, recipe: Recipe) -> dict[str, Any]:
     from compress.pipeline import compress_model
+    from export.halves import graph_dtype
     from export.stages import build_onnx
 
     engine = _tensorrt(args, source.architecture().max_positions) if args.engine in TENSORRT else None
@@ -187,7 +197,9 @@ def _build(args: argparse.Namespace, artifact: Artifact, source: ModelSource, re
                 materialize_dense=args.materialize_dense,
                 statistics=args.statistics,
             )
-        graph = build_onnx(artifact, dtype=args.dtype, logits=args.logits)
+        watched = artifact.read_manifest()["stages"]["checkpoint"].get("activations")
+        dtype = graph_dtype(args.dtype, args.engine in TENSORRT, watched)
+        graph = build_onnx(artifact, dtype=dtype, logits=args.logits)
         built = _build_engine(args, artifact, engine)
     facts = artifact.read_manifest()["stages"]["checkpoint"]
     return {
@@ -345,12 +357,22 @@ def _has_checkpoint(args: argparse.Namespace, artifact: Artifact, source: ModelS
 
 def _dry_run(args: argparse.Namespace, artifact: Artifact, source: ModelSource, recipe: Recipe) -> dict[str, Any]:
     from compress.forecast import forecast
+    from compress.space import rotation_bytes
 
     kept = _has_checkpoint(args, artifact, source, recipe)
-    result = {"out": str(args.out), **forecast(source.architecture(), recipe)}
-    item, stored = (4 if kind == "float32" else 2 for kind in (args.dtype, recipe.checkpoint_dtype))
-    result["onnx_bytes_about"] = result["checkpoint_bytes_about"] * item // stored
-    steps = ["reuse checkpoint" if kept else "compress", f"export onnx ({args.dtype}, {args.logits} logits)"]
+    if args.materialize_dense:
+        from compress.materialize import check_plain
+
+        check_plain(source.name, source.architecture(), recipe)
+    plan = forecast(source.architecture(), recipe, materialize_dense=args.materialize_dense)
+    result = {"out": str(args.out), **plan}
+    dtype = args.dtype or ("float16" if args.engine in TENSORRT else "float32")
+    item, stored = (4 if kind == "float32" else 2 for kind in (dtype, recipe.checkpoint_dtype))
+    if args.dtype is None and dtype == "float16":
+        dtype = "float16, or bfloat16 where calibration finds activations that need it"
+    weights = plan["checkpoint_bytes_about"] - rotation_bytes(source.architecture(), recipe)
+    result["onnx_bytes_about"] = plan["disk"]["onnx"] = weights * item // stored
+    steps = ["reuse checkpoint" if kept else "compress", f"export onnx ({dtype}, {args.logits} logits)"]
     if args.engine in TENSORRT:
         options, _ = _tensorrt(args, source.architecture().max_positions)
         steps += [] if options.plugin == "native" else ["compile the plugins, where the graph has ops for them"]

@@ -15,6 +15,7 @@ from typing import Any
 from compress.artifact import Artifact
 from compress.errors import ArtifactError
 from compress.progress import log
+from compress.reading import read_artefact_json, shown
 from export.engines.ort import CPU, executed_nodes
 from export.graph import MODEL_NAME, export_onnx
 from export.ops import is_ours
@@ -80,13 +81,23 @@ def structured_ops(artifact: Artifact) -> dict[str, int]:
     return {name: count for name, count in build_info(artifact, "onnx")["nodes"].items() if is_ours(name)}
 
 
+_FACTS: dict[str, dict[str, type]] = {
+    "onnx": {"dtype": str, "nodes": dict},
+    "engine": {"engine": str, "versions": dict},
+    "triton": {"engine": str, "name": str, "sequences": int, "threads": int},
+}
+"""Stage -> what its build.json must hold: the facts that other stages read."""
+
+
 def build_info(artifact: Artifact, stage: str) -> dict[str, Any]:
-    """OUT/{stage}/build.json. Raises ArtifactError when it is missing or not JSON."""
+    """OUT/{stage}/build.json. Raises ArtifactError when it is missing, not JSON, or lacks what others read."""
     path = artifact.path(stage) / BUILD_INFO
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}); build {stage} again") from error
+    values: dict[str, Any] = read_artefact_json(path, dict, f"build {stage} again")
+    for name, kind in _FACTS.get(stage, {}).items():
+        if type(values.get(name)) is not kind:
+            raise ArtifactError(
+                f"{path} has {name} = {shown(values.get(name))}, no {kind.__name__}; build {stage} again"
+            )
     return values
 
 

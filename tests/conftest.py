@@ -22,6 +22,13 @@ from trt_plugins.build import build
 from trt_plugins.toolchain import find
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Processes that share the tests must collect the same names, so none may hold the address of an object."""
+    addresses = [item.nodeid for item in items if " at 0x" in item.nodeid]
+    if addresses:
+        raise pytest.UsageError(f"give these tests ids: {', '.join(addresses[:5])}")
+
+
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all processes of a run of the tests see; see `tests.compress.helpers.once`."""

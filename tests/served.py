@@ -137,7 +137,7 @@ def start(out: Path, folder: Path, network: bool = False, **environment: str) ->
     while not ready(http):
         if process.poll() is not None or time.monotonic() > deadline:
             process.terminate()
-            raise RuntimeError(f"the server did not start:\n{server.said()[-6000:]}")
+            raise RuntimeError(f"the server did not start:\n{server.said()[-20_000:]}")
         time.sleep(0.2)
     return server
 

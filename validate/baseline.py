@@ -98,13 +98,23 @@ class Baseline:
         dense = config_for(self.reader.architecture, {}, Rotations.none())
         return ModelCost.of(dense), ModelCost.of(config)
 
+    def dense_given(self) -> Path | None:
+        """The dense export that was given; UsageError when it is none."""
+        if self._dense is None:
+            return None
+        path = self._dense / "model.onnx" if self._dense.is_dir() else self._dense
+        if not path.is_file():
+            wrong = "has no model.onnx" if self._dense.is_dir() else "is not there"
+            raise UsageError(
+                f"--dense {str(self._dense)!r} {wrong}: name an export of the dense model, or leave --dense out"
+            )
+        return path
+
     def dense_onnx(self) -> Path:
         """The dense model, exported by the same code with the same options; made beside it when not given."""
-        if self._dense is not None:
-            path = self._dense / "model.onnx" if self._dense.is_dir() else self._dense
-            if not path.is_file():
-                raise UsageError(f"--dense {str(self._dense)!r} has no model.onnx")
-            return path
+        given = self.dense_given()
+        if given is not None:
+            return given
         from compress.pipeline import write_dense
         from export.graph import export_onnx
         from validate.graphfacts import GraphFacts

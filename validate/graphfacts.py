@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from compress.errors import ArtifactError
 
@@ -17,12 +18,23 @@ def graph_dtype(path: Path) -> str:
         onnx.TensorProto.FLOAT16: "float16",
         onnx.TensorProto.BFLOAT16: "bfloat16",
     }
-    graph = onnx.load(str(path), load_external_data=False).graph
+    graph = _graph(path)
     logits = next((o for o in graph.output if o.name == "logits"), None)
     if logits is None:
         raise ArtifactError(f"{path} has no output called logits; export the model again")
     kind = logits.type.tensor_type.elem_type
     return names.get(kind, f"type {kind}")
+
+
+def _graph(path: Path) -> Any:
+    """The graph without its weights. Raises ArtifactError when the file holds none."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        return onnx.load(str(path), load_external_data=False).graph
+    except DecodeError as error:
+        raise ArtifactError(f"{path} is no ONNX file ({error}); export the model again") from error
 
 
 @dataclass(frozen=True)
@@ -38,13 +50,12 @@ class GraphFacts:
     @classmethod
     def of(cls, path: Path) -> GraphFacts:
         """Read the graph without its weights, and run it once to see what ONNX Runtime makes of it."""
-        import onnx
 
         from export.engines.ort import executed_nodes
         from export.ops import DOMAIN
 
         dtype = graph_dtype(path)
-        graph = onnx.load(str(path), load_external_data=False).graph
+        graph = _graph(path)
         logits = next(o for o in graph.output if o.name == "logits")
         return cls(
             dtype=dtype,

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from compress.blocks import positions_from_mask
 from compress.errors import ArtifactError
+from compress.masks import positions_from_mask
 from compress.progress import track
 from compress.structures import cast
 

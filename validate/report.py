@@ -1,19 +1,17 @@
-"""reports/: what a manager reads (summary.md), what a program reads (json), and a plot of the errors by layer.
+"""reports/: what a manager reads (summary.md), what a program reads (json), and the plots of validate/plots.py.
 
 Everything here is made from one dictionary, `Report`, that validate/run.py fills; what was skipped is None.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from compress.errors import ArtifactError
-from compress.lazy import require
+from compress.reading import read_artefact_json, shown
 from validate.machine import machine_text
 from validate.markdown import markdown_table
 from validate.reportfiles import write_json
@@ -52,60 +50,39 @@ class Report:
 
 
 def write(report: Report, folder: Path, plot: bool = True) -> None:
-    """summary.md, layers.png and a json file for each part that was not skipped, into `folder`."""
+    """summary.md, the plots and a json file for each part that was not skipped, into `folder`."""
     parts = {"parity": report.parity, "quality": report.quality, "speed": report.speed, "engine": report.engine}
     for name, value in parts.items():
         if value is not None:
             write_json(folder / f"{name}.json", value)
     (folder / "summary.md").write_text(summary(report, plot), encoding="utf-8")
     if plot:
+        from validate.plots import plot_frontier, plot_layers
+
         plot_layers(report.fit, folder / "layers.png", report.name)
+        if report.quality is not None:
+            plot_frontier(report.size, report.quality, report.speed, folder / "frontier.png", report.name)
 
 
 def read_fit(checkpoint: Path) -> list[dict[str, Any]]:
     """checkpoint/fit.json: what became of each linear. Raises ArtifactError when it is missing or malformed."""
     path = checkpoint / "fit.json"
-    needed = {"name", "structure", "parameters", "dense_parameters", "relative_error"}
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}); compress the model again") from error
-    if not isinstance(records, list) or not all(isinstance(r, dict) and needed <= r.keys() for r in records):
-        raise ArtifactError(f"{path} is not a list of records with {', '.join(sorted(needed))}")
+    records: list[Any] = read_artefact_json(path, list, "compress the model again")
+    needed = {"name": str, "structure": str, "parameters": int, "dense_parameters": int, "relative_error": float}
+    optional = {"note": str, "damped": str}
+    for record in records:
+        if not isinstance(record, dict):
+            raise ArtifactError(f"{path} has {shown(record)} in its list, no record; compress the model again")
+        kept = {name: record.get(name) for name in needed}
+        told = {name: record[name] for name in optional if record.get(name) is not None}
+        for name, value in (kept | told).items():
+            kind = (needed | optional)[name]
+            number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+            if not (isinstance(value, str) if kind is str else number and (kind is float or isinstance(value, int))):
+                raise ArtifactError(
+                    f"{path} has a record with {name} = {shown(value)}, no {kind.__name__}; compress the model again"
+                )
     return records
-
-
-# --- Text ---
-
-
-def console(report: Report) -> str:
-    """The summary on stdout: a figure a line."""
-    size, recipe = report.size, report.recipe
-    rows = [
-        ("model", f"{report.name} ({report.model['family']}, {_millions(size['dense_parameters'])} parameters)"),
-        ("structure", f"{recipe['structure']}, rotation {recipe['rotation']}"),
-        ("kept", _kept(report)),
-    ]
-    failed = [r["name"] for r in report.fit if r.get("failed")]
-    if failed:
-        rows.append(("failed fits", f"{', '.join(failed)}: left as they were (summary.md)"))
-    if report.quality is not None:
-        rows.append(("perplexity", _quality_line(report.quality)))
-    if report.speed is not None:
-        rows += [(case["name"], _case_line(case)) for case in report.speed["cases"]]
-        memory = report.speed["peak_memory"]
-        rows.append(("peak memory", f"{_mb(memory['compressed']['peak'])}, dense {_mb(memory['dense']['peak'])}"))
-    if report.engine is not None:
-        rows += [(f"{case['name']}, GPU", _engine_line(case)) for case in report.engine["cases"]]
-    for rung in report.parity or []:
-        rows.append((f"parity rung {rung['number']}", _rung_line(rung)))
-    width = max(len(label) for label, _ in rows) + 2
-    return "\n".join(f"{label:<{width}}{text}" for label, text in rows)
-
-
-def speed_lines(speed: dict[str, Any]) -> list[str]:
-    """The measured cases, a line each."""
-    return [f"{case['name']}: {_case_line(case)}" for case in speed["cases"]]
 
 
 def summary(report: Report, plot: bool = True) -> str:
@@ -119,6 +96,7 @@ def summary(report: Report, plot: bool = True) -> str:
         _failed_fits(report),
         "## Quality",
         _quality_text(report.quality),
+        "![Perplexity against size and speed](frontier.png)" if plot and report.quality is not None else "",
         "## Speed",
         _speed_text(report.speed),
         _engine_text(report.engine),
@@ -146,11 +124,11 @@ def _model_table(report: Report) -> str:
         ("source model", f"{source['id']}" + (f" at {source['revision']}" if source.get("revision") else "")),
         ("family", report.model["family"]),
         ("structure, rotation", f"{recipe['structure']}, {recipe['rotation']}"),
-        ("kept of the projection weights", f"{size['ratio']:.2%} (asked: {_asked(recipe)})"),
+        ("kept of the projection weights", f"{size['ratio']:.2%} (asked: {asked(recipe)})"),
         ("kept of the whole model", f"{size['model_ratio']:.2%}"),
         (
             "parameters, dense -> compressed",
-            f"{_millions(size['dense_parameters'])} -> {_millions(size['parameters'])}",
+            f"{millions(size['dense_parameters'])} -> {millions(size['parameters'])}",
         ),
         ("linear layers structured / dense", f"{size['structured_linears']} / {size['dense_linears']}"),
         (
@@ -233,12 +211,12 @@ def _speed_text(speed: dict[str, Any] | None) -> str:
     header = ("case", "speed-up", "quartiles", "limit", "share of limit", "tokens/s")
     per_token, memory, graph = speed["bytes_per_token"], speed["peak_memory"], speed["graph"]
     more = [
-        ("bytes moved per token, batch 1", _mb(per_token["dense"]), _mb(per_token["compressed"])),
-        ("peak memory of the process", _mb(memory["dense"]["peak"]), _mb(memory["compressed"]["peak"])),
+        ("bytes moved per token, batch 1", megabytes(per_token["dense"]), megabytes(per_token["compressed"])),
+        ("peak memory of the process", megabytes(memory["dense"]["peak"]), megabytes(memory["compressed"]["peak"])),
         (
             "of that, before the model is loaded",
-            _mb(memory["dense"]["before_load"]),
-            _mb(memory["compressed"]["before_load"]),
+            megabytes(memory["dense"]["before_load"]),
+            megabytes(memory["compressed"]["before_load"]),
         ),
         ("nodes in the file", str(graph["dense"]["nodes"]), str(graph["compressed"]["nodes"])),
         (
@@ -278,10 +256,6 @@ def _engine_text(engine: dict[str, Any] | None) -> str:
     return "\n\n".join(["### TensorRT engines", markdown_table(("case", "dense", *ways), rows), note])
 
 
-def _engine_line(case: dict[str, Any]) -> str:
-    return ", ".join(f"{way} {case[way]['speedup']:.3f}x" for way in ("native", "cpp") if way in case)
-
-
 def _parity_text(parity: list[dict[str, Any]] | None) -> str:
     if parity is None:
         return "Not checked."
@@ -289,7 +263,7 @@ def _parity_text(parity: list[dict[str, Any]] | None) -> str:
         (
             str(rung["number"]),
             rung["title"],
-            _figure(rung["value"]),
+            figure(rung["value"]),
             f"{rung['tolerance']:g}",
             ("passed" if rung["passed"] else "FAILED") + "".join(f"; {f}" for f in rung["failures"]),
         )
@@ -324,88 +298,29 @@ def _fit_text(report: Report, plot: bool) -> str:
     )
 
 
-def _kept(report: Report) -> str:
-    size = report.size
-    dense = f"{size['dense_linears']} of {size['dense_linears'] + size['structured_linears']} layers left dense"
-    return (
-        f"{size['ratio']:.2%} of the projection weights (asked {_asked(report.recipe)}), "
-        f"{size['model_ratio']:.2%} of the model; {dense}"
-    )
-
-
-def _asked(recipe: dict[str, Any]) -> str:
+def asked(recipe: dict[str, Any]) -> str:
     """The budget as the recipe has it."""
     if recipe.get("budget_latency") is not None:
         return f"{recipe['budget_latency']:g} s"
     if recipe.get("budget_bytes") is not None:
-        return _mb(recipe["budget_bytes"])
+        return megabytes(recipe["budget_bytes"])
     return f"{recipe['ratio']:.2%}"
-
-
-def _quality_line(quality: dict[str, Any]) -> str:
-    protocol = quality["protocol"]
-    return (
-        f"dense {quality['dense']['perplexity']:.3f}, compressed {quality['compressed']['perplexity']:.3f} "
-        f"({quality['relative_increase']:+.2%}) on {protocol['windows']} x {protocol['window']} tokens of "
-        f"{quality['data']['name']}"
-    )
-
-
-def _case_line(case: dict[str, Any]) -> str:
-    return (
-        f"{case['speedup']:.3f}x (limit {case['limit']:.3f}x by {case['limit_by']}, {case['share_of_limit']:.1%} of it)"
-    )
-
-
-def _rung_line(rung: dict[str, Any]) -> str:
-    verdict = "passed" if rung["passed"] else "FAILED"
-    return f"{_figure(rung['value'])} (tolerance {rung['tolerance']:g}) {verdict}: {rung['title']}"
 
 
 def _error(value: float | None, form: str = " ± {:.4f}") -> str:
     return "" if value is None else form.format(value)
 
 
-def _figure(value: float | str) -> str:
+def figure(value: float | str) -> str:
+    """A figure of rounding size; text as it is."""
     return value if isinstance(value, str) else f"{value:.2e}"
 
 
-def _millions(count: int) -> str:
+def millions(count: int) -> str:
+    """A count of parameters."""
     return f"{count / 1e6:,.1f} M"
 
 
-def _mb(count: int) -> str:
+def megabytes(count: int) -> str:
+    """Bytes, for people."""
     return f"{count / 1e6:,.1f} MB"
-
-
-# --- Plot ---
-
-
-def plot_layers(fit: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Relative error and kept fraction against the block, a line for each role."""
-    pip = "'procrustes-llm[eval]'"
-    require("matplotlib", pip=pip, purpose="draw reports/layers.png (or give --no-plot)")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    roles: dict[str, list[tuple[int, float, float]]] = {}
-    for record in fit:
-        _, layer, role = record["name"].split(".", 2)
-        kept = record["parameters"] / record["dense_parameters"]
-        roles.setdefault(role, []).append((int(layer), record["relative_error"] or 0.0, kept))
-    figure = Figure(figsize=(9, 7), layout="constrained")
-    FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    for role, points in roles.items():
-        layers, errors, kept_fractions = zip(*sorted(points), strict=True)
-        upper.plot(layers, errors, marker="o", markersize=3, linewidth=1, label=role)
-        lower.plot(layers, kept_fractions, marker="o", markersize=3, linewidth=1, label=role)
-    upper.set_title(f"{title}: error and size of each layer")
-    upper.set_ylabel("relative output error")
-    lower.set_ylabel("kept fraction of parameters")
-    lower.set_xlabel("block")
-    lower.set_ylim(0, 1.05)
-    upper.legend(fontsize="small", ncols=2)
-    for axes in (upper, lower):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)

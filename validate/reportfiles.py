@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.artifact import Artifact
-from compress.errors import ArtifactError
+from compress.reading import read_artefact_json
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -24,13 +24,8 @@ def read_report(artifact: Artifact, name: str) -> dict[str, Any] | None:
     path = artifact.path("reports") / name
     if not _current(artifact) or not path.is_file():
         return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}); remove {path.parent} and run again") from error
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{path} is not a JSON object; remove {path.parent} and run again")
-    return value
+    report: dict[str, Any] = read_artefact_json(path, dict, f"remove {path.parent} and run again")
+    return report
 
 
 def add_report(artifact: Artifact, name: str, value: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import ArtifactError, UsageError, run_cli
+from compress.lazy import require
 from compress.progress import log
 from validate.graphfacts import GraphFacts
 
@@ -262,6 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for flag, value in (("--threads", args.threads), ("--prefill", args.prefill), ("--past", args.past)):
         if value < 1:
             raise UsageError(f"{flag} must be at least 1, not {value}")
+    require("onnxruntime", pip="'onnxruntime>=1.24'", purpose="measure speed")
     if args.layers:
         return _layers(args)
     from validate.baseline import Baseline
@@ -277,9 +279,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             threads=args.threads,
             seconds=args.seconds or 15.0,
         )
-    from validate.report import speed_lines
+    from validate.console import case_line
 
-    print(json.dumps(result) if args.json else "\n".join(speed_lines(result)))
+    lines = [f"{case['name']}: {case_line(case)}" for case in result["cases"]]
+    print(json.dumps(result) if args.json else "\n".join(lines))
     return 0
 
 

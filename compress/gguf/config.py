@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compress.config_values import FIELDS, fault_of_fields, rope_fault
 from compress.errors import ArtifactError, UsageError
 from compress.gguf.header import GgufHeader
 from compress.gguf.rope import rope_parameters
@@ -87,12 +88,21 @@ def config_of(header: GgufHeader) -> PretrainedConfig:
                 f"{head_dim} wide; parts of a head that are not rotated, and values of another width than keys, are "
                 "not supported."
             )
+    if heads % kv_heads or head_dim % 2:
+        raise ArtifactError(
+            f"The GGUF file {header.path} has {heads} heads of {head_dim} features and {kv_heads} key/value heads "
+            f"({name}.attention.*), but an even width is needed, and a multiple of the key/value heads; it is damaged: "
+            "download it again."
+        )
     if name == "llama":
         values["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
         values["mlp_bias"] = "blk.0.ffn_up.bias" in header.tensors
     values["rope_parameters"] = rope_parameters(
         header, keys.scaling(), base=keys.real("rope.freq_base", _ROTARY_BASE), head_dim=head_dim
     )
+    fault = fault_of_fields(values, FIELDS) or rope_fault(values["rope_parameters"])
+    if fault is not None:
+        raise ArtifactError(f"The metadata of the GGUF file {header.path} gives {fault}; download it again.")
     keys.refuse_the_rest()
     config = AutoConfig.for_model(name, **values, **_tokens(header, values["vocab_size"]))
     config.name_or_path = str(header.metadata.get("general.name", header.path.stem))

@@ -1,4 +1,4 @@
-"""What a GGUF file says of its tokenizer, checked before transformers builds one from it."""
+"""What a GGUF file says of its tokenizer: checked before transformers builds one from it, and completed after."""
 
 from __future__ import annotations
 
@@ -6,9 +6,19 @@ from typing import Any
 
 from compress.errors import ArtifactError, UsageError
 from compress.gguf.header import GgufHeader
+from compress.progress import log
 
 # tokenizer.ggml.model of the architectures that are read: byte-level BPE, and sentencepiece's BPE.
 _KINDS = ("gpt2", "llama")
+# tokenizer.ggml.pre: how text is split before the merges. GPT-2's way, where each digit stands alone (llama.cpp's
+# llama-vocab.cpp), which transformers does not know and splits as GPT-2 does;
+_DIGITS = ("smollm", "starcoder", "refact", "codeshell", "command-r")
+# and those that it splits rightly.
+_KNOWN = (
+    *("default", "gpt-2", "gpt2", "llama3", "llama-v3", "llama-bpe", "llama4", "falcon3", "falcon-h1", "pixtral"),
+    *("midm-2.0", "lfm2", "dbrx", "smaug-bpe", "tekken", "qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez"),
+    *("qwen35", "gpt-4o", "kanana2", "talkie", "minimax-m2", "jina-v5-nano"),
+)
 _IDS = ("bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id")
 
 
@@ -40,6 +50,27 @@ def check_tokenizer(header: GgufHeader) -> None:
         value = found[key]
         if value is not None and (not isinstance(value, int) or not 0 <= value < len(tokens)):
             raise _damaged(header, f"tokenizer.ggml.{key} is {value!r:.100}, and there are {len(tokens):,} tokens")
+
+
+def split_as_trained(tokenizer: Any, header: GgufHeader) -> None:
+    """Make `tokenizer`, built by transformers, split text as the file says; a warning where that is not known."""
+    from tokenizers import pre_tokenizers
+
+    name = header.metadata.get("tokenizer.ggml.pre", "default")
+    if header.metadata.get("tokenizer.ggml.model") != "gpt2" or name in _KNOWN:
+        return
+    if name not in _DIGITS:
+        log(
+            f"warning: {header.path} splits text in the way {name!r:.100} before it is tokenised, which is not known "
+            "here: it is split as GPT-2 does, and some texts get other tokens than the model was trained on"
+        )
+        return
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
 
 
 def _strings(value: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UsageError
+from compress.finite import all_finite
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +47,6 @@ def _note(what: str) -> None:
     noted = _noted.get()
     if noted is not None:
         noted.append(what)
-
-
-def all_finite(x: Tensor) -> bool:
-    """Whether no entry is NaN or infinite. A sum that is finite has finite terms only, and is ten times as fast as
-    looking at each; one that is not may have overflown."""
-    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
 
 
 def is_singular(moment: Tensor) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from compress.artifact import Artifact
 from compress.errors import MissingDependencyError
 from compress.files import sha256_of
+from compress.lazy import LEAST
 from compress.progress import log
 from export.engines.gpu import Gpu, find_gpu
 from export.engines.jobs import Job, run_job
@@ -25,7 +26,7 @@ from export.graph import MODEL_NAME
 from export.stages import BUILD_INFO, build_info, is_current, write_json
 
 SCRIPT = "build_engine.sh"
-LEAST_VERSION = (10, 15)  # whose parser knows the opset 23 operators of the graph
+LEAST_VERSION = version_of(LEAST["tensorrt"])  # whose parser knows the opset 23 operators of the graph
 
 
 def require() -> Gpu:

@@ -8,6 +8,7 @@ from typing import Any
 from compress.artifact import Artifact
 from compress.errors import MissingDependencyError, UsageError
 from compress.files import sha256_of
+from compress.lazy import LEAST, version_of
 from compress.progress import log
 from export.engines.jobs import Job, run_job
 from export.engines.profiles import graph_axes
@@ -37,7 +38,10 @@ def parse_capabilities(text: str | None) -> tuple[int, ...]:
 def require() -> str:
     """The version of TensorRT-RTX. Raises MissingDependencyError, with all that is missing and how to get it."""
     version = installed("tensorrt-rtx-cu13") or installed("tensorrt-rtx") or installed("tensorrt-rtx-cu12")
+    least = LEAST["tensorrt-rtx-cu13"]
     missing = [] if version else ["TensorRT-RTX (pip install 'procrustes-llm[trt-rtx]')"]
+    if version and version_of(version) < version_of(least):
+        missing.append(f"TensorRT-RTX {least} or later in place of {version}")
     if installed("polygraphy") is None:
         missing.append("polygraphy (pip install polygraphy)")
     if version is None or missing:

@@ -85,6 +85,7 @@ class Batcher:
         self._ends = frozenset(end for end in ends if 0 <= end < self._vocabulary)
         self._waiting: queue.Queue[_Answer | None] = queue.Queue(most_waiting)
         self._running: dict[int, _Answer] = {}
+        self._entering: list[_Answer] = []  # the one whose prompt is being read
         self._closing = threading.Event()
         self._called: float | None = None
         self.failed = False
@@ -166,7 +167,7 @@ class Batcher:
         finally:  # also where this thread fails: nobody may wait for ever
             self.failed = not whole
             self._closing.set()
-            for answer in self._running.values():
+            for answer in [*self._running.values(), *self._entering]:
                 answer.listener.tell(Piece("", finish="error", error=DEAD))
             self._refuse_the_rest()
 
@@ -182,15 +183,17 @@ class Batcher:
             if answer.listener.cancelled():
                 answer.listener.tell(Piece("", finish="cancelled"))
                 continue
+            self._entering = [answer]
             try:
                 with self._engine():
                     answer.handle, logits = self._slots.admit(answer.ids)
             except (ProcrustesError, RuntimeError, MemoryError) as error:
+                self._entering = []
                 answer.listener.tell(Piece("", finish="error", error=_reason(error)))
                 if not self._running:  # those that run find out by their next step
                     self._try_engine()
                 continue
-            self._running[answer.handle] = answer
+            self._running[answer.handle], self._entering = answer, []
             self._take(answer, logits)
 
     def _step(self) -> None:

@@ -116,7 +116,10 @@ def graph_tensors(onnx: Path) -> tuple[list[Tensor], list[Tensor]]:
 def _of(value: Any) -> Tensor:
     kind = value.type.tensor_type
     if kind.elem_type not in _TYPES:
-        raise UsageError(f"{value.name} has the ONNX type {kind.elem_type}, which a model in Triton cannot have")
+        raise UsageError(
+            f"{value.name} has the ONNX type {kind.elem_type}, which a model in Triton cannot have; export with "
+            "another --dtype, or with --serve-network none"
+        )
     dims = tuple(-1 if axis.dim_param else int(axis.dim_value) for axis in kind.shape.dim)
     return Tensor(value.name, _TYPES[kind.elem_type], dims)
 

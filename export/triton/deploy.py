@@ -34,11 +34,12 @@ def files(name: str, network: str, *, gpu: bool) -> dict[str, str]:
         "GPU": GPU if gpu else "",
         "RESOURCES": 'limits: {nvidia.com/gpu: "1"}' if gpu else "requests: {cpu: 2, memory: 4Gi}",
     }
-    return {
-        path.name: re.sub("@([A-Z_]+)@", lambda found: values[found[1]], path.read_text(encoding="utf-8"))
-        for path in sorted(TEMPLATES.iterdir())
-        if path.is_file()
-    }
+    return {file: re.sub("@([A-Z_]+)@", lambda found: values[found[1]], text) for file, text in templates().items()}
+
+
+def templates() -> dict[str, str]:
+    """File name -> content, with the @NAMES@."""
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted(TEMPLATES.iterdir()) if path.is_file()}
 
 
 def requirements(tensorrt: str | None) -> str:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from functools import partial
 from typing import Protocol
 
+from compress.progress import log
 from export.triton.failures import Contained
 
 
@@ -69,7 +71,7 @@ class Post:
                 if parcel is None:
                     return
                 complete = True
-                with Contained(parcel.fail):
+                with Contained(partial(self._fail, parcel)):
                     complete = parcel.deliver()
                 if complete:
                     under_way.pop(id(parcel), None)
@@ -78,9 +80,14 @@ class Post:
             if time.monotonic() >= looked + self._every:
                 for parcel in list(under_way.values()):
                     sound = False
-                    with Contained(parcel.fail):
+                    with Contained(partial(self._fail, parcel)):
                         parcel.look()
                         sound = True
                     if not sound:
                         del under_way[id(parcel)]
                 looked = time.monotonic()
+
+    @staticmethod
+    def _fail(parcel: Parcel, reason: str) -> None:
+        with Contained(lambda again: log(f"an error could not be sent: {again}")):
+            parcel.fail(reason)

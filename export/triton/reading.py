@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compress.errors import UsageError
-from export.triton.settings import LARGEST_PROMPT, Settings, parse_messages
+from export.triton.settings import LARGEST_PROMPT, MOST_STOPS, Settings, parse_messages
 from export.triton.text import Decodes
 
 Inputs = Callable[[str], "npt.NDArray[Any] | None"]
@@ -120,6 +120,8 @@ def _settings(inputs: Inputs) -> dict[str, Any]:
     for name in ("stop", "stop_words"):
         stops = inputs(name)
         if stops is not None:
+            if stops.size > MOST_STOPS:
+                raise UsageError(f"{name} has {stops.size} strings; at most {MOST_STOPS} are looked for")
             given["stop"] = (*given.get("stop", ()), *(_decoded(name, item) for item in stops.reshape(-1)))
     Settings(**{"max_tokens": max(1, given.get("min_tokens", 0)), **given})  # refused before any text is read
     return given

@@ -132,4 +132,6 @@ def _code_version() -> str:
     for package in (compress, export, trt_plugins):
         for path in sorted(Path(str(package.__file__)).parent.rglob("*.py")):
             total.update(path.read_bytes())
+    for text in deploy.templates().values():
+        total.update(text.encode())
     return total.hexdigest()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compress.calibration import token_sequences
-from compress.errors import ArtifactError, UsageError
+from compress.errors import UsageError
 from compress.textdata import TextData
 from tests import tiny
 
@@ -74,5 +74,5 @@ def test_nothing_to_calibrate_on(samples: int, length: int) -> None:
 
 
 def test_tokenizer_of_another_model() -> None:
-    with pytest.raises(ArtifactError, match="the model has 100 embeddings"):
+    with pytest.raises(UsageError, match="the model, of 100 tokens, does not"):
         sequences(tiny.TEXT, vocab=100)

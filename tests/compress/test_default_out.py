@@ -91,7 +91,8 @@ def test_the_command_of_the_mission(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    given = ["--model", str(tiny_model("tiny_opt")), "--structure", "kron", "--engine", "trt", "--dry-run", "--json"]
+    given = ["--model", str(tiny_model("tiny_opt")), "--structure", "kron", "--engine", "trt"]
+    given += ["--dry-run", "--json", "--sequence-length", "64"]  # a tiny model has few positions
     assert run_cli(build, given) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["out"] == "out/tiny_opt-kron-0.75"

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from compress import families
 from compress.accounting import model_size
 from compress.architecture import Architecture
-from compress.blocks import Block, attention_mask_bool, rotary_for
+from compress.blocks import Block, rotary_for
 from compress.checkpoint import load_model
 from compress.errors import UsageError
 from compress.inner import (
@@ -27,6 +27,7 @@ from compress.inner import (
     selection,
 )
 from compress.invariance import FoldedModel, Rotations, Weights, rotate_block
+from compress.masks import attention_mask_bool
 from compress.models import resolve
 from compress.pipeline import compress_model
 from compress.selection import neuron_order, value_output_basis

@@ -137,7 +137,6 @@ def edited(folder: Path) -> None:
         (linked, r"fit-2\.f32 is a symbolic link"),
         (edited, "its ledger is damaged"),
     ],
-    ids=str,
 )
 def test_what_does_not_fit_is_made_anew_and_that_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], said: str
@@ -177,7 +176,7 @@ def test_another_request_starts_anew(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "it is of another model, recipe or version: starting anew" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, lambda p: p.symlink_to(p.parent), lambda p: p.write_text("x")], ids=str)
+@pytest.mark.parametrize("make", [os.mkfifo, lambda p: p.symlink_to(p.parent), lambda p: p.write_text("x")])
 def test_something_else_in_its_place_is_refused(tmp_path: Path, make: Callable[[Path], object]) -> None:
     make(tmp_path / "state")
     for use in (lambda: compute(tmp_path / "state"), lambda: clear(tmp_path / "state")):

@@ -315,6 +315,17 @@ def test_hub_model(hub: FakeHub, tiny_model: Callable[[str], Path], tmp_path: Pa
     assert sorted(set(hub.fetched)) == sorted(p.name for p in tiny_model("tiny_qwen2").iterdir())
 
 
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_of_a_hub_model_is_fetched_only_when_it_may_run(
+    hub: FakeHub, tiny_model: Callable[[str], Path], tmp_path: Path, trusted: bool
+) -> None:
+    folder = copy(tiny_model("tiny_llama"), tmp_path / "served")
+    (folder / "own.py").write_text("raise AssertionError('nothing in the config names this file')")
+    hub.repositories["org/model"] = folder
+    resolve("org/model", trust_remote_code=trusted).config()
+    assert ("own.py" in hub.fetched) == trusted
+
+
 def test_hub_model_with_pickles_only(hub: FakeHub, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UsageError
-from compress.selection import neuron_order, value_output_basis
+from compress.selection import BLOCKS, POOL, _cheapest, _Remaining, neuron_order, value_output_basis
 from compress.structures import SelectStructure, weighted_error
 from compress.structures.lowrank import error_by_rank
 from compress.structures.select import refit
@@ -228,3 +228,58 @@ def test_basis_is_near_a_local_optimum_and_beats_principal_components(kv_heads: 
 def test_heads_must_divide_what_o_reads() -> None:
     with pytest.raises(UsageError, match="no multiple of 2 heads of 5"):
         value_output_basis(normal(4, 12, seed=0), moment(12, 1), None, 2, 5)
+
+
+# --- against the elimination by rank-2 updates ------------------------------------------------------------------------
+
+
+def updated_cheapest(m: Tensor, p: Tensor, count: int) -> tuple[Tensor, list[float]]:
+    """What `_cheapest` finds, with both matrices brought up to date at every step."""
+    m, p = m.clone(), p.clone()
+    taken, losses, open_ = [], [], torch.ones(len(m), dtype=torch.bool)
+    for _ in range(count):
+        scores = torch.where(open_, m.diagonal() / p.diagonal().where(open_, 1), torch.inf)
+        j = int(scores.argmin())
+        taken.append(j)
+        losses.append(float(scores[j]) / 2)
+        open_[j] = False
+        u, column = p[:, j] / p[j, j], m[:, j].clone()
+        m -= torch.outer(u, column) + torch.outer(column, u) - column[j] * torch.outer(u, u)
+        p -= p[j, j] * torch.outer(u, u)
+    return torch.tensor(taken), losses
+
+
+def updated_order(W: Tensor, G: Tensor, H: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What `neuron_order` finds, with the whole problem brought up to date after every round."""
+    left, names = _Remaining.of(W, G, H), torch.arange(W.shape[1])
+    step = max(1, len(names) // BLOCKS)
+    dropped, losses = [], [0.0]
+    while len(names):
+        pool = (left.whitened.square().sum(0) / left.inverse.diagonal()).argsort()[: POOL * step]
+        y = left.whitened[:, pool]
+        places, lost = updated_cheapest(y.T @ y, left.inverse[pool][:, pool], min(step, len(names)))
+        gone = pool[places]
+        stays = torch.ones(len(names), dtype=torch.bool)
+        stays[gone] = False
+        left.drop(gone, stays.nonzero()[:, 0])
+        dropped.append(names[gone])
+        losses += lost
+        names = names[stays]
+    return torch.cat(dropped).flip(0), torch.tensor(losses, dtype=F64).cumsum(0).flip(0)
+
+
+@pytest.mark.parametrize("rank", [3, 30])
+def test_the_cheapest_are_those_of_rank_two_updates(rank: int) -> None:
+    y, p = normal(rank, 40, seed=1), torch.linalg.inv(moment(40, 2))
+    found, lost = _cheapest(y.T @ y, p, 25)
+    expected, losses = updated_cheapest(y.T @ y, p, 25)
+    assert found.tolist() == expected.tolist()
+    assert lost == pytest.approx(losses, rel=1e-10, abs=1e-12)
+
+
+@pytest.mark.parametrize(("inner", "out"), [(1, 3), (63, 20), (300, 40), (300, 400)])
+def test_the_order_is_that_of_updates_of_everything(inner: int, out: int) -> None:
+    W, G, H = normal(out, inner, seed=inner), moment(inner, 2), moment(out, 3)
+    (order, curve), (expected, losses) = neuron_order(W, G, H), updated_order(W, G, H)
+    assert order.tolist() == expected.tolist()
+    torch.testing.assert_close(curve, losses, rtol=1e-10, atol=1e-12)

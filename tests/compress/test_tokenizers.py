@@ -147,7 +147,7 @@ def longer(folder: Path) -> Path:
 
 
 def data(text: str) -> TextData:
-    return TextData("notes", [text], "0" * 64, "notes")
+    return TextData("notes", [text], "notes")
 
 
 def test_calibration(longer: Path) -> None:

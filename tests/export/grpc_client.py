@@ -36,7 +36,7 @@ client.async_stream_infer(model, inputs, enable_empty_final_response=True)
 pieces, tokens, error, final = [], [], None, False
 outputs = {"num_input_tokens": [], "num_output_tokens": []}
 while not final and error is None and (leave_after is None or len(pieces) < leave_after):
-    result, error = found.get(timeout=120)
+    result, error = found.get(timeout=500)
     if error is None:
         final = result.get_response().parameters["triton_final_response"].bool_param
         output = result.as_numpy("text_output")

@@ -251,6 +251,21 @@ def test_nobody_waits_for_ever_when_the_thread_fails(model: Path) -> None:
         ask(batcher, [7])
 
 
+class Unreadable(Slots):
+    """An engine with a defect that shows while a prompt is read."""
+
+    def admit(self, ids: Sequence[int]) -> tuple[int, np.ndarray]:
+        raise KeyError("a bug")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_request_whose_prompt_ends_the_thread_is_told_too(model: Path) -> None:
+    batcher = Batcher(Unreadable(OrtExecutor(model), 1), Letters(), ends=[])
+    assert ask(batcher, [5], max_tokens=20).wait().pieces[-1].error == DEAD
+    batcher.join()
+    assert batcher.failed
+
+
 class Dead(Slots):
     """An engine that fails for good, as after an error of a GPU."""
 

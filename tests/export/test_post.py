@@ -108,3 +108,16 @@ def test_a_look_that_fails_ends_alone() -> None:
     post.close()
     assert (broken.reasons, broken.looks) == ([A_BUG], 1)
     assert not sound.reasons
+
+
+def test_a_parcel_that_cannot_even_fail_ends_alone() -> None:
+    class Lost(Parcel):
+        def fail(self, reason: str) -> None:
+            super().fail(reason)
+            raise KeyError("a bug")
+
+    post, broken, sound = Post(SOON), Lost(1, error=KeyError("a bug")), Parcel(1)
+    for parcel in (broken, sound):
+        post.put(parcel)
+    post.close()
+    assert (broken.reasons, sound.left) == ([A_BUG], 0)

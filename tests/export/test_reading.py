@@ -139,6 +139,7 @@ def test_a_model_without_a_chat_template() -> None:
             {"text_input": "a", "stop": ["x" * (LONGEST_STOP + 1)]},
             "a stop string has at most 1024 characters, not 1025",
         ),
+        ({"text_input": "a", "stop_words": ["x"] * 17}, "stop_words has 17 strings; at most 16"),
         ({"text_input": "a", "stop": ["x"] * 10, "stop_words": ["x"] * 10}, "at most 16 stop strings, not 20"),
         ({"text_input": "a" * (LARGEST_PROMPT + 1)}, "more than 1048576 characters"),
         ({"text_input": "a", "temperature": 1e38, "top_p": 1e-30}, "temperature must be 0 .greedy. to 100, not 1e"),

@@ -177,6 +177,14 @@ def test_same_options_are_used_again(artifact: Artifact, capsys: pytest.CaptureF
         write_repository(artifact, engine="ort", name="a/b")
 
 
+def test_files_of_another_version_are_written_again(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_repository(artifact, engine="ort", name="m", network="none")
+    changed = {name: text + "# new\n" for name, text in deploy.templates().items()}
+    monkeypatch.setattr(deploy, "templates", lambda: changed)
+    write_repository(artifact, engine="ort", name="m", network="none")
+    assert (artifact.path("triton") / "kubernetes.yaml").read_text().endswith("# new\n")
+
+
 def run_launch(artifact: Artifact, path: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(artifact.path("triton") / "launch.sh"), *arguments]
     return subprocess.run(command, env={"PATH": path}, capture_output=True, text=True, check=False)

@@ -86,7 +86,7 @@ def test_streams_say_the_same(server: Server) -> None:
 
 def by_grpc(server: Server, *arguments: str) -> dict[str, Any]:
     command = [str(SERVE / "bin" / "python"), str(HERE / "grpc_client.py"), f"127.0.0.1:{server.grpc}", MODEL]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, timeout=180)
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -240,7 +240,7 @@ def test_the_network_by_itself(server: Server, greedy: Callable[[str, int], list
     ids = AutoTokenizer.from_pretrained(server.out / "checkpoint")("The quick brown")["input_ids"]
     command = [str(SERVE / "bin" / "python"), str(HERE / "network_client.py"), f"127.0.0.1:{server.grpc}"]
     command += [f"{MODEL}_lm", json.dumps(ids), "5"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=180)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["tokens"] == greedy("The quick brown", 5)
@@ -355,17 +355,20 @@ model.Slots = Faulty
 @pytest.mark.slow
 def test_a_thread_that_dies_ends_the_model(built: Path, tmp_path: Path) -> None:
     """A defect of the loop that decodes: all are told, the process ends, probes see it. Containers restart the rest."""
+    from transformers import AutoTokenizer
+
     require_server()
     out = tmp_path / "out"
     shutil.copytree(built, out)
     code = out / "triton" / "repository" / MODEL / "1" / "model.py"
     code.write_text(code.read_text() + FAULTY)
+    tokenizer = AutoTokenizer.from_pretrained(out / "checkpoint")
+    text = next(text for n in range(1, 99) if len(tokenizer(text := "0" * n)["input_ids"]) == 19)
     server = start(out, tmp_path, RESTARTS="0")
     try:
-        assert server.ask(text_input="a" * 4, max_tokens=6)["status"] == 200
-        text = next(text for n in range(64) if server.ask(text_input=(text := "a" * n + "b"))["num_input_tokens"] == 18)
+        assert server.ask(text_input="a", max_tokens=6)["status"] == 200
         before = server.processes()
-        answer = server.ask(text_input=f"{text}b")
+        answer = server.ask(text_input=text)
         assert answer["status"] >= 400
         assert answer["error"] == DEAD
         assert server.process.wait(PATIENCE) == 1
@@ -398,5 +401,5 @@ def test_a_server_with_a_changed_tokenizer_does_not_start(built: Path, tmp_path:
     require_server()
     shutil.copytree(built, tmp_path / "out")
     (tmp_path / "out" / "checkpoint" / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    with pytest.raises(RuntimeError, match=r"chat_template\.jinja is changed"):
+    with pytest.raises(RuntimeError, match=r"chat_template\.jinja is truncated"):
         start(tmp_path / "out", tmp_path)

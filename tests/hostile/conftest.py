@@ -55,6 +55,26 @@ def small(text: Path) -> tuple[object, ...]:
     )
 
 
+@pytest.fixture(scope="session")
+def whole(
+    sandbox: Sandbox,
+    sound: Callable[[str], Path],
+    small: tuple[object, ...],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A sound artefact of the tiny model. Not to be changed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    flags = ("--structure", "auto", "--ratio", "0.6", "--out", out)
+    outcome = sandbox.run("export.build", "--model", sound("tiny_llama"), *small, *flags)
+    assert outcome.code == 0, outcome
+    return out
+
+
+def validation(text: Path) -> tuple[object, ...]:
+    """A validation of the parts that read most files."""
+    return ("--no-plot", "--skip", "speed", "--max-windows", 1, "--sequence-length", 32, "--data", text)
+
+
 def assert_refused(outcome: Outcome, code: int, says: str) -> None:
     """One sentence, with this exit code."""
     assert is_told(outcome), outcome

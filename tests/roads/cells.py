@@ -68,29 +68,19 @@ RECIPE = _recipe_axes()
 OPTIONS = {field: names for field, names in RECIPE.items() if field not in METHOD}
 
 
-def recipe_fields(cell: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a cell, or of some of its axes: the fields of the recipe that it asks for, but for sizes and the text."""
+def refusal(cell: Mapping[str, Any]) -> str | None:
+    """What the recipe says against a cell, or against some of its choices; sizes and the text are the usual ones."""
     fields = dict(zip(METHOD, cell["method"], strict=True)) if "method" in cell else {}
     fields |= {field: cell[field] for field in OPTIONS if cell.get(field, UNSET) != UNSET}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
-
-
-def refusal(cell: Mapping[str, Any]) -> str | None:
-    """What the recipe says against a cell."""
-    fields = recipe_fields(cell)
     if cell.get("budget") == "latency":
         fields |= {"budget_latency": 1.0, "latency_table": "table.json"}
-    return _said(tuple(sorted(map(_item, fields.items()))))
-
-
-def _item(pair: tuple[str, Any]) -> tuple[str, Any]:
-    return pair[0], tuple(pair[1]) if isinstance(pair[1], list) else pair[1]
+    return _refusal(tuple(sorted(fields.items())))
 
 
 @cache
-def _said(fields: tuple[tuple[str, Any], ...]) -> str | None:
+def _refusal(fields: tuple[tuple[str, Any], ...]) -> str | None:
     try:
-        parse_recipe({k: list(v) if isinstance(v, tuple) else v for k, v in fields}, "this cell")
+        parse_recipe(dict(fields), "this cell")
     except UsageError as error:
         return str(error)
     return None

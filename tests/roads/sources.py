@@ -104,7 +104,7 @@ TOKENIZERS: dict[str, Callable[[Path], None]] = {
     "vocab.json": _vocab_json,
     "tokenizer.model": _tokenizer_model,
 }
-"""First file of a tokenizer -> what writes it; as compress.models._TOKENIZER_FILES."""
+"""First file of a tokenizer -> what writes it; as compress.tokenizer_files.ANY_OF."""
 MODELS_OF = {
     "vocab.json": ("opt", "llama", "qwen2", "qwen3"),
     "tokenizer.model": ("llama", "mistral"),

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -12,7 +16,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.roads.commands import run
+from tests.roads.commands import Done, run
 from tests.roads.documents import ROOT, Shown, all_shown, shown_in
 from validate.taskdata import Example, Task
 
@@ -58,7 +62,7 @@ def folder(tmp_path: Path, tiny_model: Callable[[str], Path], monkeypatch: pytes
     return tmp_path
 
 
-def broken(commands: Iterable[Shown]) -> list[str]:
+def broken(commands: Iterable[Shown], run: Callable[[str, list[str]], Done] = run) -> list[str]:
     """Run them in turn, each once, in the working folder; what is said of those that fail."""
     found, seen = list[str](), set[str]()
     for shown in commands:
@@ -133,6 +137,23 @@ def test_the_readme_runs(folder: Path) -> None:
     assert len([s for s in main if s.reason is None]) >= 6
     assert not (problems := broken(main)), "\n\n".join(problems)
     assert (folder / "out" / "mine" / "reports" / "summary.md").is_file()
+
+
+@pytest.mark.slow
+def test_the_readme_runs_in_processes_of_its_own(folder: Path) -> None:
+    """As a user runs it: a fresh interpreter for each command, nothing left over from the one before."""
+
+    def process(module: str, words: list[str]) -> Done:
+        command = [sys.executable, "-m", module, *words]
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths}
+        )
+        return Done(shlex.join(command), done.returncode, done.stdout, done.stderr)
+
+    shown = shown_in("README.md", (ROOT / "README.md").read_text())
+    main = [s for s in shown if s.module in ("export.build", "validate.run", "compress.run")]
+    assert not (problems := broken(main, process)), "\n\n".join(problems)
 
 
 @pytest.mark.slow

@@ -5,11 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from tests.roads.cells import Cell, diagonal, label, matrix
+from compress import families
+from compress.budgets import default_unit
+from compress.inner import selection
+from compress.structures import registry
+from tests import tiny
+from tests.roads.cells import PLAIN, Cell, diagonal, label, matrix
 from tests.roads.commands import ROAD
 from tests.roads.road import Road
 from tests.roads.sources import source
@@ -24,6 +31,37 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         rest = [cell for cell in matrix() if cell not in quick]
         cells += [pytest.param(cell, id=label(cell), marks=pytest.mark.slow) for cell in rest]
         metafunc.parametrize("cell", cells)
+
+
+def test_every_registered_structure(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    """One model that has each of them, by a recipe that names it: none can be registered without this road."""
+    torch.set_num_threads(1)
+    start = time.process_time()
+    cell = {**PLAIN, "method": ("dense", "loss-aware", "none", "none"), "model": "tiny_llama"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"structure": "dense", "layers": every_structure()}))
+    with source(cell["source"], cell["model"], cell["tokenizer"], tmp_path / "source") as model:
+        road = Road(cell, model, tmp_path, tmp_path / "recipe.yaml")
+        for _, step in road.steps():
+            step()
+    assert road.found == set(registry())
+    record_property(ROAD, time.process_time() - start)
+
+
+def every_structure() -> dict[str, dict[str, Any]]:
+    """Linear -> structure, each of the registry once. What selects features does so in a whole MLP."""
+    arch = families.architecture(tiny.config("tiny_llama"))
+    linears, unit = arch.linears(), default_unit(arch)
+    places = (f"layers.1.{role}" for role in linears)
+    chosen = {}
+    for name, structure in registry().items():
+        if name == "select":
+            kept = arch.intermediate_size // 2
+            chosen |= {f"layers.0.{r}": selection(arch, r, kept) for r in linears if r.startswith("mlp.")}
+        elif name != "dense":
+            place = next(places)
+            n, m = linears[role := place.split(".", 2)[2]]
+            chosen[place] = structure.for_ratio(m, n, arch.side(role), 0.75, unit)
+    return {place: structure.to_config() for place, structure in chosen.items()}
 
 
 @pytest.mark.slow

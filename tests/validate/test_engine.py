@@ -18,9 +18,10 @@ from export.graph import export_onnx
 from tests.export.test_device_runner import NarrowExecutor
 from tests.validate.damaging import damage
 from tests.validate.test_parity import PROMPTS
+from validate.console import console
 from validate.engine import compare_runners, divergence, engine_prompts, rung_4
 from validate.graphfacts import graph_dtype
-from validate.report import Report, console, summary
+from validate.report import Report, summary
 from validate.run import main
 
 SPANS = Spans(Span(1, 1, 6), Span(1, 16, 40), Span(1, 32, 120))

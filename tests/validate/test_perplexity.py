@@ -173,7 +173,7 @@ def test_bos_is_noticed() -> None:
         ({"length": 16, "stride": 17}, "stride"),
         ({"length": 16, "stride": 0}, "stride"),
         ({"length": 16, "max_windows": 0}, "at least 1"),
-        ({"length": 16, "vocab_size": 100}, "do not belong together"),
+        ({"length": 16, "vocab_size": 100}, "the tokenizer belongs to another model"),
     ],
 )
 def test_windows_refused(options: dict[str, int], message: str) -> None:

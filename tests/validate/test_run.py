@@ -25,7 +25,7 @@ def validated(built: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_reports_are_complete_and_vouched_for(validated: Any) -> None:
     names = {path.name for path in (validated.out / "reports").iterdir()}
-    assert names == {"summary.md", "parity.json", "quality.json", "speed.json", "layers.png"}
+    assert names == {"summary.md", "parity.json", "quality.json", "speed.json", "layers.png", "frontier.png"}
     artifact = Artifact(validated.out)
     artifact.verify()
     gates = artifact.read_manifest()["gates"]
@@ -155,7 +155,7 @@ def test_json_is_one_object(built: Any, tmp_path: Path, capsys: pytest.CaptureFi
         (("--skip", "parity", "--skip", "speed", "--skip", "perplexity"), "nothing to validate"),
         (("--skip", "parity", "--skip", "speed", "--sequence-length", "4096"), "128 positions"),
         (("--skip", "parity", "--skip", "speed", "--data", "nothing"), "no text called"),
-        (("--skip", "parity", "--skip", "perplexity", "--dense", "nowhere"), "no model.onnx"),
+        (("--skip", "parity", "--skip", "perplexity", "--dense", "nowhere"), "is not there"),
     ],
 )
 def test_usage_errors(built: Any, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], message: str) -> None:
@@ -222,7 +222,39 @@ def test_without_an_export(built: Any, tmp_path: Path, capsys: pytest.CaptureFix
     )
     code = run.run_cli(run.main, [str(tmp_path / "out"), "--model", str(built.source), "--skip", "perplexity"])
     assert code == 5
-    assert "no complete onnx" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "no complete onnx, which parity and speed need: run python -m export.build" in printed
+    assert "parity rung" not in printed  # at once
+
+
+def test_what_cannot_work_is_said_before_any_work(
+    built: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def worked(*_: object) -> None:
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr(run, "_parity", worked)
+    for flags, said in (
+        (("--sequence-length", "129"), "give --sequence-length 128 or less"),
+        (("--prefill", "129"), "give --prefill 128 or less"),
+        (("--past", "126"), "give --past 64 or less"),
+        (("--dense", str(tmp_path / "nowhere")), "is not there: name an export"),
+        (("--dense", str(tmp_path)), "has no model.onnx"),
+        (("--data", str(tmp_path / "nowhere.txt")), "nowhere.txt"),
+    ):
+        assert built.run("--no-plot", *flags) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_bfloat16_graph_is_for_a_gpu(
+    built: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What TensorRT gets by default where float16 would overflow: no damage to report, and said at once."""
+    import validate.graphfacts
+
+    monkeypatch.setattr(validate.graphfacts, "graph_dtype", lambda path: "bfloat16")
+    assert built.run("--no-plot") == 2
+    assert "is in bfloat16, which ONNX Runtime does not run on the CPU: give --gpu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", ["validate.run", "validate.speed"])

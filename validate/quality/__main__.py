@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import GateError, UsageError, run_cli
 from compress.progress import log
+from compress.reading import RefusedError, read_json, shown
 
 if TYPE_CHECKING:
     from validate.quality.methods import Line
@@ -279,13 +280,18 @@ def _known(file: Path | None, bench: Bench) -> dict[str, dict[str, Any]]:
     if file is None:
         return {}
     try:
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = read_json(file)
         before, rows = (result["model"], result["protocol"]), result["rows"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except RefusedError as error:
+        raise UsageError(f"--known {file} {error}") from error
+    except (OSError, KeyError, TypeError) as error:
         raise UsageError(f"--known {file} is no quality.json ({error!r})") from error
     if before != (bench.source.source_id, bench.evaluation):
-        raise UsageError(f"--known {file} is of another model, text or evaluation: {before[0]}, {before[1]}")
-    return {row["key"]: row for row in rows if row["error"] is None}
+        raise UsageError(f"--known {file} is of another model, text or evaluation: {shown(before[0])}, {before[1]}")
+    try:
+        return {row["key"]: row for row in rows if row["error"] is None}
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"--known {file} is no quality.json ({error!r})") from error
 
 
 def _plot(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """python client.py "The capital of France is" [--stream]: text from the model, by HTTP with no package, or --grpc."""
 
 import argparse
+import http.client
 import json
 import queue
 import sys
@@ -26,7 +27,9 @@ def by_http():
     """The pieces of the answer, from Triton's generate extension."""
     body = {**question, "max_tokens": args.max_tokens, "temperature": args.temperature, "stream": args.stream}
     way = "generate_stream" if args.stream else "generate"
-    url = f"{args.url or 'http://127.0.0.1:8000'}/v2/models/{args.model}/{way}"
+    server = args.url or "127.0.0.1:8000"
+    server = server if "://" in server else f"http://{server}"
+    url = f"{server.rstrip('/')}/v2/models/{args.model}/{way}"
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request) as response:
         for line in response:
@@ -40,8 +43,12 @@ def by_http():
 
 def by_grpc():
     """The pieces of the answer, from one bidirectional stream."""
-    import numpy as np
-    import tritonclient.grpc as grpc
+    try:
+        import numpy as np
+        import tritonclient.grpc as grpc
+    except ImportError as error:
+        print(f"client.py: {error}; --grpc needs it: pip install 'tritonclient[grpc]'", file=sys.stderr)
+        sys.exit(4)
 
     def tensor(name, value, kind, dtype):
         made = grpc.InferInput(name, [1, 1], kind)
@@ -68,11 +75,24 @@ def by_grpc():
     client.stop_stream()
 
 
+def reason_of(error):
+    """What a server, or something before it, says of a request that it refuses."""
+    content = error.read().decode("utf-8", "replace").removeprefix("data: ")
+    try:
+        return json.loads(content)["error"]
+    except (ValueError, LookupError, TypeError):
+        return f"{error}: {content[:200]}"
+
+
 try:
     for piece in by_grpc() if args.grpc else by_http():
         print(piece, end="", flush=True)
     print()
+except KeyboardInterrupt:
+    sys.exit(130)
 except urllib.error.HTTPError as error:
-    sys.exit(json.loads(error.read().decode().removeprefix("data: "))["error"])
+    sys.exit(reason_of(error))
 except urllib.error.URLError as error:
     sys.exit(f"no server answers ({error.reason}): start it with launch.sh")
+except (OSError, ValueError, http.client.HTTPException) as error:
+    sys.exit(f"the answer broke off ({error or type(error).__name__}): see the server's log")

@@ -13,6 +13,10 @@ command -v tritonserver > /dev/null || {
   echo "launch.sh: there is no tritonserver on PATH; it is in NVIDIA's container, see $here/Dockerfile" >&2
   exit 4
 }
+command -v python3 > /dev/null || {
+  echo "launch.sh: there is no python3 on PATH, which runs the model: install it, and then $here/requirements.txt" >&2
+  exit 4
+}
 missing="$(python3 -c 'import sys
 from importlib.util import find_spec
 print(*(name for name in sys.argv[1:] if find_spec(name) is None))' numpy onnx onnxruntime torch transformers wrapt)"

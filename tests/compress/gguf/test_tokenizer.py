@@ -55,6 +55,27 @@ def test_tokenizers_that_do_not_add_up(header: GgufHeader, key: str, value: Any,
         check_tokenizer(replace(header, metadata=metadata))
 
 
+NUMBERS = "In  1962 it took 7 hours, x2 + 12."
+
+
+@pytest.mark.parametrize(
+    ("pre", "alone", "warns"),
+    [(None, False, False), ("llama-bpe", False, False), ("smollm", True, False), ("new", False, True)],
+)
+def test_how_text_is_split(
+    pre: str | None, alone: bool, warns: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def add(writer: Any) -> None:
+        if pre is not None:
+            writer.add_tokenizer_pre(pre)
+
+    tokenizer = resolve(str(tiny.write_gguf("tiny_llama", tmp_path / "m.gguf", add))).tokenizer()
+    pieces = [piece for piece, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(NUMBERS)]
+    assert all(not any(c.isdigit() for c in piece) or len(piece) == 1 for piece in pieces) == alone
+    assert ("warning: " in capsys.readouterr().err) == warns
+    assert tokenizer.decode(tokenizer(NUMBERS, add_special_tokens=False).input_ids) == NUMBERS
+
+
 def test_a_tokenizer_of_another_kind(header: GgufHeader) -> None:
     with pytest.raises(UsageError, match="'bert'"):
         check_tokenizer(replace(header, metadata=header.metadata | {"tokenizer.ggml.model": "bert"}))

@@ -1,0 +1,155 @@
+"""Attention masks against transformers' own models with the same masks, with and without caches; what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, StaticCache
+
+from compress.checkpoint import load_model
+from compress.errors import UsageError
+from compress.invariance import Rotations
+from compress.masks import mask_unless_causal
+from compress.pipeline import write_rewritten
+from tests import tiny
+from tests.compress.helpers import TinyModel, relative, tiny_source
+
+BATCH, LENGTH, HEADS = 3, 9, 4
+LOWEST = torch.finfo(torch.float32).min
+PADDING = torch.tensor([[0] * missing + [1] * (LENGTH - missing) for missing in (0, 2, 5)])
+IDS = tiny.token_ids(BATCH, LENGTH)
+
+
+@pytest.fixture(scope="module", params=["tiny_llama", "tiny_opt", "tiny_mistral"])
+def models(request: pytest.FixtureRequest, tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(transformers' model, the same one as ours): grouped heads and rotary positions, learned positions, a window."""
+    source, folder = tiny_source(tiny_model, request.param), tmp_path_factory.mktemp("masks")
+    write_rewritten(source, Rotations.none(), folder)
+    return source.reference_model(torch.float32), load_model(folder)
+
+
+def visible(window: int | None = None) -> Tensor:
+    """(batch, 1, length, length): causal, padding hidden, rows of padding with nothing to see."""
+    query, key = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)[None, :]
+    seen = (key <= query) & ((key > query - window) if window else True)
+    return seen[None, None] & PADDING.bool()[:, None, None, :]
+
+
+def additive(lowest: float, window: int | None = None) -> Tensor:
+    return torch.zeros(BATCH, 1, LENGTH, LENGTH).masked_fill(~visible(window), lowest)
+
+
+def biased() -> Tensor:
+    """A value for each head and pair, as relative position biases are."""
+    biases = torch.randn(BATCH, HEADS, LENGTH, LENGTH, generator=torch.Generator().manual_seed(0))
+    return biases + additive(LOWEST)
+
+
+MASKS: dict[str, Any] = {
+    "2 axes, int": lambda w: PADDING,
+    "2 axes, bool": lambda w: PADDING.bool(),
+    "2 axes, float": lambda w: PADDING.float(),
+    "4 axes, bool": visible,
+    "4 axes, lowest": lambda w: additive(LOWEST, w),
+    "4 axes, a value for each head": lambda w: biased(),
+    "4 axes, one for the batch": lambda w: additive(LOWEST, w)[:1],
+}
+
+
+@torch.no_grad()
+def test_logits_are_transformers(models: Any) -> None:
+    reference, ours = models
+    positions = (PADDING.cumsum(-1) - 1).clamp(min=0)
+    for name, make in MASKS.items():
+        mask = make(ours.model.arch.sliding_window)
+        given = {"input_ids": IDS, "attention_mask": mask, "position_ids": positions, "use_cache": False}
+        kept = PADDING.bool()
+        expected, found = (model(**given).logits[kept] for model in (reference, ours))
+        assert relative(found, expected) < 1e-4, name
+
+
+@torch.no_grad()
+def test_minus_infinity_is_the_lowest_value(models: Any) -> None:
+    """transformers itself gives NaN where a row of padding sees nothing; here it is the lowest value's result."""
+    _, ours = models
+    found, expected = (ours(IDS, additive(v)).logits[PADDING.bool()] for v in (-torch.inf, LOWEST))
+    assert torch.isfinite(found).all()
+    assert relative(found, expected) < 1e-6
+
+
+@torch.no_grad()
+def test_without_positions(models: Any) -> None:
+    """A mask of four axes: counted from the start of the cache. In transformers OPT cannot do without positions."""
+    reference, ours = models
+    mask = visible(ours.model.arch.sliding_window)
+    positions = torch.arange(LENGTH).expand(BATCH, LENGTH)
+    expected = reference(input_ids=IDS, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    found = ours(IDS, mask, use_cache=False).logits
+    assert relative(found[PADDING.bool()], expected[PADDING.bool()]) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
+def test_with_a_cache(models: Any, static: bool) -> None:
+    """A prefill of 6 tokens and one of 3 more with left padding, then one token: as the whole at once."""
+    _, ours = models
+    whole = ours(IDS, PADDING, use_cache=False).logits
+    cache = StaticCache(config=ours.config, max_cache_len=LENGTH + 4) if static else DynamicCache()
+    for start, end in ((0, 5), (5, 8), (8, 9)):
+        found = ours(IDS[:, start:end], PADDING[:, :end], past_key_values=cache).logits
+        kept = PADDING[:, start:end].bool()
+        assert relative(found[kept], whole[:, start:end][kept]) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
+def test_four_axes_with_a_cache(models: Any, static: bool) -> None:
+    _, ours = models
+    window = ours.model.arch.sliding_window
+    room = LENGTH + 4 if static else LENGTH
+    mask = torch.full((BATCH, 1, LENGTH, room), LOWEST)
+    mask[..., :LENGTH] = additive(LOWEST, window)
+    whole = ours(IDS, mask[..., :LENGTH], use_cache=False).logits
+    cache = StaticCache(config=ours.config, max_cache_len=room) if static else DynamicCache()
+    for start, end in ((0, 5), (5, 9)):
+        keys = room if static else end
+        found = ours(IDS[:, start:end], mask[:, :, start:end, :keys], past_key_values=cache).logits
+        kept = PADDING[:, start:end].bool()
+        assert relative(found[kept], whole[:, start:end][kept]) < 1e-4
+
+
+def test_generation_with_a_static_cache(models: Any) -> None:
+    _, ours = models
+    options = {"attention_mask": PADDING, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    growing, static = (ours.generate(IDS, **options, cache_implementation=kind) for kind in (None, "static"))
+    assert torch.equal(growing, static)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_lowest_value_of_a_wider_type_stays_finite(dtype: torch.dtype) -> None:
+    mask = mask_unless_causal(additive(LOWEST), BATCH, 0, LENGTH, None, torch.device("cpu"), dtype=dtype)
+    assert mask is not None
+    assert mask.dtype == dtype
+    assert torch.isfinite(mask).all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (PADDING[:, 1:], r"attention_mask is \(3, 8\).* must be \(3, 9\)"),
+        (PADDING[:2], "for 3 sequences"),
+        (PADDING * 2, "values other than 0"),
+        (torch.where(PADDING.bool(), 0.0, LOWEST), "values other than 0 .* four axes"),
+        (PADDING[:, None], r"shape \(3, 1, 9\): give \(batch, tokens\)"),
+        (visible().long(), "is torch.int64: give booleans"),
+        (visible().float(), "the floats 0 and 1"),
+        (visible()[..., 1:], r"must be \(3, 1, 9, 9\)"),
+        (visible()[:2], "must be"),
+    ],
+)
+def test_what_is_not_understood_is_refused(models: Any, mask: Tensor, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        models[1](IDS, mask)
