@@ -335,7 +335,7 @@ class Stage:
         with self._held:
             if error is None:
                 self._artifact._publish(self._name, *self._arguments)
-            elif isinstance(error, OSError):
+            elif isinstance(error, OSError) and error.errno is not None:
                 named(error, self._folder)
             elif isinstance(error, Exception) and not isinstance(error, ProcrustesError):
                 known = os_error_of(error, self._folder)

@@ -15,7 +15,7 @@ from compress.errors import ArtifactError
 from compress.manifest import FileEntry
 
 _CHUNK = 1 << 20
-_RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_OS_ERROR = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
 
 
 def named(error: OSError, path: Path) -> None:
@@ -24,11 +24,13 @@ def named(error: OSError, path: Path) -> None:
         error.filename = str(path)
 
 
-def os_error_of(error: Exception, path: Path) -> Exception:
-    """The operating system's error that a Rust library (safetensors, tokenizers) gives only in its text, or `error`."""
-    if code := _RUST_OS_ERROR.search(str(error)):
-        number = int(code.group(1))
-        return OSError(number, os.strerror(number), str(path))
+def os_error_of(error: Exception, path: Path | None) -> Exception:
+    """The operating system's error that a Rust library (safetensors, tokenizers) or `shutil.copytree`, which goes on
+    after the first, gives only in its text; or `error`."""
+    known = isinstance(error, OSError) and error.errno is not None
+    if not known and (code := _OS_ERROR.search(str(error))):
+        number = int(code.group(1) or code.group(2))
+        return OSError(number, os.strerror(number), *([] if path is None else [str(path)]))
     return error
 
 

@@ -6,7 +6,8 @@ import errno
 import resource
 from collections.abc import Callable, Sequence
 
-from compress.errors import MissingDependencyError
+from compress.errors import MissingDependencyError, ProcrustesError
+from compress.files import os_error_of
 
 _HANDLES = (errno.EMFILE, errno.ENFILE)
 _TEXTS = {  # as torch, safetensors, ONNX Runtime, the dynamic loader and Python have them
@@ -41,13 +42,17 @@ def shortage_of(error: BaseException) -> str | None:
 
 
 def run_telling(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
-    """`main(argv)`; a lack of memory or handles becomes a MissingDependencyError (exit 4), all else passes through."""
+    """`main(argv)`; a lack of memory or handles becomes a MissingDependencyError (exit 4), and what the system refused
+    to a library that gives it only in its text an OSError. All else passes through."""
     try:
         return main(argv)
     except Exception as error:  # libraries raise it in classes of their own; what is no shortage goes on as it is
         sentence = shortage_of(error)
         if sentence is None:
-            raise
+            known = error if isinstance(error, ProcrustesError) else os_error_of(error, None)
+            if known is error:
+                raise
+            raise known from error
         raise MissingDependencyError(sentence) from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -217,6 +218,23 @@ def test_disk_full_in_the_block_is_exit_5_and_names_the_folder(tmp_path, capsys)
     assert sentence.startswith(f"error: No space left on device: '{tmp_path / '.tmp-checkpoint'}'; free some")
     assert names(tmp_path) == ["checkpoint", "manifest.json"]
     artifact.verify()
+
+
+def test_disk_full_while_a_folder_is_copied_is_recognised(tmp_path, monkeypatch, capsys):
+    (tmp_path / "from").mkdir()
+    (tmp_path / "from" / "a.py").write_text("x")
+
+    def refuse(source, target, **keywords):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source), None, str(target))
+
+    def copy(argv):
+        with Artifact(tmp_path / "out").stage("triton") as folder:
+            shutil.copytree(tmp_path / "from", folder / "lib", copy_function=refuse)
+        return 0
+
+    assert run_cli(copy, []) == 5
+    assert capsys.readouterr().err.startswith("error: No space left on device: ")
+    assert names(tmp_path / "out") == []
 
 
 def test_disk_full_inside_safetensors_is_recognised(tmp_path, capsys):

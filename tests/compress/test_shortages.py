@@ -92,3 +92,9 @@ def test_a_real_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_other_exceptions_pass_through() -> None:
     with pytest.raises(ZeroDivisionError):
         run_cli(raising(ZeroDivisionError()), [])
+
+
+def test_a_full_disk_that_a_library_tells_of_is_exit_5(capsys: pytest.CaptureFixture[str]) -> None:
+    """Outside of a stage of the artefact, as in a temporary folder."""
+    assert run_cli(raising(LibraryError("I/O error: No space left on device (os error 28)")), []) == 5
+    assert capsys.readouterr().err.startswith("error: No space left on device; free some space")

@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.faults.commands import Command, Reference, commands
 from tests.faults.rows import FaultError, Options, Row, times
 
-FILE_SIZES = (1_000, 20_000, 60_000, 100_000, 200_000)  # bytes
+FILE_SIZES = (20_000, 60_000, 100_000, 200_000)  # bytes
 HANDLES = (3, 4, 5, 6, 7, 8, 10)
 MEMORY = (0, 64, 128, 256, 512, 1_024, 4_096, 32_768)  # KiB beyond what is mapped at the start
 DISKS = (64, 300, 600, 1_000)  # KiB
@@ -21,7 +21,7 @@ def run(folder: Path, options: Options) -> list[Row]:
     """One row for each lack. Raises FaultError for a traceback, another exit code, or another result afterwards."""
     rows = list[Row]()
     found = commands(folder)
-    for command in found:
+    for command in found[:2]:
         reference = Reference.of(command)
         for fault, code, limits in (
             ("files limited in size (RLIMIT_FSIZE)", 5, [_limit(resource.RLIMIT_FSIZE, n) for n in FILE_SIZES]),
