@@ -28,7 +28,12 @@ def unit_of(arch: Architecture, recipe: Recipe) -> int:
 
 
 def ratio_of(arch: Architecture, recipe: Recipe) -> float:
-    """The kept fraction of the projection parameters that is asked for, by `ratio` or by `budget_bytes`."""
+    """The kept fraction of the projection parameters that is asked for, by `ratio` or by `budget_bytes`.
+
+    With `budget_latency` none is asked for, and whoever asks has missed that: ValueError.
+    """
+    if recipe.budget_latency is not None:
+        raise ValueError("a budget in seconds asks for no ratio")
     if recipe.budget_bytes is None:
         return recipe.ratio
     item: int = getattr(torch, recipe.checkpoint_dtype).itemsize
@@ -70,8 +75,10 @@ def budget_parameters(arch: Architecture, recipe: Recipe) -> float:
     """What the projections may cost, in parameters, so that they and what a rotation and bias correction add keep to
     `ratio` or `budget_bytes`.
 
-    Raises UsageError when the overhead alone exceeds the budget.
+    Raises UsageError when the overhead alone exceeds the budget, ValueError as `ratio_of`.
     """
+    if recipe.budget_latency is not None:
+        raise ValueError("a budget in seconds is none in parameters")
     overhead = overhead_of(arch, recipe)
     allowed = recipe.ratio * arch.projection_parameters()
     asked = f"--ratio {recipe.ratio}"
@@ -105,6 +112,14 @@ def budget_of(arch: Architecture, recipe: Recipe) -> float:
             f"matrices that rotation {recipe.rotation!r} adds: raise it, or choose --rotation none"
         )
     return recipe.budget_latency - overhead
+
+
+def most_parameters(arch: Architecture, recipe: Recipe) -> float:
+    """What the projections may take at most: `budget_parameters`, or all that dense ones have where the budget is in
+    seconds, which tells nothing of their parameters before the plan is made. Raises as `budget_parameters`."""
+    if recipe.structure == "dense" or recipe.budget_latency is not None:
+        return float(arch.projection_parameters())
+    return budget_parameters(arch, recipe)
 
 
 def cost_of(recipe: Recipe) -> Cost:

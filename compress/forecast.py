@@ -6,7 +6,7 @@ from typing import Any
 
 from compress.accounting import model_size
 from compress.architecture import Architecture
-from compress.budgets import budget_parameters, overhead_of, ratio_of, unit_of
+from compress.budgets import most_parameters, overhead_of, ratio_of, unit_of
 from compress.planning import check_recipe
 from compress.recipe import Recipe
 from compress.space import FLOAT, memory_parts, rotation_bytes, state_parts
@@ -16,11 +16,12 @@ def forecast(arch: Architecture, recipe: Recipe, *, materialize_dense: bool = Fa
     """Shapes, sizes and limits, all computed: nothing of the model is read. Sizes in parameters, memory in bytes.
 
     The decode ceiling is dense over compressed weight bytes read per token, at batch 1 with an empty cache. `disk` and
-    `memory` list by name what OUT and the process take when it is most.
+    `memory` list by name what OUT and the process take when it is most. With a budget in seconds sizes follow from the
+    plan: what depends on them is None, and space is that of dense projections, the most that there can be.
     """
     check_recipe(arch, recipe)
     size = model_size(arch, {}, recipe.rotation)
-    budget = budget_parameters(arch, recipe) if recipe.structure != "dense" else float(size.dense_projections)
+    budget, by_seconds = most_parameters(arch, recipe), recipe.budget_latency is not None
     overhead = overhead_of(arch, recipe)
     head = arch.vocab_size * arch.hidden_size
     ends = recipe.embedding * size.dense_embeddings
@@ -39,12 +40,13 @@ def forecast(arch: Architecture, recipe: Recipe, *, materialize_dense: bool = Fa
         "structure": recipe.structure,
         "rotation": recipe.rotation,
         "unit": unit_of(arch, recipe),
-        "ratio_asked": ratio_of(arch, recipe),
+        "ratio_asked": None if by_seconds or recipe.structure == "dense" else ratio_of(arch, recipe),
+        "seconds_asked": recipe.budget_latency,
         "dense_projection_parameters": size.dense_projections,
-        "projection_budget": int(budget),
+        "projection_budget": None if by_seconds else int(budget),
         "rotation_overhead": overhead,
-        "model_ratio": round(kept / size.dense_parameters, 4),
-        "decode_ceiling": round((size.dense_projections + head) / read, 4),
+        "model_ratio": None if by_seconds else round(kept / size.dense_parameters, 4),
+        "decode_ceiling": None if by_seconds else round((size.dense_projections + head) / read, 4),
         "memory_bytes_about": sum(memory.values()),
         "memory": memory,
         "state_bytes_about": sum(state.values()),
@@ -54,10 +56,14 @@ def forecast(arch: Architecture, recipe: Recipe, *, materialize_dense: bool = Fa
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """A forecast as text, the parts of disk and memory one a line."""
+    """A forecast as text, the parts of disk and memory one a line; what was not asked for is left out."""
     found = []
     for key, value in result.items():
-        if key in ("disk", "memory"):
+        if value is None and key in ("ratio_asked", "seconds_asked"):
+            continue
+        if value is None:
+            found.append(f"{key}: known once sizes are planned by --latency-table")
+        elif key in ("disk", "memory"):
             found.append(f"{key}: about {readable(sum(value.values()))} at most, of that")
             found += [f"  {name}: {readable(size)}" for name, size in value.items()]
         else:

@@ -10,9 +10,8 @@ The resume files in OUT/state are of three phases; what a phase leaves stays unt
 
 from __future__ import annotations
 
-from compress.accounting import model_size
 from compress.architecture import Architecture
-from compress.budgets import budget_parameters, kinds_of, overhead_of
+from compress.budgets import kinds_of, most_parameters, overhead_of
 from compress.planning import ROUNDS, needs_moments
 from compress.recipe import Recipe
 
@@ -90,9 +89,7 @@ def uses_terms(recipe: Recipe) -> bool:
 
 
 def _projections(arch: Architecture, recipe: Recipe) -> int:
-    if recipe.structure == "dense" and not recipe.layers:
-        return model_size(arch, {}, recipe.rotation).dense_projections
-    return int(budget_parameters(arch, recipe))
+    return int(most_parameters(arch, recipe))
 
 
 def _stream(arch: Architecture, recipe: Recipe, few: bool) -> int:

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 
 from compress.architecture import Architecture
+from compress.budgets import budget_parameters, ratio_of
 from compress.checkpoint import CheckpointReader
-from compress.errors import UsageError
+from compress.errors import UsageError, run_cli
+from compress.forecast import forecast, lines
 from compress.latency import LatencyTable, variant_of
 from compress.planning import budget_of, check_recipe, cost_of, unit_of
+from compress.run import main
 from compress.structures import (
     DenseStructure,
     GroupShuffleStructure,
@@ -126,7 +129,7 @@ def test_a_follower_is_cheaper_than_its_leader() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "cannot be used"),
+        ("{", "is not JSON"),
         ("[]", "cannot be used"),
         ('{"tokens": 1}', "entries"),
         ('{"tokens": 1, "entries": [{"structure": "dense"}]}', "in_features"),
@@ -284,3 +287,45 @@ def test_entries_of_a_recipe_cost_as_their_structures(tiny_model: TinyModel, tmp
     told = ("predicted_loss", "bytes", "macs")
     structures = [structure_from_config({k: v for k, v in c.items() if k not in told}) for c in layers.values()]
     assert sum(map(table.seconds, structures)) <= 0.8 * dense
+
+
+@pytest.mark.parametrize("rotation", ["none", "shared"])
+def test_a_dry_run_tells_no_ratio_that_was_not_asked_for(
+    rotation: str, tiny_model: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The ratio of the recipe has no say here, whatever it is, and space is the most that there can be."""
+    source = tiny_source(tiny_model, "tiny_llama_tied")
+    arch = source.architecture()
+    path = table_file(tmp_path, arch, 8)
+    command = ["--model", str(tiny_model("tiny_llama_tied")), "--out", str(tmp_path / "out"), "--structure", "auto"]
+    command += ["--rotation", rotation, "--budget-latency", "1", "--latency-table", str(path), "--dry-run"]
+    command += ["--sequence-length", "32", "--inner", "none"]
+    found = []
+    for ratio in ("0.3", "0.75"):
+        assert run_cli(main, [*command, "--json", "--ratio", ratio]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
+    said = found[0]
+    assert (said["ratio_asked"], said["seconds_asked"]) == (None, 1.0)
+    assert {said[key] for key in ("projection_budget", "model_ratio", "decode_ceiling")} == {None}
+    assert said["checkpoint_bytes_about"] >= 4 * arch.projection_parameters()
+    assert run_cli(main, command) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert "seconds_asked: 1.0" in shown
+    assert not any("ratio_asked" in line or "None" in line for line in shown)
+    assert "model_ratio: known once sizes are planned by --latency-table" in shown
+
+
+def test_a_ratio_is_not_taken_from_a_budget_in_seconds(tiny_model: TinyModel, tmp_path: Path) -> None:
+    arch = tiny_source(tiny_model, "tiny_llama").architecture()
+    recipe = helpers.recipe(Path("unread"), structure="lowrank", budget_latency=1.0, latency_table="unread")
+    for asked in (ratio_of, budget_parameters):
+        with pytest.raises(ValueError, match="seconds"):
+            asked(arch, recipe)
+
+
+def test_a_dense_copy_asks_for_no_ratio(tiny_model: TinyModel) -> None:
+    arch = tiny_source(tiny_model, "tiny_llama").architecture()
+    said = forecast(arch, helpers.recipe(Path("unread"), structure="dense"))
+    assert (said["ratio_asked"], said["model_ratio"]) == (None, 1.0)
+    assert not any("asked" in line for line in lines(said))
