@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.errors import UsageError
+
 if TYPE_CHECKING:
     from compress.recipe import Recipe
 
@@ -28,7 +30,7 @@ def add_compress_arguments(parser: argparse.ArgumentParser, *, model_required: b
     )
     what.add_argument(
         "--menu",
-        type=_names,
+        type=_menu,
         metavar="A,B",
         help="what --structure auto chooses from beside dense: pifa (default), lowrank, kron, gs",
     )
@@ -164,6 +166,13 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 def _names(text: str) -> list[str]:
     """A comma-separated list; 'none' is the empty one."""
     return [] if text == "none" else text.split(",")
+
+
+def _menu(text: str) -> list[str]:
+    """A comma-separated list. Raises UsageError for 'none': in a recipe an empty menu is the default one."""
+    if text == "none":
+        raise UsageError("--menu none leaves nothing beside dense to choose from: give --structure dense, or name some")
+    return text.split(",")
 
 
 _FLAGS = {

@@ -262,3 +262,24 @@ def test_a_flag_on_a_broken_group(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("calibration: 3\n")
     with pytest.raises(UsageError, match="calibration is 3, not a group of fields"):
         of("--recipe", str(tmp_path / "r.yaml"), "--seed", "1")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("none", "--menu none leaves nothing beside dense .* --structure dense"),
+        ("", r"menu\.0: Input should be 'kron'"),
+        ("pifa,none", r"menu\.1: Input should be 'kron'"),
+    ],
+)
+def test_a_menu_of_nothing_is_refused(given: str, said: str) -> None:
+    """The recipe's empty menu is the default one, which nobody asks for by 'none'."""
+    with pytest.raises(UsageError, match=said):
+        of("--structure", "auto", "--menu", given)
+
+
+def test_inner_none_is_none() -> None:
+    assert of("--structure", "auto").inner == ("neurons",)
+    assert of("--structure", "auto", "--inner", "none").inner == ()
+    with pytest.raises(UsageError, match=r"inner\.1: Input should be"):
+        of("--structure", "auto", "--inner", "vo,none")
