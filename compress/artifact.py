@@ -26,8 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from compress.errors import ArtifactError, ProcrustesError, UsageError
-from compress.files import files_below, fsync, named, os_error_of, refuse_links, remove, seal, sha256_of
+from compress.errors import ArtifactError, UsageError
+from compress.files import files_below, fsync, located, named, refuse_links, remove, seal, sha256_of
 from compress.kept import KeptFolder, clear, request_of
 from compress.locking import locked
 from compress.manifest import FileEntry, Manifest
@@ -198,6 +198,10 @@ class Artifact:
             folder.mkdir()
             try:
                 yield folder
+            except Exception as error:  # as in Stage.__exit__: all is passed on, with a place where it lacks one
+                if (known := located(error, folder)) is not error:
+                    raise known from error
+                raise
             finally:
                 remove(folder)
 
@@ -335,12 +339,8 @@ class Stage:
         with self._held:
             if error is None:
                 self._artifact._publish(self._name, *self._arguments)
-            elif isinstance(error, OSError) and error.errno is not None:
-                named(error, self._folder)
-            elif isinstance(error, Exception) and not isinstance(error, ProcrustesError):
-                known = os_error_of(error, self._folder)
-                if known is not error:
-                    raise known from error
+            elif isinstance(error, Exception) and (known := located(error, self._folder)) is not error:
+                raise known from error
 
 
 def _check_stage_name(name: str) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from compress.standard_streams import readers_may_leave
 
@@ -59,6 +60,13 @@ _WRITE_ADVICE = {
     errno.EROFS: "choose a folder on a file system that is not mounted read-only",
 }
 
+# As tempfile says it: it tries to write to each folder that it knows of.
+_NO_TEMPORARY_FOLDER = "No usable temporary directory found"
+_TEMPORARY_ADVICE = (
+    "no temporary folder can be written to, neither TMPDIR nor /tmp: set TMPDIR to a folder that you may write to, on "
+    "a disk with space"
+)
+
 
 def run_cli(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """Run a command's `main` and return its exit code; the caller passes it to `sys.exit`.
@@ -86,10 +94,12 @@ def run_cli(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
         except ProcrustesError as error:
             return _fail(str(error), error.exit_code, debug)
         except OSError as error:
+            if any(_NO_TEMPORARY_FOLDER in str(each) for each in _chain(error)):
+                return _fail(_TEMPORARY_ADVICE, MissingDependencyError.exit_code, debug)
             advice = _WRITE_ADVICE.get(error.errno or 0)
             if advice is None:
                 raise
-            return _fail(f"{describe_os_error(error)}; {advice}", ArtifactError.exit_code, debug)
+            return _fail(f"{describe_os_error(error)}{_place(error)}; {advice}", ArtifactError.exit_code, debug)
 
 
 def describe_os_error(error: OSError) -> str:
@@ -97,6 +107,21 @@ def describe_os_error(error: OSError) -> str:
     reason = error.strerror or type(error).__name__
     path = error.filename2 if error.filename2 is not None else error.filename
     return reason if path is None else f"{reason}: {os.fsdecode(path)!r}"
+
+
+def _place(error: OSError) -> str:
+    """Where it can have been: a write() that failed does not know its file."""
+    if error.filename is not None or error.filename2 is not None or tempfile.tempdir is None:
+        return ""
+    return f" (of what is printed, or in the temporary folder {tempfile.tempdir!r}, which TMPDIR sets)"
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it was raised from."""
+    following: BaseException | None = error
+    while following is not None:
+        yield following
+        following = following.__cause__
 
 
 def _fail(sentence: str, code: int, debug: bool, prefix: str = "error: ") -> int:

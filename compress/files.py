@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, ProcrustesError
 from compress.manifest import FileEntry
 
 _CHUNK = 1 << 20
@@ -32,6 +32,16 @@ def os_error_of(error: Exception, path: Path | None) -> Exception:
         number = int(code.group(1) or code.group(2))
         return OSError(number, os.strerror(number), *([] if path is None else [str(path)]))
     return error
+
+
+def located(error: Exception, folder: Path) -> Exception:
+    """A failure of what was written to `folder`, as the operating system's error with a place where it is one."""
+    if isinstance(error, ProcrustesError):
+        return error
+    if isinstance(error, OSError) and error.errno is not None:
+        named(error, folder)
+        return error
+    return os_error_of(error, folder)
 
 
 def files_below(path: Path) -> Iterator[Path]:

@@ -244,10 +244,10 @@ def write_rewritten(
     source.tokenizer().save_pretrained(folder)
 
 
-def rewritten_model(source: ModelSource, checkpoint: Path) -> ProcrustesForCausalLM:
-    """The source folded and rotated exactly as `checkpoint` was before its weights were approximated (rung 1)."""
-    import tempfile
+def rewritten_model(source: ModelSource, checkpoint: Path, folder: Path) -> ProcrustesForCausalLM:
+    """The source folded and rotated exactly as `checkpoint` was before its weights were approximated (rung 1).
 
-    with tempfile.TemporaryDirectory() as name:
-        write_rewritten(source, read_rotations(checkpoint).exact(), Path(name))
-        return load_model(Path(name))
+    Written to `folder`, an empty one, which may go once this has returned.
+    """
+    write_rewritten(source, read_rotations(checkpoint).exact(), folder)
+    return load_model(folder)

@@ -12,7 +12,8 @@ from typing import Any
 
 @contextmanager
 def readers_may_leave() -> Iterator[None]:
-    """Within the block, writing to sys.stdout and sys.stderr never fails for want of a reader.
+    """Within the block, writing to sys.stdout and sys.stderr never fails for want of a reader, and to sys.stderr never:
+    a log that is full (`2> log` on a full disk) ends neither the work nor the telling of how it went, by the exit code.
 
     A stream that was closed when the interpreter started (`>&-`), which is None, leads to /dev/null: its descriptor
     would else be given to the next file that is opened, and a library's chatter be written into that. Streams that
@@ -64,9 +65,10 @@ class _Unheard(io.TextIOWrapper):
             self._silence(error)
 
     def _silence(self, error: OSError) -> None:
-        """Drop what is still to be written, so that it fails once only, and raise unless a reader has gone."""
+        """Drop what is still to be written, so that it fails once only. What was to go to stdout is a result: raise
+        unless its reader has gone."""
         _lead_to_null(self.fileno())
-        if not isinstance(error, BrokenPipeError):
+        if self.fileno() == 1 and not isinstance(error, BrokenPipeError):
             raise error
 
 

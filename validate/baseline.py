@@ -76,7 +76,8 @@ class Baseline:
         from compress.pipeline import rewritten_model
 
         log("folding and rotating the source")
-        return rewritten_model(self.source, self.checkpoint)
+        with self.artifact.scratch("dense") as folder:
+            return rewritten_model(self.source, self.checkpoint, folder)
 
     @cached_property
     def compressed(self) -> ProcrustesForCausalLM:

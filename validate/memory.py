@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from compress.errors import run_cli
 
-def main(argv: list[str]) -> int:
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Load, prefill, decode four tokens, print {"before_load", "peak"} as JSON."""
+    argv = sys.argv[1:] if argv is None else argv
     import onnxruntime  # noqa: F401  (loaded before the first reading: the library is not the model)
 
     from export.engines.ort import OrtRunner
@@ -30,4 +34,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_cli(main))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import ArtifactError, UsageError, run_cli
+from compress.errors import ArtifactError, MissingDependencyError, UsageError, run_cli
 from compress.lazy import require
 from compress.progress import log
 from validate.graphfacts import GraphFacts
@@ -153,6 +154,8 @@ def peak_memory(path: Path, threads: int, tokens: int) -> dict[str, int]:
     """Bytes of resident memory at most, in a process of its own that loads the model and runs it once.
 
     {"before_load": ..., "peak": ...}; the difference is the model, its packed weights and its activations.
+    Raises MissingDependencyError when that process lacks memory or handles, or is killed, as the system does where
+    memory runs out; ArtifactError when the model does not run there.
     """
     root = str(Path(__file__).resolve().parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -165,7 +168,14 @@ def peak_memory(path: Path, threads: int, tokens: int) -> dict[str, int]:
         check=False,
     )
     if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
+        if done.returncode == MissingDependencyError.exit_code:
+            raise MissingDependencyError(f"{path} cannot be run in a process of its own: {last}")
+        if done.returncode < 0:
+            raise MissingDependencyError(
+                f"the process that measures the memory of {path} was ended by {signal.Signals(-done.returncode).name}, "
+                f"perhaps for want of memory: end other programs, or give --skip speed"
+            )
         raise ArtifactError(f"{path} does not run in a process of its own ({last})")
     values: dict[str, int] = json.loads(done.stdout)
     return values

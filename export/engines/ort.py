@@ -133,7 +133,14 @@ def executed_nodes(path: Path) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         runner = OrtRunner(path, profile=str(Path(folder) / "profile"))
         runner.prefill([[0, 0]])
-        events = json.loads(Path(runner.session.end_profiling()).read_text())
+        profile = Path(runner.session.end_profiling())
+        try:
+            events = json.loads(profile.read_text())
+        except (OSError, ValueError) as error:  # ONNX Runtime says nothing of writes that fail
+            raise ArtifactError(
+                f"ONNX Runtime could not write its profile of {path} to {profile} ({error}): free some space there, or "
+                f"set TMPDIR to another folder"
+            ) from error
     # One event a node and run; shape nodes that were folded away have none.
     nodes = {event["name"]: event["args"]["op_name"] for event in events if event.get("cat") == "Node"}
     return dict(sorted(Counter(nodes.values()).items()))

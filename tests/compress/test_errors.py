@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,6 +133,44 @@ def test_a_disk_that_is_full_is_told() -> None:
     assert done.returncode == 5
     assert done.stderr.startswith("error: No space left on device; free some space")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("fine", 0), ("gate", 3), ("fail", 2)])
+def test_a_log_that_is_full_ends_nothing(outcome: str, code: int, tmp_path: Path) -> None:
+    """`2> log` on a full disk: the work goes on, and the exit code is its own, though its sentence is lost."""
+    (tmp_path / "talk.py").write_text(TALK)
+    command = f"exec {sys.executable} talk.py file {outcome} progress > said 2> /dev/full"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run(["bash", "-c", command], env=environment, cwd=tmp_path, check=False, timeout=120)
+    assert done.returncode == code
+    assert (tmp_path / "file").read_text() == "whole"
+    assert (tmp_path / "said").read_text().endswith("\n19999\n")
+
+
+@pytest.mark.parametrize("wanted", ["tempfile.mkdtemp()", "__import__('matplotlib')"])
+def test_no_temporary_folder_is_4(wanted: str, tmp_path: Path) -> None:
+    """No byte can be written anywhere, as on a read-only or full disk, which also stops root."""
+    code = f"""
+import resource, sys, tempfile
+from compress.errors import run_cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+sys.exit(run_cli(lambda argv: {wanted}))
+"""
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "PYTHONPATH": root, "MPLCONFIGDIR": "/dev/null/none", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 4, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: no temporary folder can be written to")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_write_that_knows_no_file_names_the_temporary_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert run_cli(raising(OSError(errno.ENOSPC, "No space left on device")), []) == 5
+    assert f"in the temporary folder {str(tmp_path)!r}, which TMPDIR sets" in capsys.readouterr().err
+    assert run_cli(raising(OSError(errno.ENOSPC, "No space left on device", "out/x")), []) == 5
+    assert str(tmp_path) not in capsys.readouterr().err
 
 
 def test_require_gives_the_module():

@@ -261,10 +261,10 @@ def test_selections_by_name_need_no_menu(source: ModelSource, build: Build, tmp_
     ["auto", "auto with kron", "auto with block rotations", "kron, cs", "kron, householder", "kron, paper", "slice"],
 )
 @pytest.mark.parametrize("name", ["tiny_llama_tied", "tiny_opt"])
-def test_rung_1_is_exact(name: str, kind: str, build: Build, tiny_model: TinyModel) -> None:
+def test_rung_1_is_exact(name: str, kind: str, build: Build, tiny_model: TinyModel, tmp_path: Path) -> None:
     """Folded, rotated and with the skips of the checkpoint, but nothing approximated: the source's own logits."""
     source, ids = tiny_source(tiny_model, name), tiny.token_ids(2, 16)
-    model = rewritten_model(source, build(name, kind).path("checkpoint"))
+    model = rewritten_model(source, build(name, kind).path("checkpoint"), tmp_path)
     assert relative(logits_of(model, ids), logits_of(source.reference_model(torch.float32), ids)) < 1e-4
 
 

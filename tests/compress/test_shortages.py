@@ -97,4 +97,4 @@ def test_other_exceptions_pass_through() -> None:
 def test_a_full_disk_that_a_library_tells_of_is_exit_5(capsys: pytest.CaptureFixture[str]) -> None:
     """Outside of a stage of the artefact, as in a temporary folder."""
     assert run_cli(raising(LibraryError("I/O error: No space left on device (os error 28)")), []) == 5
-    assert capsys.readouterr().err.startswith("error: No space left on device; free some space")
+    assert capsys.readouterr().err.startswith("error: No space left on device")

@@ -6,9 +6,10 @@ import os
 import resource
 import subprocess
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
-from tests.faults.commands import Command, Reference, commands
+from tests.faults.commands import TEXT, Command, Reference, commands
 from tests.faults.rows import FaultError, Options, Row, times
 
 FILE_SIZES = (20_000, 60_000, 100_000, 200_000)  # bytes
@@ -20,8 +21,8 @@ DISKS = (64, 300, 600, 1_000)  # KiB
 def run(folder: Path, options: Options) -> list[Row]:
     """One row for each lack. Raises FaultError for a traceback, another exit code, or another result afterwards."""
     rows = list[Row]()
-    found = commands(folder)
-    for command in found[:2]:
+    *others, parity = commands(folder)
+    for command in (*others, _plots(parity), _whole(parity, folder / TEXT)):
         reference = Reference.of(command)
         for fault, code, limits in (
             ("files limited in size (RLIMIT_FSIZE)", 5, [_limit(resource.RLIMIT_FSIZE, n) for n in FILE_SIZES]),
@@ -31,6 +32,19 @@ def run(folder: Path, options: Options) -> list[Row]:
             rows.append(_row(command, reference, fault, code, limits))
         rows += _disks(command, reference)
     return rows
+
+
+def _plots(validate: Command) -> Command:
+    """Parity, and the plots: the reports are the most that it writes."""
+    argv = tuple(flag for flag in validate.argv if flag != "--no-plot")
+    return replace(validate, name="validate (parity, plots)", argv=argv)
+
+
+def _whole(validate: Command, text: Path) -> Command:
+    """All parts: the dense baseline is exported, and memory probed, too."""
+    small = ("--sequence-length", "32", "--max-windows", "2", "--prefill", "16", "--past", "8", "--batch-sizes", "1")
+    argv = (*validate.argv[:3], "--data", str(text), *small, "--seconds", "0.05")
+    return replace(validate, name="validate (all parts)", argv=argv)
 
 
 def _row(command: Command, reference: Reference, fault: str, code: int, limits: Iterable[Callable[[], None]]) -> Row:
@@ -79,7 +93,7 @@ def _disks(command: Command, reference: Reference) -> list[Row]:
     full, disk = 0, command.folder
     for size in DISKS:
         command.reset()
-        before = sum(file.stat().st_blocks * 512 for file in command.out.rglob("*")) if command.before else 0
+        before = sum(file.stat().st_blocks * 512 for file in _files(command.out)) if command.before else 0
         if not _mount("-t", "tmpfs", "-o", f"size={size + before // 1024}k", "tmpfs", str(disk)):
             return []
         try:
@@ -108,6 +122,10 @@ def _disks(command: Command, reference: Reference) -> list[Row]:
     finally:
         _unmount(disk)
     return [*rows, Row(f"{command.name}, read-only file system", 1, "exit 5 and a sentence")]
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def _mount(*arguments: str) -> bool:

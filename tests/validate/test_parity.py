@@ -93,8 +93,8 @@ def test_rung_1_passes_for_every_tiny_model(tiny_model_dir: Path, tmp_path: Path
     assert set(rung.cases) == {"left-padded batch", "one sequence", "length 1"}
 
 
-def test_rung_1_passes_on_the_rotated_model(built: Any) -> None:
-    rewritten = rewritten_model(resolve(str(built.source)), built.out / "checkpoint")
+def test_rung_1_passes_on_the_rotated_model(built: Any, tmp_path: Path) -> None:
+    rewritten = rewritten_model(resolve(str(built.source)), built.out / "checkpoint", tmp_path)
     assert rung_1(reference(built.source), rewritten, PROMPTS).passed
 
 
@@ -105,12 +105,12 @@ def test_rung_1_catches_a_wrong_rotation(built: Any, tmp_path: Path) -> None:
     assert tensors, "the artefact is not rotated"
     tensors["q.0"][0, 0] += 0.01
     save_file(tensors, file, metadata={"kind": "shared"})
-    rewritten = rewritten_model(resolve(str(built.source)), checkpoint)
+    rewritten = rewritten_model(resolve(str(built.source)), checkpoint, tmp_path / "rewritten")
     assert not rung_1(reference(built.source), rewritten, PROMPTS).passed
 
 
-def test_rung_1_catches_one_wrong_weight(built: Any) -> None:
-    rewritten = rewritten_model(resolve(str(built.source)), built.out / "checkpoint")
+def test_rung_1_catches_one_wrong_weight(built: Any, tmp_path: Path) -> None:
+    rewritten = rewritten_model(resolve(str(built.source)), built.out / "checkpoint", tmp_path)
     rewritten.model.layers[1].attn.v.weight[3, 5] += 0.1
     assert not rung_1(reference(built.source), rewritten, PROMPTS).passed
 
@@ -256,6 +256,6 @@ def test_rung_3_on_a_graph_of_last_logits(built: Any, tmp_path: Path) -> None:
 
 def test_the_dense_export_is_checked(built: Any, tmp_path: Path) -> None:
     """The compressed graph is not the dense model."""
-    dense = rewritten_model(resolve(str(built.source)), built.out / "checkpoint")
+    dense = rewritten_model(resolve(str(built.source)), built.out / "checkpoint", tmp_path)
     with pytest.raises(ArtifactError, match="not the dense source model"):
         dense_export_error(dense, built.out / "onnx" / "model.onnx")

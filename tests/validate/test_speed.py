@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 import torch
 
-from compress.errors import ArtifactError, UsageError, run_cli
+from compress.errors import ArtifactError, MissingDependencyError, UsageError, run_cli
 from compress.structures import DenseStructure, Structure, structure_from_config
 from export.graph import export_onnx
 from validate import layers, speed
@@ -112,6 +112,28 @@ def test_graph_facts(built: Any, tmp_path: Path) -> None:
 def test_peak_memory_of_a_broken_file(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"not a model")
     with pytest.raises(ArtifactError, match="process of its own"):
+        peak_memory(tmp_path / "model.onnx", 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("ending", "error", "said"),
+    [
+        ("sys.exit(run_cli(lambda argv: bytearray(1 << 62)))", MissingDependencyError, "of its own: out of memory"),
+        ("os.kill(os.getpid(), 9)", MissingDependencyError, "ended by SIGKILL, perhaps for want of memory"),
+        ("sys.exit(run_cli(lambda argv: OrtRunner(Path('no'))))", ArtifactError, r"of its own \(no does not exist"),
+        ("sys.exit(7)", ArtifactError, r"of its own \(no message\)"),
+    ],
+)
+def test_a_memory_probe_that_fails(
+    ending: str, error: type[Exception], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imports = "import os, sys\nfrom pathlib import Path\nfrom compress.errors import run_cli\n"
+    (tmp_path / "python").write_text(
+        f"#!{sys.executable}\n{imports}from export.engines.ort import OrtRunner\n{ending}\n"
+    )
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(error, match=said):
         peak_memory(tmp_path / "model.onnx", 1, 4)
 
 
