@@ -13,7 +13,8 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 _CONFIG = ["config.json"]
 _CODE = ["*.py"]
-_TOKENIZER = [
+# Files beside config.json and the weights that decide what the model reads or says.
+SETTINGS = [
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -22,6 +23,7 @@ _TOKENIZER = [
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
 ]
 # Not `*.safetensors`: some repositories hold the weights a second time under another name (Mistral).
@@ -45,7 +47,7 @@ def download(repository: str, revision: str | None, cache_dir: Path | None, code
     """
     from compress.weight_files import ENTRIES
 
-    always = _CONFIG + _TOKENIZER + _CODE * code
+    always = _CONFIG + SETTINGS + _CODE * code
     folder = _snapshot(repository, revision, cache_dir, always + _SAFETENSORS)
     if not any(folder.glob("*.safetensors")):
         folder = _snapshot(repository, revision, cache_dir, always + _PICKLES)

@@ -11,23 +11,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from compress import hub
 from compress.errors import ArtifactError, UsageError
 from compress.files import sha256_of
 from compress.models import ModelSource, resolve
 
-_SETTINGS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+_SETTINGS = ("config.json", *hub.SETTINGS)
 """Files beside the weights that decide what the model computes, reads or says. A GGUF file has them in itself."""
 
 
