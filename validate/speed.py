@@ -176,7 +176,8 @@ def peak_memory(path: Path, threads: int, tokens: int) -> dict[str, int]:
                 f"the process that measures the memory of {path} was ended by {signal.Signals(-done.returncode).name}, "
                 f"perhaps for want of memory: end other programs, or give --skip speed"
             )
-        raise ArtifactError(f"{path} does not run in a process of its own ({last})")
+        # Where the interpreter itself could not start for want of memory, its words are told as any library's.
+        raise ArtifactError(f"{path} does not run in a process of its own ({last})") from RuntimeError(last)
     values: dict[str, int] = json.loads(done.stdout)
     return values
 

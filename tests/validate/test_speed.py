@@ -137,6 +137,16 @@ def test_a_memory_probe_that_fails(
         peak_memory(tmp_path / "model.onnx", 1, 4)
 
 
+def test_a_memory_probe_that_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "python").write_text("#!/bin/sh\necho 'ImportError: libm.so: failed to map segment' >&2\nexit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert run_cli(lambda argv: peak_memory(tmp_path / "model.onnx", 1, 4)["peak"], []) == 4
+    assert capsys.readouterr().err.startswith("error: out of memory (ImportError: libm.so")
+
+
 def test_the_memory_probe_is_not_charged_with_its_parent(built: Any) -> None:
     """Linux hands ru_maxrss down to children; 400 MB here must not show there."""
     ballast = np.ones(50_000_000)
