@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -269,3 +270,23 @@ def test_help_imports_nothing_heavy(module: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "usage: python -m" in done.stdout
+
+
+@pytest.mark.parametrize("flags", [("--skip", "speed"), ("--skip", "parity", "--skip", "perplexity", "--dense")])
+def test_a_disk_that_is_full_while_validating(
+    flags: tuple[str, ...], built: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While the folded source or the plots are written: one sentence with the place in OUT, which is left as it was."""
+    copy = built.copy(tmp_path / "out")
+    if flags[-1] == "--dense":
+        flags = (*flags, str(copy.out / "onnx"))
+    before = sorted(copy.out.rglob("*"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        assert copy.run("--data", str(copy.text), *flags) == 5
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: File too large: '{copy.out}/.")
+    assert [path for path in sorted(copy.out.rglob("*")) if path.name != ".lock"] == before
