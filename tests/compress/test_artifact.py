@@ -498,23 +498,3 @@ def test_manifest_that_is_not_json(tmp_path, content):
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(ArtifactError, match=r"manifest.json (is not (JSON|UTF-8)|has values nested)"):
         artifact.verify()
-
-
-@pytest.mark.parametrize("library", [False, True])
-@pytest.mark.parametrize("place", ["stage", "scratch"])
-def test_a_full_disk_is_told_with_the_folder(place, library, tmp_path):
-    full = OSError(errno.ENOSPC, "No space left on device")
-    error = RuntimeError("IoError: ... (os error 28)") if library else full
-    artifact = Artifact(tmp_path / "out")
-    opened = artifact.stage("onnx") if place == "stage" else artifact.scratch("dense")
-    with pytest.raises(OSError, match="No space left") as caught, opened as folder:
-        raise error
-    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(folder))
-    assert not folder.exists()
-
-
-def test_other_errors_leave_scratch_as_they_are(tmp_path):
-    for error in (ArtifactError("damaged (os error 28)"), ZeroDivisionError("x"), KeyboardInterrupt()):
-        with pytest.raises(type(error)) as caught, Artifact(tmp_path / "out").scratch("dense"):
-            raise error
-        assert caught.value is error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from compress.errors import ArtifactError, MissingDependencyError, ProcrustesError, UsageError
 from export.engines import ort
-from export.engines.ort import OrtRunner
+from export.engines.ort import OrtRunner, executed_nodes
 from export.engines.runner import left_pad
 from export.engines.sampling import Sampler
 from export.graph import export_onnx
@@ -209,3 +210,14 @@ def test_executed_nodes_leave_no_profile_behind(
     monkeypatch.chdir(tmp_path)
     assert ort.executed_nodes(exported[1])["Attention"] == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_profile_that_cannot_be_written_is_told(exported: tuple[Any, Path]) -> None:
+    """ONNX Runtime goes on as if it had been: what is there is cut off."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_096, hard))
+    try:
+        with pytest.raises(ArtifactError, match=r"could not write its profile of .*, or set TMPDIR"):
+            executed_nodes(exported[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
