@@ -40,8 +40,7 @@ def forecast(arch: Architecture, recipe: Recipe, *, materialize_dense: bool = Fa
         "structure": recipe.structure,
         "rotation": recipe.rotation,
         "unit": unit_of(arch, recipe),
-        "ratio_asked": None if by_seconds or recipe.structure == "dense" else ratio_of(arch, recipe),
-        "seconds_asked": recipe.budget_latency,
+        **_asked(arch, recipe),
         "dense_projection_parameters": size.dense_projections,
         "projection_budget": None if by_seconds else int(budget),
         "rotation_overhead": overhead,
@@ -55,12 +54,19 @@ def forecast(arch: Architecture, recipe: Recipe, *, materialize_dense: bool = Fa
     }
 
 
+def _asked(arch: Architecture, recipe: Recipe) -> dict[str, float]:
+    """The budget; a dense copy has none."""
+    if recipe.structure == "dense":
+        return {}
+    if recipe.budget_latency is not None:
+        return {"seconds_asked": recipe.budget_latency}
+    return {"ratio_asked": ratio_of(arch, recipe)}
+
+
 def lines(result: dict[str, Any]) -> list[str]:
-    """A forecast as text, the parts of disk and memory one a line; what was not asked for is left out."""
+    """A forecast as text, the parts of disk and memory one a line."""
     found = []
     for key, value in result.items():
-        if value is None and key in ("ratio_asked", "seconds_asked"):
-            continue
         if value is None:
             found.append(f"{key}: known once sizes are planned by --latency-table")
         elif key in ("disk", "memory"):
