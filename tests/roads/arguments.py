@@ -33,6 +33,8 @@ def _flag(field: str, value: Any) -> list[str]:
     """The flag for a field of the recipe."""
     if value == UNSET:
         return []
+    if (field, value) == ("menu", ()):  # the default one, in so many words: a recipe can say so, the flag cannot
+        return ["--set", "menu=[]"]
     [dest] = [dest for dest, name in _FLAGS.items() if name == field]
     flag = "--" + dest.replace("_", "-")
     if isinstance(value, bool):
