@@ -126,7 +126,7 @@ def test_a_follower_is_cheaper_than_its_leader() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "cannot be used"),
+        ("{", "is not JSON"),
         ("[]", "cannot be used"),
         ('{"tokens": 1}', "entries"),
         ('{"tokens": 1, "entries": [{"structure": "dense"}]}', "in_features"),
