@@ -262,7 +262,7 @@ def test_a_head_with_a_shift_has_no_plain_equivalent(tiny_model: TinyModel, tmp_
     _, made, ranks = compressed_ends(source, Rotations.none())
     assert ranks.head
     folder = write(source, Rotations.none(), tmp_path / "checkpoint", made, ranks)
-    with pytest.raises(UsageError, match="needs a bias that its own class has not"):
+    with pytest.raises(UsageError, match="needs a bias that its own class does not have"):
         write_plain(source, folded(source), folder, tmp_path / "plain")
 
 

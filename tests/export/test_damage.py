@@ -53,7 +53,11 @@ NAME = "model.layers.1.mlp.up.B"
         (lambda t: t.update({NAME: t[NAME][1:].contiguous()}), "expected \\(48, 24\\)"),
         (lambda t: t.update({NAME: t[NAME].T.contiguous()}), "expected \\(48, 24\\)"),
         (lambda t: t.pop(NAME), f"no tensor {NAME}"),
-        (lambda t: t.update({"model.layers.9.extra": torch.ones(3)}), "model.layers.9.extra"),
+        (lambda t: t.update({"model.layers.1.extra": torch.ones(3)}), "model.layers.1.extra"),
+        (
+            lambda t: t.update({"model.layers.9.extra": torch.ones(3)}),
+            "has 2 layers, but .* has tensors of 3",
+        ),
     ],
 )
 def test_changed_tensors(checkpoint: Path, tmp_path: Path, change: Any, message: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from compress.models import resolve
 from export.build import main
 from export.engines.ort import OrtRunner
 from tests import tiny
+from tests.tools import triton_utilities
 
 PROMPT = [5, 60, 100, 7]
 LONGEST = 24
@@ -96,7 +96,7 @@ def test_the_runner_stops(built: tuple[Path, bool], answer: list[int], end: int)
 def test_the_triton_model_stops(
     built: tuple[Path, bool], answer: list[int], end: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served = triton_model(built[0], monkeypatch)
+    served = triton_model(built[0])
     try:
         from export.triton.settings import Settings
         from tests.export.test_batching import Client
@@ -110,7 +110,7 @@ def test_the_triton_model_stops(
         served.finalize()
 
 
-def triton_model(out: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def triton_model(out: Path) -> Any:
     """The text model of OUT/triton, initialised outside of a server."""
     backend: Any = types.ModuleType("triton_python_backend_utils")
     backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
@@ -124,10 +124,8 @@ def triton_model(out: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             return types.SimpleNamespace(increment=lambda value: None, set=lambda value: None)
 
     backend.MetricFamily = Family
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend)
-    for name in ("export.triton.model", "export.triton.answers"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    from export.triton.model import TritonPythonModel
+    with triton_utilities(backend):
+        from export.triton.model import TritonPythonModel
 
     folder = Artifact(out).require_stage("triton")
     parameters = {"artifact": "..", "sequences": "2", "engine": "ort", "threads": "1"}

@@ -370,7 +370,7 @@ def test_an_engine_of_another_version_gpu_library_or_graph_is_not_loaded(
 
 def test_engines_of_other_kinds_are_not_loaded(engine: Artifact) -> None:
     with engine.stage("engine", inputs=["onnx"]) as folder:
-        write_json(folder / BUILD_INFO, {"engine": "ort"})
+        write_json(folder / BUILD_INFO, {"engine": "ort", "versions": {}})
     with pytest.raises(ArtifactError, match="is for 'ort'"):
         trt_runner.check_engine(engine, trust=True)
 

@@ -21,6 +21,7 @@ import pytest
 from export.triton.batching import DEAD
 from export.triton.failures import A_BUG
 from tests.served import MODEL, build
+from tests.tools import triton_utilities
 
 FINAL = 1
 WAIT = 60.0
@@ -116,7 +117,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def triton() -> Iterator[None]:
     fake = types.ModuleType("triton_python_backend_utils")
     fake.__dict__.update(
         TRITONSERVER_RESPONSE_COMPLETE_FINAL=FINAL,
@@ -127,9 +128,8 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> None:
         MetricFamily=MetricFamily,
         get_input_tensor_by_name=tensor_of,
     )
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", fake)
-    for name in ("answers", "model", "network"):
-        monkeypatch.delitem(sys.modules, f"export.triton.{name}", raising=False)
+    with triton_utilities(fake):
+        yield
 
 
 def loaded(built: Path, module: str, folder: Path, **parameters: str) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import queue
 import re
-import sys
 import threading
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,8 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+
+from tests.tools import triton_utilities
 
 UTILITIES = "triton_python_backend_utils"
 FINAL = 1
@@ -136,8 +137,8 @@ class Served:
     """The text model of one OUT/triton."""
 
     def __init__(self, out: Path) -> None:
-        sys.modules.setdefault(UTILITIES, _utilities())
-        from export.triton.model import TritonPythonModel
+        with triton_utilities(_utilities()):
+            from export.triton.model import TritonPythonModel
 
         [folder] = (out / "triton" / "repository").iterdir()
         self.name = folder.name

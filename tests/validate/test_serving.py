@@ -17,6 +17,7 @@ from compress.errors import ArtifactError, UsageError, run_cli
 from export.stages import BUILD_INFO, write_json
 from validate.serving import Answer, Round, case, cut_prompts, http_client, main, one_round, table
 
+TRITON = {"engine": "ort", "sequences": 16, "threads": 1}
 PAUSE = {"dense": 0.04, "small": 0.02}  # seconds a token
 
 
@@ -65,7 +66,7 @@ def outs(tmp_path: Path) -> list[str]:
         with artifact.stage("checkpoint") as folder:
             (folder / "config.json").write_text("{}")
         with artifact.stage("triton") as folder:
-            write_json(folder / BUILD_INFO, {"name": name})
+            write_json(folder / BUILD_INFO, {**TRITON, "name": name})
     return [str(tmp_path / "small"), "--baseline", str(tmp_path / "dense")]
 
 
@@ -157,6 +158,6 @@ def test_models_must_differ_and_be_served(url: str, outs: list[str], capsys: pyt
     assert run_cli(main, [outs[0], "--baseline", outs[0], "--url", url]) == 2
     assert "both models are served as 'small'" in capsys.readouterr().err
     with Artifact(Path(outs[0])).stage("triton") as folder:
-        write_json(folder / BUILD_INFO, {"name": "absent"})
+        write_json(folder / BUILD_INFO, {**TRITON, "name": "absent"})
     assert run_cli(main, [*outs, "--url", url]) == 4
     assert "has no model 'absent' that is ready" in capsys.readouterr().err
