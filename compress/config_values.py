@@ -98,6 +98,8 @@ FIELDS: dict[str, Check] = {
     "activation_function": text,
     "dtype": optional(text),
     "torch_dtype": optional(text),
+    # transformers makes a table of this length, though no causal LM has a use for it.
+    "num_labels": optional(whole(1 << 20, smallest=0)),
     "tie_word_embeddings": boolean,
     "attention_bias": boolean,
     "mlp_bias": boolean,

@@ -75,13 +75,13 @@ def seal(root: Path, stage: str) -> dict[str, FileEntry]:
 
 
 def open_to_umask(path: Path) -> None:
-    """Give a file or folder whatever permissions the umask does not withhold; what is executable is so for all."""
+    """Give a file or folder the permissions that the umask allows, no fewer and no more; an executable stays one."""
     mask = os.umask(0o077)
     os.umask(mask)
     mode = stat.S_IMODE(path.lstat().st_mode)
-    wanted = mode | 0o666 | (0o111 if mode & 0o111 else 0)
-    if (changed := mode | (wanted & ~mask)) != mode:
-        path.chmod(changed)
+    wanted = (0o777 if mode & 0o111 else 0o666) & ~mask | mode & ~0o777
+    if wanted != mode:
+        path.chmod(wanted)
 
 
 def refuse_links(path: Path, top: Path) -> None:

@@ -202,11 +202,41 @@ _FLAGS = {
 }
 
 
+# What a recipe that names the structure of every linear leaves nothing to decide for.
+_PLANNED = (
+    *("structure", "menu", "joint", "budget_bytes", "budget_latency", "latency_table"),
+    *("allocation", "ties", "ratio", "unit"),
+)
+
+
+def _refuse_what_layers_decide(args: argparse.Namespace, values: dict[str, Any]) -> None:
+    """Raise UsageError for flags beside the recipe of a finished run that would be obeyed by nothing.
+
+    Such a recipe tells the multiply-accumulates of each linear; one that fixes a few linears by hand does not.
+    """
+    from compress.errors import UsageError
+
+    layers = values.get("layers")
+    if not isinstance(layers, dict) or not any(
+        isinstance(entry, dict) and "macs" in entry for entry in layers.values()
+    ):
+        return
+    for flag in _PLANNED:
+        given = getattr(args, flag)
+        if given is not None and given != values.get(_FLAGS[flag]):
+            raise UsageError(
+                f"--{flag.replace('_', '-')} would change nothing: {args.recipe} is the recipe of a finished run and "
+                f"names the structure of every linear under `layers`; remove `layers` from it to plan anew"
+            )
+
+
 def recipe_from(args: argparse.Namespace) -> Recipe:
     """recipe file < --set < flags. Raises UsageError."""
     from compress.recipe import parse_recipe, put, read_yaml, set_value
 
     values: dict[str, Any] = read_yaml(args.recipe) if args.recipe else {}
+    if args.recipe:
+        _refuse_what_layers_decide(args, values)
     for assignment in args.set:
         set_value(values, assignment)
     for flag, field in _FLAGS.items():

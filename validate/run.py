@@ -357,7 +357,7 @@ def _commands(baseline: Baseline, args: argparse.Namespace) -> list[str]:
     from compress.provenance import stable_name
 
     recorded = baseline.manifest["source"]
-    name = stable_name(recorded) or recorded["id"]
+    name = stable_name(recorded) or str(_portable(Path(recorded.get("location", {}).get("given", recorded["id"]))))
     given = vars(args)
     flags: list[str] = []
     for action in parser()._actions:
@@ -366,7 +366,7 @@ def _commands(baseline: Baseline, args: argparse.Namespace) -> list[str]:
             continue
         for item in value if isinstance(value, list) else [value]:
             flags += [action.option_strings[-1]] + ([] if item is True else [str(_portable(item))])
-    out = args.out.name
+    out = str(_portable(args.out))
     build = ["python", "-m", "export.build", "--model", name, "--recipe", f"{out}/recipe.yaml", "--engine", "ort"]
     graph = baseline.manifest["stages"].get("onnx", {})
     build += [part for key in ("dtype", "logits") if key in graph for part in (f"--{key}", str(graph[key]))]
@@ -377,12 +377,12 @@ def _commands(baseline: Baseline, args: argparse.Namespace) -> list[str]:
 
 
 def _portable(value: object) -> object:
-    """A path or file without the folders of this machine."""
+    """A path below the present folder as it is, any other without the folders of this machine."""
     if isinstance(value, Path):
-        return value.name
+        return value.name if value.is_absolute() or ".." in value.parts or "~" in value.parts else value
     if isinstance(value, str) and "/" in value and not value.startswith("hf:"):
-        prefix, colon, _ = value.rpartition(":")
-        return f"{prefix}{colon}{Path(value).name}"
+        prefix, colon, path = value.rpartition(":")
+        return f"{prefix}{colon}{_portable(Path(path))}"
     return value
 
 

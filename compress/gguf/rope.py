@@ -73,7 +73,7 @@ def rope_parameters(header: GgufHeader, scaling: dict[str, Any], *, base: float,
         raise _refused(header, f"{header.architecture}.rope.scaling.type = {kind!r:.100}")
     scaled = kind != "none" and factor != 1.0
     if FREQUENCIES in header.tensors:
-        if scaled or header.architecture != "llama":
+        if scaled or options or attention != 1.0 or header.architecture != "llama":
             raise _refused(header, f"both rope.scaling.type = {kind} and the tensor {FREQUENCIES}")
         return plain | _from_divisors(header, base, head_dim, original)
     if kind == "yarn":

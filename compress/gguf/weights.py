@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ _ROLES = {
 }
 # The frequencies are in the config; the second is a buffer of files from 2023.
 _AT_ONCE = 1 << 18  # values; the intermediate arrays of de-quantisation then fit the cache
-_NOT_READ = (FREQUENCIES, "attn_rot_embd.weight")
+_NOT_READ = re.compile(rf"{re.escape(FREQUENCIES)}|blk\.\d+\.attn_rot_embd\.weight")
 
 
 class GgufReader(Reader):
@@ -42,7 +43,7 @@ class GgufReader(Reader):
         self._header = header
         stored = _stored_names(architecture, names)
         unknown = sorted(
-            name for name in header.tensors if name not in stored.values() and not name.endswith(_NOT_READ)
+            name for name in header.tensors if name not in stored.values() and not _NOT_READ.fullmatch(name)
         )
         if unknown:
             raise UsageError(

@@ -179,6 +179,25 @@ def test_every_file_honours_the_umask(source: ModelSource, wanted: Recipe, tmp_p
             assert stat.S_IMODE(path.stat().st_mode) == (of_folders if path.is_dir() else of_files), path
 
 
+@pytest.mark.parametrize(("mask", "plain", "program"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+def test_copies_honour_the_umask_and_not_their_originals(mask: int, plain: int, program: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        with Artifact(tmp_path / "out").stage("triton") as folder:
+            for name, mode in (("text", 0o644), ("own", 0o600), ("launch.sh", 0o755)):
+                (folder / name).write_text("x")
+                (folder / name).chmod(mode)
+    finally:
+        os.umask(before)
+    made = tmp_path / "out" / "triton"
+    assert [stat.S_IMODE((made / name).stat().st_mode) for name in ("text", "own", "launch.sh")] == [
+        plain,
+        plain,
+        program,
+    ]
+    assert stat.S_IMODE(made.stat().st_mode) == program
+
+
 @pytest.mark.parametrize("name", ["checkpoint", "recipe.yaml", "dense"])
 def test_what_cannot_be_replaced_is_seen_before_any_work(
     name: str, source: ModelSource, wanted: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

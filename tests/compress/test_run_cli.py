@@ -173,6 +173,17 @@ def test_the_written_recipe_is_accepted(command: Command, tmp_path: Path) -> Non
     assert {p.name: p.read_bytes() for p in (tmp_path / "again" / "checkpoint").iterdir()} == files
 
 
+def test_flags_that_a_finished_recipe_leaves_nothing_to_decide(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("--ratio", "0.8") == 0
+    recipe = str(tmp_path / "out" / "recipe.yaml")
+    for flag, value in (("--ratio", "0.95"), ("--structure", "gs"), ("--unit", "8")):
+        assert command("--recipe", recipe, flag, value) == 2
+        assert f"{flag} would change nothing: {recipe} is the recipe of a finished run" in sentence(capsys)
+    assert command("--recipe", recipe, "--ratio", "0.8") == 0  # what it says itself
+
+
 def test_out_that_cannot_be_written(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("in the way")
     assert command("--out", str(tmp_path / "file")) == 2

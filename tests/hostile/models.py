@@ -144,6 +144,7 @@ KINDS: dict[str, Kind] = {
     "a million layers": config("num_hidden_layers = 1000000, but a whole number", num_hidden_layers=10**6),
     "a billion layers": config("num_hidden_layers = 1000000000, but a whole number", num_hidden_layers=10**9),
     "4,096 layers": config("has no tensor 'model.layers.3", num_hidden_layers=4096),
+    "a billion labels": config("num_labels = 1000000000, but a whole number", num_labels=10**9),
     "no heads": config("num_attention_heads = 0, but a whole number", num_attention_heads=0),
     "no heads of OPT": config("num_attention_heads = 0", "tiny_opt", num_attention_heads=0),
     "a width of 2^70": config(r"hidden_size = 1180591620717411303424, but", hidden_size=2**70),

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import resource
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from compress.artifact import Artifact
+from compress.errors import run_cli
+from export.build import main as build
 from tests.validate.damaging import damage
 from validate import run
 
@@ -55,6 +60,26 @@ def test_reports_name_no_folder_of_this_machine(validated: Any) -> None:
         assert str(validated.out.parent) not in text, path
         assert str(validated.source.parent) not in text, path
         assert str(validated.text.parent) not in text, path
+
+
+def test_what_the_report_says_reproduces_it(validated: Any, built: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """With folders below the present one, as README has them, the two commands run as they are printed."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(built.source, tmp_path / "models" / "a model")
+    shutil.copy(built.text, tmp_path / "text.txt")
+    shutil.copy(validated.out / "recipe.yaml", tmp_path / "recipe.yaml")
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    recipe["calibration"]["data"] = "text.txt"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    first = ["--model", "models/a model", "--recipe", "recipe.yaml", "--out", "outs/first"]
+    assert run_cli(build, first) == 0
+    flags = ["--skip", "speed", "--skip", "parity", "--no-plot", "--data", "text.txt", "--max-windows", "1"]
+    flags += ["--sequence-length", "64"]
+    assert run_cli(run.main, ["outs/first", *flags]) == 0
+    text = (tmp_path / "outs" / "first" / "reports" / "summary.md").read_text()
+    commands = text.partition("How to reproduce\n\n```sh\n")[2].partition("```")[0].splitlines()
+    for entry, line in zip((build, run.main), commands, strict=True):
+        assert run_cli(entry, shlex.split(line)[3:]) == 0, line
 
 
 def test_quality_states_its_protocol(validated: Any) -> None:

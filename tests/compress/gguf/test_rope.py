@@ -199,7 +199,15 @@ def test_scaling_that_is_not_understood(scaling: dict[str, Any], monkeypatch: py
         rope_parameters(header(monkeypatch, None), scaling, base=1e4, head_dim=16)
 
 
-@pytest.mark.parametrize(("architecture", "scaling"), [("llama", {"type": "linear", "factor": 2.0}), ("qwen2", {})])
+@pytest.mark.parametrize(
+    ("architecture", "scaling"),
+    [
+        ("llama", {"type": "linear", "factor": 2.0}),
+        ("llama", {"type": "yarn", "factor": 1.0, "attn_factor": 0.5}),
+        ("llama", {"type": "yarn", "factor": 1.0, "yarn_beta_fast": 16.0}),
+        ("qwen2", {}),
+    ],
+)
 def test_two_scalings_at_once(architecture: str, scaling: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     file = header(monkeypatch, np.ones(8, np.float32), architecture=architecture)
     with pytest.raises(UsageError, match=r"rope_freqs\.weight"):

@@ -93,6 +93,8 @@ def test_dequantisation_in_pieces_is_that_of_the_whole(tmp_path: Path, monkeypat
         ("tiny_llama", "blk.0.ffn_gate_inp.weight"),
         ("tiny_qwen3", "blk.1.attn_q.bias"),
         ("tiny_qwen2", "rope_freqs.weight"),
+        ("tiny_llama", "blk.0.rope_freqs.weight"),
+        ("tiny_llama", "my_rope_freqs.weight"),
     ],
 )
 def test_a_tensor_that_the_model_does_not_read(name: str, stored: str, tmp_path: Path) -> None:
