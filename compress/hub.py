@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from compress.errors import MissingDependencyError, UsageError
@@ -51,16 +53,30 @@ def download(repository: str, revision: str | None, cache_dir: Path | None, code
     folder = _snapshot(repository, revision, cache_dir, always + _SAFETENSORS)
     if not any(folder.glob("*.safetensors")):
         folder = _snapshot(repository, revision, cache_dir, always + _PICKLES)
-    if not any((folder / entry).is_file() for entry in ENTRIES) and (why := _no_network()) is not None:
+    if not any((folder / entry).is_file() for entry in ENTRIES) and (why := no_network()) is not None:
         raise _out_of_reach(repository, why)  # config.json alone is in the cache, from an interrupted download
     return folder
 
 
-def _no_network() -> str | None:
+def no_network() -> str | None:
     """Why the hub is not asked, or None."""
     from huggingface_hub import constants
 
     return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else unreachable(constants.ENDPOINT)
+
+
+@contextmanager
+def caches_alone(why: str | None) -> Iterator[None]:
+    """With a reason not to ask the hub, `datasets` looks into its cache at once; it would try for half a minute."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = (offline or why is not None for offline in before)
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
 def _out_of_reach(repository: str, why: str) -> MissingDependencyError:
@@ -83,7 +99,7 @@ def _snapshot(repository: str, revision: str | None, cache_dir: Path | None, pat
     network_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
 
     page = f"https://huggingface.co/{repository}"
-    why = _no_network()
+    why = no_network()
     try:
         folder = huggingface_hub.snapshot_download(
             repository,

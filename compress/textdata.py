@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from compress import hub
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.lazy import require
 from compress.reading import shown
@@ -169,8 +170,10 @@ def _hub(name: str, spec: str) -> tuple[Sequence[str], str]:
             f"{name!r} is not of the form hf:NAME[:CONFIG[:SPLIT]]; write for instance hf:allenai/c4:en:train"
         )
     split = split or "train"
+    why = hub.no_network()
     try:
-        table = datasets.load_dataset(repository, config or None, split=split)
+        with hub.caches_alone(why):
+            table = datasets.load_dataset(repository, config or None, split=split)
     except FileNotFoundError as error:
         raise UsageError(
             f"the hub has no dataset {repository!r} ({_first_line(error)}); check the spelling of NAME in hf:NAME"
@@ -179,8 +182,8 @@ def _hub(name: str, spec: str) -> tuple[Sequence[str], str]:
         raise UsageError(f"no such config or split in {name!r}: {_first_line(error)}") from error
     except OSError as error:  # not found, or the hub cannot be reached
         raise MissingDependencyError(
-            f"the hub dataset {name!r} cannot be loaded ({_first_line(error)}); check the network, or "
-            "give a local file (FILE.txt, FILE.jsonl, wikitext:FILE)"
+            f"the hub dataset {name!r} cannot be loaded ({why or _first_line(error)}); check the network (HF_HUB_OFFLINE, "
+            "HF_ENDPOINT, proxy), or give a local file (FILE.txt, FILE.jsonl, wikitext:FILE)"
         ) from error
     if "text" not in table.column_names:
         raise UsageError(

@@ -137,3 +137,16 @@ def test_lambada_ends_with_the_word_to_guess() -> None:
     data = load_text("lambada")
     assert len(data.rows) == len(set(data.rows)) == 5151
     assert data.rows[0].endswith("I don't care about signs")
+
+
+@pytest.mark.parametrize("name", ["wikitext2", "hf:nobody/none"])
+def test_a_hub_dataset_without_a_network_is_refused_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five tries with pauses between them took 34 to 42 s."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("compress.hub.unreachable", lambda url: "hub.invalid: Name or service not known")
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waited {seconds} s"))
+    with pytest.raises(MissingDependencyError, match=r"hub\.invalid: Name or service not known.*check the network"):
+        load_text(name)
+    assert constants.HF_HUB_OFFLINE is False
