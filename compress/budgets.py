@@ -88,9 +88,12 @@ def budget_parameters(arch: Architecture, recipe: Recipe) -> float:
     budget = allowed - overhead
     if budget <= 0:
         biases = "and inner bias " if "bias" in recipe.inner else ""
+        other = {"block": " or choose --rotation shared", "shared": " or choose --rotation none"}.get(
+            recipe.rotation, ""
+        )
         raise UsageError(
             f"{asked} keeps {allowed:,.0f} projection parameters, but rotation {recipe.rotation!r} {biases}alone adds "
-            f"{overhead:,}: raise it or choose --rotation shared"
+            f"{overhead:,}: raise it{other}"
         )
     return budget
 

@@ -67,7 +67,7 @@ def no_network() -> str | None:
 
 @contextmanager
 def caches_alone(why: str | None) -> Iterator[None]:
-    """With a reason not to ask the hub, `datasets` looks into its cache at once; it would try for half a minute."""
+    """With a reason not to ask the hub, `datasets` looks into its cache alone, in place of half a minute of tries."""
     import datasets
     from huggingface_hub import constants
 

@@ -53,9 +53,12 @@ class Manifest:
             value = read_json(path, finite=True)
         except RefusedError as error:
             if not os.path.lexists(path):
+                what = (
+                    "it is a model" if (path.parent / "config.json").is_file() else "no build has been completed there"
+                )
                 raise ArtifactError(
-                    f"{path} is missing: no build has been completed in {path.parent}; "
-                    f"run python -m export.build --out {path.parent} first"
+                    f"{path.parent} is no output folder of this program: {what} ({path.name} is missing); name the "
+                    f"folder that python -m export.build --model MODEL --out FOLDER has made"
                 ) from None
             raise ArtifactError(f"{path} {error}; {elsewhere}") from error
         fault = _fault(value)

@@ -212,9 +212,12 @@ def _check_smallest(arch: Architecture, recipe: Recipe) -> None:
         least += smallest / 8 if option in recipe.inner else smallest  # selections keep more than an eighth
     least *= arch.num_layers
     if budget_parameters(arch, recipe) < least:
+        flag, value = "--ratio", f"{ratio_of(arch, recipe):g}"
+        if recipe.budget_bytes is not None:
+            flag, value = "--budget-bytes", str(recipe.budget_bytes)
         raise UsageError(
-            f"--ratio {ratio_of(arch, recipe):g} is too low: the smallest sizes that --unit {unit} allows are "
-            f"{least:,.0f} parameters: raise --ratio or lower --unit"
+            f"{flag} {value} is too low: the smallest sizes that --unit {unit} allows are {least:,.0f} parameters: "
+            f"raise {flag} or lower --unit"
         )
 
 

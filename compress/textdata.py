@@ -182,8 +182,8 @@ def _hub(name: str, spec: str) -> tuple[Sequence[str], str]:
         raise UsageError(f"no such config or split in {name!r}: {_first_line(error)}") from error
     except OSError as error:  # not found, or the hub cannot be reached
         raise MissingDependencyError(
-            f"the hub dataset {name!r} cannot be loaded ({why or _first_line(error)}); check the network (HF_HUB_OFFLINE, "
-            "HF_ENDPOINT, proxy), or give a local file (FILE.txt, FILE.jsonl, wikitext:FILE)"
+            f"the hub dataset {name!r} cannot be loaded ({why or _first_line(error)}); check the network "
+            "(HF_HUB_OFFLINE, HF_ENDPOINT, proxy), or give a local file (FILE.txt, FILE.jsonl, wikitext:FILE)"
         ) from error
     if "text" not in table.column_names:
         raise UsageError(

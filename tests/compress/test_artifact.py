@@ -100,7 +100,7 @@ def test_a_failed_first_stage_leaves_no_manifest(tmp_path):
     with pytest.raises(RuntimeError), artifact.stage("onnx"):
         raise RuntimeError
     assert names(tmp_path) == []
-    with pytest.raises(ArtifactError, match="no build has been completed"):
+    with pytest.raises(ArtifactError, match="no build has been completed there"):
         artifact.read_manifest()
 
 

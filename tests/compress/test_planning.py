@@ -197,6 +197,7 @@ def test_layers_of_the_recipe_win(tiny_model: TinyModel) -> None:
         ({"structure": "auto", "joint": True, "ratio": 0.01}, r"--ratio 0\.01 is too low: the smallest sizes"),
         ({"structure": "kron", "rotation": "none", "ratio": 0.01}, r"lower --unit or raise --ratio"),
         ({"structure": "compot", "ratio": 0.01}, r"lower --unit or raise --ratio"),
+        ({"structure": "gs", "budget_bytes": 1000}, r"--budget-bytes 1000 is too low.* raise --budget-bytes or lower"),
         ({"structure": "slice", "ratio": 0.1}, r"--ratio 0\.1 is too low for rotation 'block' with skip 'slice'"),
         ({"rotation": "block", "skip": "cs", "ratio": 0.1}, r"too low for rotation 'block' with skip 'cs'"),
         ({"fit": "paper", "ratio": 0.1}, r"--ratio 0\.1 is too low for --fit paper"),

@@ -200,7 +200,10 @@ def test_too_short_text(built: Any, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_no_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run.run_cli(run.main, [str(tmp_path)]) == 5
-    assert "manifest.json is missing" in capsys.readouterr().err
+    assert "no build has been completed there (manifest.json is missing)" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{}")
+    assert run.run_cli(run.main, [str(tmp_path)]) == 5
+    assert "is no output folder of this program: it is a model" in capsys.readouterr().err
 
 
 def test_changed_file(built: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
