@@ -1,13 +1,16 @@
-"""Progress on stderr: a bar on a terminal, one line per item anywhere else."""
+"""Progress on stderr: a bar on a terminal, lines anywhere else."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 T = TypeVar("T")
+
+SECONDS_BETWEEN_LINES = 1.0
 
 
 def log(message: str) -> None:
@@ -23,8 +26,9 @@ def log(message: str) -> None:
 def track(iterable: Iterable[T], *, description: str, total: int | None = None) -> Iterator[T]:
     """Yield the items and show how far we are.
 
-    On a terminal this is a tqdm bar. Elsewhere (CI, a log file) each finished item prints one line,
-    `description 3/30 (12.4 s)`, where the seconds are those since the first item was asked for.
+    On a terminal this is a tqdm bar. Elsewhere (CI, a log file) a finished item prints one line,
+    `description 3/30 (12.4 s)`, where the seconds are those since the first item was asked for: the first and the last
+    one, and of the others those that come a second after the last line.
     """
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
@@ -33,8 +37,11 @@ def track(iterable: Iterable[T], *, description: str, total: int | None = None) 
 
         yield from tqdm(iterable, desc=description, total=total, file=sys.stderr)
         return
-    start = time.monotonic()
+    start, said = time.monotonic(), -math.inf
     of_total = "" if total is None else f"/{total}"
     for count, item in enumerate(iterable, start=1):
         yield item
-        log(f"{description} {count}{of_total} ({time.monotonic() - start:.1f} s)")
+        now = time.monotonic()
+        if count == total or now - said >= SECONDS_BETWEEN_LINES:
+            log(f"{description} {count}{of_total} ({now - start:.1f} s)")
+            said = now

@@ -16,14 +16,19 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_one_line_per_item_off_a_terminal(capsys):
-    assert list(track(["a", "b"], description="layer")) == ["a", "b"]
+def test_lines_off_a_terminal(capsys, monkeypatch):
+    """The first and the last, and one a second between them."""
+    clock = iter([0.0, 0.1, 0.2, 1.0, 1.1, 2.5, 2.6, 2.7])
+    monkeypatch.setattr("compress.progress.time.monotonic", lambda: next(clock))
+    assert list(track("abcdefg", description="layer")) == list("abcdefg")
     output = capsys.readouterr()
     assert output.out == ""
-    lines = output.err.splitlines()
-    assert len(lines) == 2
-    for count, line in enumerate(lines, start=1):
-        assert re.fullmatch(rf"layer {count}/2 \(\d+\.\d s\)", line)
+    assert output.err.splitlines() == [
+        "layer 1/7 (0.1 s)",
+        "layer 4/7 (1.1 s)",
+        "layer 5/7 (2.5 s)",
+        "layer 7/7 (2.7 s)",
+    ]
 
 
 def test_a_line_comes_after_its_item(capsys):
