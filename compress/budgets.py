@@ -42,7 +42,7 @@ def ratio_of(arch: Architecture, recipe: Recipe) -> float:
 
 def _added_biases(arch: Architecture, recipe: Recipe) -> int:
     """Parameters of the biases that bias correction adds, which corrects what is fitted: nothing of a dense copy."""
-    if "bias" not in recipe.inner or recipe.structure == "dense":
+    if not recipe.corrects_biases():
         return 0
     return bias_parameters(arch, extra_biases(arch, tuple(arch.linears())))
 

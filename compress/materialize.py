@@ -100,7 +100,7 @@ def check_plain(name: str, arch: Architecture, recipe: Recipe) -> None:
     """
     if recipe.structure == "slice":
         raise UsageError(SLICED.format(name=name))
-    if "bias" in recipe.inner:
+    if recipe.corrects_biases():
         added = extra_biases(arch, tuple(arch.linears()))
         if added:
             raise UsageError(

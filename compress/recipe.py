@@ -163,6 +163,10 @@ class Recipe(_Strict):
             return False
         return self.structure != "dense" or any(c.get("structure") != "dense" for c in self.layers.values())
 
+    def corrects_biases(self) -> bool:
+        """Whether linears get biases that make up for the means of what was lost: those of a copy lose nothing."""
+        return "bias" in self.inner and self.needs_text()
+
     def digest(self) -> str:
         """sha256 of the canonical JSON: equal for equal choices."""
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()

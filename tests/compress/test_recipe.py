@@ -283,3 +283,14 @@ def test_inner_none_is_none() -> None:
     assert of("--structure", "auto", "--inner", "none").inner == ()
     with pytest.raises(UsageError, match=r"inner\.1: Input should be"):
         of("--structure", "auto", "--inner", "vo,none")
+
+
+def test_biases_are_corrected_where_something_is_fitted() -> None:
+    fitted = {"layers.0.attn.q": {"structure": "lowrank", "rank": 8}}
+    for changes, expected in (
+        ({"structure": "lowrank", "inner": ["bias"]}, True),
+        ({"structure": "lowrank", "inner": []}, False),
+        ({"structure": "dense", "inner": ["bias"]}, False),
+        ({"structure": "dense", "inner": ["bias"], "layers": fitted}, True),
+    ):
+        assert parse_recipe(changes, "here").corrects_biases() is expected
