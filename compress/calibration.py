@@ -15,8 +15,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-CHARACTERS = 4 << 20
-"""Of text that are tokenised at a time, at the most where they are enough: a row may have gigabytes."""
+CHARACTERS = 1 << 16
+"""Of text that are tokenised at a time at the least. A row may have gigabytes, and a tokenizer takes 250 bytes of
+memory for each character."""
+A_TOKEN, MOST_A_TOKEN = 16, 1024
+"""Characters that are tokenised for each token that is needed, at first and at the most. English has 4 to 5, long runs
+of one character 100."""
+BYTES_A_CHARACTER = 250
+"""Memory that a tokenizer takes, measured with one of byte-level BPE."""
+MARGIN = 64
+"""Tokens at the end of a beginning that are not used: they may be others where the text goes on."""
 
 
 def token_sequences(
@@ -37,7 +45,7 @@ def token_sequences(
     if samples < 1 or length < 2:
         raise UsageError(f"{samples} samples of {length} tokens cannot calibrate anything: give at least 1 of 2")
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(text.rows), generator=generator).tolist()
+    order = torch.randperm(len(text.rows), generator=generator)
     needed = samples * length
     ids = _first_ids(text, order, tokenizer, needed)
     if len(ids) < needed:
@@ -50,20 +58,40 @@ def token_sequences(
     return tokens
 
 
-def _first_ids(text: TextData, order: list[int], tokenizer: PreTrainedTokenizerBase, needed: int) -> list[int]:
+def _first_ids(text: TextData, order: Tensor, tokenizer: PreTrainedTokenizerBase, needed: int) -> list[int]:
     """The token ids of the rows in this order: `needed` of them or more, or all."""
-    characters = max(CHARACTERS, 32 * needed)
+    ids: list[int] = []
+    for at in range(0, len(order), 512):
+        ids += _ids_of_rows(text, order[at : at + 512].tolist(), tokenizer, needed - len(ids))
+        if len(ids) >= needed:
+            break
+    return ids
+
+
+def _ids_of_rows(text: TextData, rows: list[int], tokenizer: PreTrainedTokenizerBase, needed: int) -> list[int]:
+    """The token ids of these rows: `needed` of them or more, or all."""
+    characters = max(CHARACTERS, A_TOKEN * needed)
     while True:
-        ids: list[int] = []
-        whole = True
-        for at in range(0, len(order), 512):
-            piece, complete = text.beginning(characters, order[at : at + 512])
-            whole &= complete
-            # verbose=False: the text is longer than the model's context, and is cut by the caller.
-            encoded = tokenizer(f"{piece}{ROW_SEPARATOR}", add_special_tokens=False, verbose=False)["input_ids"]
-            ids.extend(encoded)
-            if len(ids) >= needed:
-                return ids
+        piece, whole = text.beginning(characters, rows)
+        # verbose=False: the text is longer than the model's context, and is cut by the caller.
+        end = ROW_SEPARATOR if whole else ""
+        ids: list[int] = tokenizer(f"{piece}{end}", add_special_tokens=False, verbose=False)["input_ids"]
         if whole:
             return ids
-        characters *= 8  # tokens of more than 32 characters: long runs of one
+        if len(ids) >= needed + MARGIN:
+            return ids[:-MARGIN]
+        characters = more_characters(characters, needed, len(ids), f"the calibration text {text.name!r}")
+
+
+def more_characters(characters: int, needed: int, found: int, what: str) -> int:
+    """How much of a text to read when that many characters gave `found` tokens where `needed` are.
+
+    Raises UsageError when so few tokens must not be had at any price: a tokenizer that takes a word for one unknown
+    token would be given all of a text without spaces.
+    """
+    if characters >= max(CHARACTERS, MOST_A_TOKEN * needed):
+        raise UsageError(
+            f"the first {characters:,} characters of {what} give {found:,} tokens, and {needed:,} are needed: it has "
+            "long runs of one character or no spaces, or is not what the tokenizer is made for; give another text"
+        )
+    return 4 * characters

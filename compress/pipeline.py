@@ -33,6 +33,7 @@ from compress.recipe import Recipe, parse_recipe, read_yaml
 from compress.strategies import Fitted, fit_model
 from compress.structures import DenseStructure, Structure
 from compress.textdata import load_text
+from compress.textfiles import text_sha256
 from compress.versions import versions
 
 
@@ -81,7 +82,7 @@ def request_digest(source: ModelSource, recipe: Recipe) -> dict[str, Any]:
     request: dict[str, Any] = {"source": identity(source), "recipe": recipe.digest()}
     text = Path(recipe.calibration.data.removeprefix("wikitext:"))
     if recipe.needs_text() and text.is_file():  # a named text never changes, a file may
-        request["text"] = sha256_of(text)
+        request["text"] = text_sha256(text)
     if recipe.latency_table is not None and Path(recipe.latency_table).is_file():
         request["latency_table"] = sha256_of(Path(recipe.latency_table))
     return request

@@ -8,6 +8,7 @@ from the file's name ("is not JSON (...)"); what to do next is for the caller, w
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -74,9 +75,32 @@ def open_regular(path: Path) -> int:
     return descriptor
 
 
+class _NotWaiting(io.FileIO):
+    """Refuses where there is nothing to read yet: reading a file of the system such as /proc/kmsg gives None then."""
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        super().__init__(descriptor)
+        self._path = path
+
+    def readinto(self, buffer: Any) -> int:
+        count: int | None = super().readinto(buffer)
+        if count is None:
+            raise ArtifactError(
+                f"The file {shown(str(self._path), 4096)} has nothing to read yet and would be waited for, as files of "
+                "the system are; give an ordinary file."
+            )
+        return count
+
+
+def open_file(path: Path) -> io.BufferedReader:
+    """The bytes of a regular file. Raises RefusedError and OSError, as `open_regular`; where a read would have to wait
+    it raises ArtifactError."""
+    return io.BufferedReader(_NotWaiting(open_regular(path), path))
+
+
 def read_bytes(path: Path, limit: int) -> bytes:
     """The content of a regular file of at most `limit` bytes. Raises RefusedError and OSError, as `open_regular`."""
-    with os.fdopen(open_regular(path), "rb") as file:
+    with open_file(path) as file:
         data = file.read(limit + 1)  # not st_size: files of /proc have none
     if len(data) > limit:
         raise RefusedError(f"has more than the {limit:,} bytes that such a file can need")

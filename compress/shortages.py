@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import resource
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 from compress.errors import MissingDependencyError, ProcrustesError
 from compress.files import os_error_of
@@ -39,6 +41,20 @@ def shortage_of(error: BaseException) -> str | None:
         if kind is not None:
             return _sentence(kind, each)
     return None
+
+
+def free_memory() -> int | None:
+    """Bytes that this process can still get: of the machine, and of its own limit (ulimit -v). None where the system
+    does not say."""
+    found = []
+    with suppress(OSError):
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        found.append(int(lines["MemAvailable"].split()[0]) << 10)
+        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if soft != resource.RLIM_INFINITY:
+            taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            found.append(max(0, soft - taken))
+    return min(found, default=None)
 
 
 def run_telling(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:

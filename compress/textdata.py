@@ -17,6 +17,7 @@ import importlib.metadata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ LAMBADA = (
     "b99023d53ab470530dc5494befde5eac975b4200d669ce5399ff2b5b401c35ae",
 )
 HELD_OUT_ONE_IN = 5
+LOOKED_AT = 1 << 20
+"""Rows of which at least one must be more than white space."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,10 @@ def load_text(name: str) -> TextData:
     the first rows are checked here, the others when they are used.
     """
     rows, description = _read(name)
-    blank = rows.is_blank() if isinstance(rows, WholeFile) else not any(row.strip() for row in rows)
+    blank = rows.is_blank() if isinstance(rows, WholeFile) else not any(row.strip() for row in islice(rows, LOOKED_AT))
     if blank:
-        raise UsageError(f"the text {shown(name, 4096)} is empty: {len(rows)} rows of white space; choose another")
+        said = f"{len(rows)} rows of" if len(rows) <= LOOKED_AT else f"its first {LOOKED_AT:,} rows are"
+        raise UsageError(f"the text {shown(name, 4096)} is empty: {said} white space; choose another")
     return TextData(name, rows, description)
 
 

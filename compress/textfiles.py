@@ -1,6 +1,6 @@
 """Text files of any size, read as far as they are used: a row at a time, or the beginning of a long one.
 
-A corpus of gigabytes costs one pass that finds the ends of its lines, and 16 bytes of memory for each; a line is
+A corpus of gigabytes costs one pass that finds where its lines begin, and 8 bytes of memory for each; a line is
 decoded and checked when its row is asked for, the first ones at once.
 """
 
@@ -17,31 +17,34 @@ import zlib
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, overload
 
 from compress.errors import ArtifactError, UsageError
 from compress.progress import log
-from compress.reading import RefusedError, open_regular, shown
+from compress.reading import RefusedError, open_file, shown
 
 _CHUNK = 1 << 20
 _CHECKED_ROWS = 1000
 _LONGEST_LINE = 256 << 20
+MOST_BYTES = 64 << 30
+"""Of a text, packed or not: what is longer, most likely a file with holes, takes hours to read and to hash."""
+MOST_ROWS = 1 << 25
 _MOST_UNPACKED = 200
 """Times its size that a gzip file may unpack to; text comes to 10, a file of zeros to 1,000."""
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
+_LINE_FEED, _SPACE = re.compile(rb"\n"), re.compile(rb"\s*")
 
 
 def open_text(path: Path) -> IO[bytes]:
     """The bytes of a text file, unpacked into a nameless temporary file where its name ends in .gz; seekable.
 
-    Raises UsageError when there is no such file, ArtifactError when it is not a complete gzip file.
+    Raises UsageError when there is no such file or it has more than MOST_BYTES, ArtifactError when it is not a
+    complete gzip file.
     """
-    try:
-        file = os.fdopen(open_regular(path), "rb")
-    except RefusedError as error:
-        raise UsageError(f"the text file {str(path)!r} {error}; check the path") from error
+    file = _opened(path)
     if path.suffix != ".gz":
         return file
     unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
@@ -50,6 +53,8 @@ def open_text(path: Path) -> IO[bytes]:
         try:
             while chunk := packed.read(_CHUNK):
                 unpacked.write(chunk)
+                if unpacked.tell() > MOST_BYTES:
+                    raise _too_long(path)
                 if unpacked.tell() > most:
                     raise ArtifactError(
                         f"{str(path)!r} unpacks to more than {_MOST_UNPACKED} times its size, which no text does; "
@@ -59,6 +64,33 @@ def open_text(path: Path) -> IO[bytes]:
             raise ArtifactError(f"{str(path)!r} is not a complete gzip file ({error})") from error
     unpacked.seek(0)
     return unpacked
+
+
+def text_sha256(path: Path) -> str:
+    """SHA-256 of the file's bytes as they are. Raises UsageError as `open_text`."""
+    digest = hashlib.sha256()
+    with _opened(path) as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _opened(path: Path) -> IO[bytes]:
+    try:
+        file = open_file(path)
+    except RefusedError as error:
+        raise UsageError(f"the text file {str(path)!r} {error}; check the path") from error
+    if os.fstat(file.fileno()).st_size > MOST_BYTES:
+        file.close()
+        raise _too_long(path)
+    return file
+
+
+def _too_long(path: Path) -> UsageError:
+    return UsageError(
+        f"the text file {str(path)!r} has more than {MOST_BYTES >> 30} GiB, and all of it would be read; give a part "
+        "of it (head -c 100M FILE)"
+    )
 
 
 class Rows(Sequence[str]):
@@ -107,8 +139,8 @@ class WholeFile(Rows):
         return "".join(parts), True
 
     def is_blank(self) -> bool:
-        """Whether it has white space only."""
-        return not any(piece.strip() for piece in self._pieces())
+        """Whether it has white space only, in its first 64 MiB."""
+        return not any(piece.strip() for piece in islice(self._pieces(), 64))
 
     def sha256(self) -> str:
         """Of the text in UTF-8."""
@@ -142,32 +174,40 @@ class Lines(Rows):
     def __init__(self, path: Path, *, blank: bool) -> None:
         """`blank`: whether lines of white space are rows too."""
         self._path, self._file = path, open_text(path)
-        self._at, self._number = array("Q"), array("Q")
+        self._at = array("Q")
         start = len(codecs.BOM_UTF8) if self._file.read(3) == codecs.BOM_UTF8 else 0
-        self._file.seek(start)
-        for number, line in enumerate(iter(lambda: self._file.readline(_LONGEST_LINE + 1), b""), start=1):
-            if len(line) > _LONGEST_LINE:
-                raise ArtifactError(
-                    f"line {number} of {str(path)!r} has more than {_LONGEST_LINE:,} bytes; is it a file of lines?"
+        for at in _beginnings(self._file, start) if blank else _beginnings_of_text(self._file, start):
+            if len(self) == MOST_ROWS:
+                raise UsageError(
+                    f"the text file {str(path)!r} has more than {MOST_ROWS:,} lines; give a part of it "
+                    "(head -n 1000000 FILE)"
                 )
-            if blank or line.strip():
-                self._at.append(start)
-                self._number.append(number)
-            start += len(line)
-        for index in range(min(_CHECKED_ROWS, len(self))):
-            self.row(index)
+            self._at.append(at)
+            if len(self) <= _CHECKED_ROWS:
+                self.row(len(self) - 1)
 
     def __len__(self) -> int:
         return len(self._at)
 
     def number(self, index: int) -> int:
-        """The line of a row in the file, from 1."""
-        return self._number[index]
+        """The line of a row in the file, from 1: what stands before it is read to count it."""
+        number, end = 1, self._at[index]
+        for at, chunk in _chunks(self._file, 0):
+            number += chunk.count(b"\n", 0, max(0, end - at))
+            if at + len(chunk) >= end:
+                break
+        return number
 
     def line(self, index: int) -> bytes:
         """The line as it is in the file, its line feed included."""
         self._file.seek(self._at[index])
-        return self._file.readline()
+        line = self._file.readline(_LONGEST_LINE + 1)
+        if len(line) > _LONGEST_LINE:
+            raise ArtifactError(
+                f"line {self.number(index):,} of {str(self._path)!r} has more than {_LONGEST_LINE:,} bytes; is it a "
+                "file of lines?"
+            )
+        return line
 
 
 class WikitextLines(Lines):
@@ -183,6 +223,17 @@ class WikitextLines(Lines):
             raise _not_utf8(self._path, error, self._at[index]) from error
         return f"{line.removesuffix(chr(10))}\n" if line.strip() else ""
 
+    def beginning(self, index: int, characters: int) -> tuple[str, bool]:
+        self._file.seek(self._at[index])
+        part = self._file.readline(4 * (characters + 1))  # UTF-8 takes 4 bytes at most
+        try:
+            text = codecs.getincrementaldecoder("utf-8")().decode(part)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(self._path, error, self._at[index]) from error
+        if len(text) > characters and text[:characters].strip():  # else it may be blank, or the whole of it
+            return text[:characters], False
+        return super().beginning(index, characters)
+
 
 class JsonTexts(Lines):
     """The field `text` of each line's JSON object. Half a surrogate pair, which text from the web has where it was cut
@@ -193,7 +244,10 @@ class JsonTexts(Lines):
         super().__init__(path, blank=False)
 
     def row(self, index: int) -> str:
-        entry = json_value(self.line(index), self.number(index), self._path)
+        try:
+            entry = json.loads(self.line(index))
+        except (ValueError, RecursionError) as error:
+            raise _not_json(self.number(index), self._path, error) from error
         text = entry.get("text") if isinstance(entry, dict) else None
         if not isinstance(text, str):
             raise ArtifactError(
@@ -216,15 +270,56 @@ def json_lines(path: Path) -> Iterator[Any]:
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield json_value(line, number, path)
+                try:
+                    yield json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise _not_json(number, path, error) from error
 
 
-def json_value(line: bytes, number: int, path: Path) -> Any:
-    """The value of one line. Raises ArtifactError naming it."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"line {number} of {str(path)!r} is not JSON ({error})") from error
+def _beginnings(file: IO[bytes], start: int) -> Iterator[int]:
+    """Where each line begins. The file may be read elsewhere in the meantime."""
+    begins = True
+    for at, chunk in _chunks(file, start):
+        if begins:
+            yield at
+        yield from (at + feed.end() for feed in _LINE_FEED.finditer(chunk) if feed.end() < len(chunk))
+        begins = chunk.endswith(b"\n")
+
+
+def _beginnings_of_text(file: IO[bytes], start: int) -> Iterator[int]:
+    """Where each line begins that is more than white space. Blank lines are passed over many at a time."""
+    line, within = start, False
+    for at, chunk in _chunks(file, start):
+        here = 0
+        while here < len(chunk):
+            if within:
+                feed = chunk.find(b"\n", here)
+                if feed < 0:
+                    break
+                here, line, within = feed + 1, at + feed + 1, False
+            space = _SPACE.match(chunk, here)
+            end = here if space is None else space.end()
+            feed = chunk.rfind(b"\n", here, end)
+            line = line if feed < 0 else at + feed + 1
+            here = end
+            if here < len(chunk):
+                yield line
+                within = True
+
+
+def _chunks(file: IO[bytes], at: int) -> Iterator[tuple[int, bytes]]:
+    """(offset, bytes) from the offset `at` to the end of the file."""
+    while True:
+        file.seek(at)
+        chunk = file.read(_CHUNK)
+        if not chunk:
+            return
+        yield at, chunk
+        at += len(chunk)
+
+
+def _not_json(number: int, path: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(f"line {number} of {str(path)!r} is not JSON ({error})")
 
 
 def _not_utf8(path: Path, error: UnicodeDecodeError, offset: int) -> ArtifactError:

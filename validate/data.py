@@ -10,14 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.errors import UsageError
+from compress.calibration import A_TOKEN, BYTES_A_CHARACTER, CHARACTERS, MARGIN, more_characters
+from compress.errors import MissingDependencyError, UsageError
+from compress.shortages import free_memory
 from compress.textdata import TextData
 from compress.vocabulary import check_ids
-
-CHARACTERS = 4 << 20
-"""Of text that are tokenised at the least: what is longer is read as far as the windows go."""
-MARGIN = 64
-"""Tokens at the end of a beginning that are not used: they may be others where the text goes on."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +92,24 @@ def make_windows(
 def _ids(text: TextData, tokenizer: Any, needed: int | None) -> tuple[Tensor, bool]:
     """The ids of the text tokenised as a whole, or where `needed` are enough those of its beginning, up to a line's
     end; whether it is the whole."""
-    characters = sys.maxsize if needed is None else max(CHARACTERS, 32 * needed)
+    characters = sys.maxsize if needed is None else max(CHARACTERS, A_TOKEN * needed)
     while True:
         part, whole = text.beginning(characters)
         if not whole:
             part = part[: part.rfind("\n") + 1] or part
+        _check_memory(len(part), text.name)
         ids = torch.tensor(tokenizer(part, verbose=False)["input_ids"], dtype=torch.long)
-        if whole or (needed is not None and len(ids) >= needed + MARGIN):
+        if whole or needed is None or len(ids) >= needed + MARGIN:
             return ids, whole
-        characters *= 8  # tokens of more than 32 characters: long runs of one
+        characters = more_characters(characters, needed, len(ids), f"the text {text.name!r}")
+
+
+def _check_memory(characters: int, name: str) -> None:
+    """Raise MissingDependencyError where a tokenizer would end the process for want of memory, as Rust code does."""
+    takes, free = BYTES_A_CHARACTER * characters, free_memory()
+    if free is not None and takes > free:
+        raise MissingDependencyError(
+            f"tokenising {characters:,} characters of the text {name!r} takes some {takes / 1e9:,.1f} GB of memory, "
+            f"and {free / 1e9:,.1f} GB are free: give --max-windows, which reads as much as the windows take, or a "
+            "shorter text"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
@@ -13,9 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from compress import textfiles
 from compress.calibration import token_sequences
-from compress.errors import ArtifactError, ProcrustesError, UsageError
+from compress.errors import ArtifactError, MissingDependencyError, ProcrustesError, UsageError
+from compress.reading import _NotWaiting
 from compress.textdata import TextData, load_text
+from compress.textfiles import Lines
 from tests import tiny
 from validate.data import make_windows
 from validate.taskdata import TASKS
@@ -198,3 +202,134 @@ def test_what_is_no_file(name: str, tmp_path: Path) -> None:
         (tmp_path / plain).symlink_to(target)
         with pytest.raises(UsageError, match=says):
             load_text(given_name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_long_line_is_tokenised_as_far_as_it_is_used(name: str, tmp_path: Path, tokenizer: Any) -> None:
+    """2 MB in one line, of which a tokenizer would make half a gigabyte."""
+    line = tiny.TEXT.replace("\n", " ") * 1000
+    content = (json.dumps({"text": line}) if "json" in name else line).encode()
+    path = tmp_path / name.removeprefix("wikitext:")
+    path.write_bytes(gzip.compress(content, 1) if name.endswith("gz") else content)
+    seen: list[int] = []
+
+    def counting(text: str, **options: Any) -> Any:
+        seen.append(len(text))
+        return tokenizer(text, **options)
+
+    data = load_text(name.replace(path.name, str(path)))
+    tokens = token_sequences(data, counting, samples=2, length=32, seed=0, vocab_size=320)  # type: ignore[arg-type]
+    windows = make_windows(data, counting, length=32, max_windows=2, vocab_size=320)
+    expected = tokenizer(line[:2000])["input_ids"][:64]
+    assert tokens.flatten().tolist() == expected
+    assert windows.ids[:64].tolist() == expected
+    assert max(seen) <= 1 << 16
+
+
+def test_a_tokenizer_that_takes_a_whole_line_for_one_token(tmp_path: Path) -> None:
+    """An unknown word of 4 MB: refused long before all of it is tokenised."""
+    (tmp_path / "a.txt").write_text("x" * (4 << 20))
+    seen: list[int] = []
+
+    def one(text: str, **options: Any) -> dict[str, list[int]]:
+        seen.append(len(text))
+        return {"input_ids": [1]}
+
+    data = load_text(str(tmp_path / "a.txt"))
+    with pytest.raises(UsageError, match=r"the calibration text .* give 1 tokens, and 64 are needed"):
+        token_sequences(data, one, samples=2, length=32, seed=0, vocab_size=320)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"the text .* give 1 tokens, and 64 are needed"):
+        make_windows(data, one, length=32, max_windows=2, vocab_size=320)
+    assert max(seen) < 1 << 20
+
+
+def test_a_whole_text_that_memory_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer without memory ends the process: told before it is called."""
+    (tmp_path / "a.txt").write_text("x" * 1000)
+    monkeypatch.setattr("validate.data.free_memory", lambda: 200_000)
+    with pytest.raises(MissingDependencyError, match=r"1,000 characters of .*a\.txt.* --max-windows"):
+        make_windows(load_text(str(tmp_path / "a.txt")), None, length=32)
+
+
+BLANK = st.sampled_from([b"", b" ", b"\r", b"\t \x0b\x0c", b"   "])
+
+
+@quick
+@given(
+    lines=st.lists(BLANK | st.sampled_from([b"a", b" b ", b"\xc2\xa0"]), max_size=12), end=st.sampled_from([b"", b"\n"])
+)
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 20])
+def test_the_lines_of_a_file(
+    lines: list[bytes], end: bytes, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read in pieces of any size, blank lines passed over or not."""
+    monkeypatch.setattr("compress.textfiles._CHUNK", chunk)
+
+    class Plain(Lines):
+        def row(self, index: int) -> str:
+            return self.line(index).decode()
+
+    path = tmp_path / "a"
+    path.write_bytes(b"\n".join(lines) + end)
+    expected = [(number, line) for number, line in enumerate(path.open("rb"), start=1)]
+    for blank in (True, False):
+        found = Plain(path, blank=blank)
+        assert [(found.number(i), found.line(i)) for i in range(len(found))] == [
+            (number, line) for number, line in expected if blank or line.strip()
+        ]
+
+
+def test_blank_lines_are_passed_over_many_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of text after four million blank ones, and not one step for each of these."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n" * (4 << 20) + b'{"text": 5}\n')
+    steps = 0
+    real = textfiles._SPACE
+
+    class Counting:
+        def match(self, *arguments: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            return real.match(*arguments)
+
+    monkeypatch.setattr(textfiles, "_SPACE", Counting())
+    with pytest.raises(ArtifactError, match=r"entry 1 of .* \(line 4194305\)"):
+        load_text(str(path))
+    assert 0 < steps < 20
+
+
+def test_rows_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines beyond number, and lines of white space in JSON, are told before all of them are gone through."""
+    (tmp_path / "a.jsonl").write_text('{"text": " "}\n' * 50)
+    monkeypatch.setattr("compress.textdata.LOOKED_AT", 49)
+    with pytest.raises(UsageError, match="is empty: its first 49 rows are white space"):
+        load_text(str(tmp_path / "a.jsonl"))
+    monkeypatch.setattr("compress.textfiles.MOST_ROWS", 49)
+    with pytest.raises(UsageError, match="more than 49 lines"):
+        load_text(str(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_of_terabytes(name: str, tmp_path: Path) -> None:
+    """A terabyte of holes is neither read nor hashed."""
+    path = tmp_path / name.removeprefix("wikitext:")
+    path.touch()
+    os.truncate(path, 1 << 40)
+    with pytest.raises(UsageError, match="more than 64 GiB"):
+        load_text(name.replace(path.name, str(path)))
+    with pytest.raises(UsageError, match="more than 64 GiB"):
+        textfiles.text_sha256(path)
+
+
+def test_what_would_be_waited_for(tmp_path: Path) -> None:
+    """/proc/kmsg is a regular file, and reading it gives nothing until the kernel says something."""
+    reading, writing = os.pipe2(os.O_NONBLOCK)
+    try:
+        file = io.BufferedReader(_NotWaiting(reading, Path("kmsg.txt")))
+        os.write(writing, b"one line\n")
+        assert file.read1(100) == b"one line\n"
+        with pytest.raises(ArtifactError, match=r"kmsg\.txt' has nothing to read yet"):
+            file.read(100)
+    finally:
+        os.close(writing)
+        file.close()
