@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 
 from compress.architecture import WRITERS, Architecture
 from compress.errors import ArtifactError
+from compress.reading import reason, shown
 from compress.skips import DenseSkip, SkipForm
 from compress.structures import DenseStructure, Structure
 from compress.structures.joint import leader_of
@@ -58,7 +59,10 @@ def rope_frequencies(arch: Architecture) -> tuple[Tensor, float]:
         rotary = LlamaRotaryEmbedding(config)
         frequencies, scaling = rotary.inv_freq.float(), float(rotary.attention_scaling)
     except (ArithmeticError, ValueError, TypeError, KeyError) as error:
-        raise ArtifactError(f"the rotary parameters {arch.rope} cannot be computed with ({error!r})") from error
+        raise ArtifactError(
+            f"the rotary parameters {shown(arch.rope, 300)} cannot be computed with ({type(error).__name__}: "
+            f"{reason(error)}); take the model's own config.json, unchanged"
+        ) from error
     if not bool(torch.isfinite(frequencies).all()) or not math.isfinite(scaling):
         raise ArtifactError(f"the rotary parameters {arch.rope} give frequencies that are not finite")
     return frequencies, scaling

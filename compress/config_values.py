@@ -5,6 +5,7 @@ some model could have. Checked before transformers sees them, before a name is m
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,20 @@ LARGEST: dict[str, int] = {
     "max_positions": 1 << 31,
 }
 """Size of an `Architecture` -> the largest that is believed, each more than ten times that of any model there is."""
+
+DTYPES = (
+    "float32",
+    "float16",
+    "bfloat16",
+    "float64",
+    "float",
+    "half",
+    "double",
+    "auto",
+    "float8_e4m3fn",
+    "float8_e5m2",
+)
+"""What config.json may call the type of the weights; that of the tensors is read from their file."""
 
 _TOKEN_IDS = (-(1 << 31), 1 << 31)  # -1 stands for none in old Llama files
 
@@ -45,7 +60,7 @@ def number(above: float, most: float = math.inf) -> Check:
 
     def check(value: Any) -> str | None:
         plain = isinstance(value, int | float) and not isinstance(value, bool)
-        if plain and above < value <= most and value < math.inf:
+        if plain and above < value <= most and value <= sys.float_info.max:  # an integer may be larger than any float
             return None
         return f"a finite number above {above:g} is needed" + ("" if most == math.inf else f", at most {most:g}")
 
@@ -68,6 +83,16 @@ def token_ids(value: Any) -> str | None:
     ids = value if isinstance(value, list) else [value]
     sound = len(ids) <= 1000 and all(type(i) is int and least <= i < most for i in ids)
     return None if sound else "a token id, a list of token ids, or null is needed"
+
+
+def one_of(*names: str) -> Check:
+    """One of these strings."""
+    return lambda value: None if value in names else f"one of {', '.join(names)} is needed"
+
+
+def mapping(value: Any) -> str | None:
+    """An object."""
+    return None if isinstance(value, Mapping) else "an object is needed"
 
 
 def optional(check: Check) -> Check:
@@ -96,8 +121,9 @@ FIELDS: dict[str, Check] = {
     "pad_token_id": optional(token_ids),
     "hidden_act": text,
     "activation_function": text,
-    "dtype": optional(text),
-    "torch_dtype": optional(text),
+    "dtype": optional(one_of(*DTYPES)),
+    "torch_dtype": optional(one_of(*DTYPES)),
+    "quantization_config": optional(mapping),
     # transformers makes a table of this length, though no causal LM has a use for it.
     "num_labels": optional(whole(1 << 20, smallest=0)),
     "tie_word_embeddings": boolean,
@@ -130,11 +156,6 @@ ROPE_FIELDS: dict[str, Check] = {
     "truncate": optional(boolean),
 }
 """The same for the rotary parameters."""
-
-
-def one_of(*names: str) -> Check:
-    """One of these strings."""
-    return lambda value: None if value in names else f"one of {', '.join(names)} is needed"
 
 
 ARCHITECTURE_FIELDS: dict[str, Check] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -124,8 +125,16 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         following = following.__cause__
 
 
+_LONG = re.compile(r"[^\s/]{256,}")
+"""What is longer than any file name: a number of 400 digits, say, that a message quotes."""
+
+
+def _cut(found: re.Match[str]) -> str:
+    return f"{found[0][:56]}... ({len(found[0]):,} characters)"
+
+
 def _fail(sentence: str, code: int, debug: bool, prefix: str = "error: ") -> int:
     if debug:
         traceback.print_exc()
-    print(f"{prefix}{sentence}", file=sys.stderr, flush=True)
+    print(f"{prefix}{_LONG.sub(_cut, sentence)}", file=sys.stderr, flush=True)
     return code

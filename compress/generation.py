@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import ArtifactError
+from compress.reading import shown
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -30,7 +31,7 @@ def end_tokens(vocab_size: int, said: Mapping[str, Any]) -> int | list[int] | No
                 continue
             if not isinstance(token, int) or isinstance(token, bool):
                 raise ArtifactError(
-                    f"{file} has eos_token_id = {value!r:.100}, but a token id or a list of token ids is needed."
+                    f"{file} has eos_token_id = {shown(value)}, but a token id or a list of token ids is needed."
                 )
             if 0 <= token < vocab_size:
                 found[token] = None

@@ -15,7 +15,7 @@ from compress.aliases import ALIASES, PACKAGED, PackagedModel
 from compress.architecture import Architecture
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.generation import GENERATION_CONFIG, end_tokens, read_generation_config
-from compress.reading import reason
+from compress.reading import RefusedError, read_json, reason, shown
 from compress.tokenizer_files import check_use, rust_errors, tokenizer_class
 from compress.vocabulary import warn_beyond
 
@@ -201,15 +201,45 @@ class ModelSource:
                 f"Reading the {what} of {self.name!r} needs a package that is not installed: {reason(error)}"
             ) from error
         except (*_ERRORS, StrictDataclassError) as error:
+            why = _reason(error, self._named_class() if what == "tokenizer" else None)
             if self.gguf_file is not None:
                 raise ArtifactError(
-                    f"transformers cannot read the {what} of the GGUF file {self.path / self.gguf_file} "
-                    f"({reason(error)}); download it again, or take another conversion of the model."
+                    f"transformers cannot read the {what} of the GGUF file {self.path / self.gguf_file}: {why}; "
+                    "download it again, or take another conversion of the model."
                 ) from error
             raise ArtifactError(
-                f"transformers cannot read the {what} in {self.path}: {reason(error)}. Download it "
-                "again, or save it with a recent version of transformers."
+                f"transformers cannot read the {what} in {self.path}: {why}; download it again, or save it with a "
+                "recent version of transformers."
             ) from error
+
+    def _named_class(self) -> str | None:
+        """The class that tokenizer_config.json names, if it does."""
+        config = self.path / "tokenizer_config.json"
+        if self.gguf_file is not None or not config.is_file():
+            return None
+        name = read_json(config, unique=False).get("tokenizer_class")
+        return None if name is None else str(name)
+
+
+def _reason(error: BaseException, tokenizer_class: str | None) -> str:
+    """What a library says of damaged files, as a clause that goes on after a colon.
+
+    Python's own words, of a value that the library did not expect, come after what they mean.
+    """
+    if isinstance(error, RefusedError):
+        return f"it {error}"
+    named = "" if tokenizer_class is None else f" ({shown(tokenizer_class)} in tokenizer_config.json)"
+    if "instantiate the backend tokenizer" in str(error):
+        return (
+            f"there is no tokenizer.json, and the class of the tokenizer{named} cannot make one of the other files; if "
+            "it is Python code of the model's authors, read it and add --trust-remote-code"
+        )
+    if isinstance(error, (TypeError, AttributeError, LookupError, AssertionError, ArithmeticError)):
+        return (
+            f"a value is missing or has a type that its class{named} does not expect ({type(error).__name__}: "
+            f"{reason(error)})"
+        )
+    return reason(error)
 
 
 def resolve(

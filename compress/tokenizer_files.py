@@ -3,12 +3,16 @@ the Rust library behind it raises."""
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterator
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from compress.config_values import Check, boolean, fault_of_fields, mapping, optional, text, whole
 from compress.errors import ArtifactError, UsageError
 from compress.lazy import require
 from compress.reading import RefusedError, fault_of, read_bytes, read_json, reason, refuse_pointer, shown
@@ -22,6 +26,8 @@ MODELS = ("tokenizer.json", "tokenizer.model")
 MAX_MODEL_BYTES = 256 << 20
 """Of a vocabulary with its merges; the largest known, of 262,000 tokens, takes 33 MB."""
 
+MAX_TOKEN_ID = (1 << 31) - 1
+
 PROBE = "It takes 2 words, <s>and a mark.\n"
 
 
@@ -34,23 +40,25 @@ def tokenizer_class(folder: Path, model_type: str, trust_remote_code: bool) -> t
     from transformers import AutoTokenizer, LlamaTokenizer
 
     present = [file for file in ANY_OF if (folder / file).is_file()]
-    if not present:
-        raise ArtifactError(
-            f"The folder {folder} has no tokenizer: one of {', '.join(ANY_OF)} is needed; copy the original model's "
-            "tokenizer files there."
-        )
     check_files(folder)
     config = folder / "tokenizer_config.json"
     said = read_json(config, unique=False) if config.is_file() else {}
     if "tokenizer.json" in present:
         return AutoTokenizer, {}  # complete by itself, whatever class it was written by
-    if "auto_map" in said and not trust_remote_code:
+    if "auto_map" in said:  # whose files may have any name
+        if trust_remote_code:
+            return AutoTokenizer, {}
         raise UsageError(
             f"The tokenizer in {folder} is Python code of the model's authors (auto_map in tokenizer_config.json), "
             "which is not run unless you say so: read it, then add --trust-remote-code; or save the tokenizer as "
             "tokenizer.json."
         )
-    if present == ["tokenizer.model"] and "auto_map" not in said:
+    if not present:
+        raise ArtifactError(
+            f"The folder {folder} has no tokenizer: one of {', '.join(ANY_OF)} is needed; copy the original model's "
+            "tokenizer files there."
+        )
+    if present == ["tokenizer.model"]:
         named = str(said.get("tokenizer_class", "LlamaTokenizer" if model_type in ("llama", "mistral") else ""))
         if _check_model(folder / "tokenizer.model") and named.removesuffix("Fast") == "LlamaTokenizer":
             # Where nothing names a class, transformers 5 takes one that adds no leading space, and where nothing says
@@ -90,6 +98,8 @@ def check_files(folder: Path) -> None:
                 # transformers has written a key twice itself, and reads such files.
                 if not isinstance(value := read_json(path, unique=False), dict):
                     raise RefusedError(f"is not a JSON object but {shown(value)}")
+                if (fault := _fault_of(name, value)) is not None:
+                    raise RefusedError(f"gives {fault}")
             elif name in TEXTS:
                 read_bytes(path, MAX_TEXT_BYTES).decode()
             elif (fault := fault_of(path)) is not None:
@@ -100,6 +110,61 @@ def check_files(folder: Path) -> None:
             raise _damaged(path, f"is not UTF-8 text ({error.reason} at offset {error.start})") from error
         except RefusedError as error:
             raise _damaged(path, str(error)) from error
+
+
+def _fault_of(name: str, value: Mapping[str, Any]) -> str | None:
+    """What no tokenizer can have in one of OBJECTS, as `fault_of_fields` tells it; None where there is nothing."""
+    if name in ("added_tokens.json", "vocab.json"):
+        needed = whole(MAX_TOKEN_ID, smallest=0)
+        return next((f"{shown(k)} = {shown(v)}, but {why}" for k, v in value.items() if (why := needed(v))), None)
+    return fault_of_fields(value, FIELDS)
+
+
+def _token(value: Any) -> str | None:
+    content = value.get("content") if isinstance(value, Mapping) else value
+    return None if isinstance(content, str) else "a string, or an object with the string `content`, is needed"
+
+
+def _tokens(value: Any) -> str | None:
+    tokens = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else [None]
+    return None if not any(map(_token, tokens)) else "a list of tokens, each a string or an object, is needed"
+
+
+def _added(value: Any) -> str | None:
+    sound = isinstance(value, Mapping) and all(
+        key.isdecimal() and isinstance(token, Mapping) and not _token(token) for key, token in value.items()
+    )
+    return None if sound else "an object of token ids is needed, each with an object that has the string `content`"
+
+
+def _template(value: Any) -> str | None:
+    named = value if isinstance(value, list) else []
+    if isinstance(value, str) or (
+        named
+        and all(isinstance(n, Mapping) and isinstance(n.get("name"), str) for n in named)
+        and all(isinstance(n.get("template"), str) for n in named)
+    ):
+        return None
+    return "a string, or a list of objects with the strings `name` and `template`, is needed"
+
+
+def _length(value: Any) -> str | None:
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return None if plain and value > 0 else "a number above 0 is needed"
+
+
+FIELDS: dict[str, Check] = {
+    **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token"), optional(_token)),
+    "mask_token": optional(_token),
+    **dict.fromkeys(("additional_special_tokens", "extra_special_tokens"), optional(_tokens)),
+    "added_tokens_decoder": optional(_added),
+    "chat_template": optional(_template),
+    "model_max_length": optional(_length),  # 1e30 stands for none
+    "tokenizer_class": optional(text),
+    **dict.fromkeys(("add_bos_token", "add_eos_token", "add_prefix_space", "legacy"), optional(boolean)),
+    "auto_map": optional(mapping),
+}
+"""Key of tokenizer_config.json or special_tokens_map.json -> what it may hold where it is given."""
 
 
 def check_use(tokenizer: Any) -> None:
@@ -119,13 +184,43 @@ def check_use(tokenizer: Any) -> None:
 
 
 @contextmanager
-def rust_errors() -> Iterator[None]:
-    """What the library tokenizers raises, a plain Exception or Rust's panic, as RefusedError."""
+def _held_back(stream: int) -> Iterator[None]:
+    """Write what is written to this descriptor when the block ends, and not at all when it ends in a panic."""
     try:
-        yield
+        real = os.dup(stream)
+    except OSError as error:
+        if error.errno != errno.EBADF:
+            raise
+        yield  # closed: nothing can be written there
+        return
+    panic = False
+    with tempfile.TemporaryFile() as held:
+        sys.stderr.flush()
+        os.dup2(held.fileno(), stream)
+        try:
+            yield
+        except BaseException as error:
+            panic = type(error).__name__ == "PanicException"
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(real, stream)
+            os.close(real)
+            held.seek(0)
+            while not panic and (piece := held.read(1 << 16)):
+                os.write(stream, piece)
+
+
+@contextmanager
+def rust_errors() -> Iterator[None]:
+    """What the library tokenizers raises, a plain Exception or Rust's panic, as RefusedError. What a panic writes to
+    the standard error stream by itself is dropped; what else is written there comes at the end of the block."""
+    try:
+        with _held_back(2):
+            yield
     except BaseException as error:
         if type(error) is Exception or type(error).__name__ == "PanicException":
-            raise RefusedError(f"is refused by the library tokenizers: {error}") from error
+            raise RefusedError(f"is refused by the library tokenizers ({reason(error)})") from error
         raise
 
 

@@ -96,6 +96,18 @@ def pickled(edit: Callable[[dict[str, Any]], Any]) -> Damage:
     return damage
 
 
+def settings(says: str, **values: Any) -> Kind:
+    """tokenizer_config.json with other values."""
+    return Kind(lambda folder: change(folder / "tokenizer_config.json", **values), 5, says)
+
+
+def vocabulary(folder: Path, **values: Any) -> None:
+    """A tokenizer's older files, of a class of its own."""
+    (folder / "vocab.json").write_text('{"a": 0}')
+    (folder / "merges.txt").write_text("")
+    change(folder / "tokenizer_config.json", **values)
+
+
 def as_link(path: Path) -> None:
     """A link that leads nowhere in the place of a file, as an interrupted download leaves it in the hub's cache."""
     path.unlink()
@@ -151,13 +163,17 @@ KINDS: dict[str, Kind] = {
     "a true width": config("hidden_size = True, but a whole number", hidden_size=True),
     "positions are a list": config(r"max_position_embeddings = \[\], but", max_position_embeddings=[]),
     "a long activation": config("hidden_act = 'xxx.* a short string", hidden_act="x" * 100_000),
-    "a type of its own": config("dtype = .*, but a short string", dtype=["float32"]),
+    "a type of its own": config("dtype = .*, but one of float32, float16", dtype=["float32"]),
+    "a type that there is not": config("dtype = 'frob', but one of float32, float16", dtype="frob"),
+    "a name of torch that is no type": config("torch_dtype = 'Tensor', but one of", torch_dtype="Tensor"),
+    "quantization_config a string": config("quantization_config = 'x', but an object", quantization_config="x"),
     "an epsilon that is none": config("rms_norm_eps = nan", rms_norm_eps=float("nan")),
     "end tokens are an object": config("eos_token_id", eos_token_id={"a": 1}),
     "layer_types of one": config("layer_types", layer_types=["full_attention"]),
     "rope_theta null": rope("rope_parameters with rope_theta = None", rope_theta=None),
     "rope_theta a string": rope("rope_parameters with rope_theta = '1e4'", rope_theta="1e4"),
     "rope_theta infinite": rope("rope_parameters with rope_theta = inf", rope_theta=float("inf")),
+    "rope_theta of 400 digits": rope(r"with rope_theta = 10{40,60} \.\.\., but a finite number", rope_theta=10**400),
     "rope_theta null beside": config("rope_theta = None", rope_theta=None),
     "factor a string": rope("rope_parameters with factor = '4'", rope_type="linear", factor="4"),
     "factor missing": rope("without its factor", rope_type="linear"),
@@ -187,14 +203,46 @@ KINDS: dict[str, Kind] = {
         tokenizer(lambda t: t["model"].update(merges=[["no", "such"]])), 5, "cannot read the tokenizer"
     ),
     "an added token null": Kind(tokenizer(lambda t: t.update(added_tokens=[None])), 5, "cannot read the tokenizer"),
+    "an added token that panics": Kind(
+        tokenizer(lambda t: t["model"].update(continuing_subword_prefix="longer than a token")),
+        5,
+        "tokenizer in .*: it is refused by the library tokenizers",
+    ),
+    "added_tokens of strings": Kind(replaced("added_tokens.json", '{"zz": "5"}'), 5, "gives 'zz' = '5', but a whole"),
+    "vocab.json of lists": Kind(replaced("vocab.json", '{"zz": [5]}'), 5, r"gives 'zz' = \[5\], but a whole"),
+    "chat template of numbers": settings("chat_template = {'a': 1}, but a string", chat_template={"a": 1}),
+    "chat template without names": settings("chat_template = .*, but a string", chat_template=[{"a": "b"}]),
+    "an added token a string": settings(
+        "added_tokens_decoder = .*an object of token ids", added_tokens_decoder={"5": "z"}
+    ),
+    "a class of numbers": settings("tokenizer_class = 5, but a short string", tokenizer_class=5),
+    "a class of other files": settings(
+        r"its class \('BertJapaneseTokenizer' in tokenizer_config.json\) does not expect \(TypeError",
+        tokenizer_class="BertJapaneseTokenizer",
+    ),
+    "a length of letters": settings("model_max_length = 'long', but a number", model_max_length="long"),
+    "an end token of numbers": settings("eos_token = {'content': 7}, but a string", eos_token={"content": 7}),
+    "extra tokens a number": settings("extra_special_tokens = 5, but a list of", extra_special_tokens=5),
+    "a class unknown, without tokenizer.json": Kind(
+        instead("tokenizer.json", lambda path: vocabulary(path.parent, tokenizer_class="Own")),
+        5,
+        r"no tokenizer.json, and the class of the tokenizer \('Own' .* add --trust-remote-code",
+    ),
+    "code, without tokenizer.json": Kind(
+        instead("tokenizer.json", lambda path: vocabulary(path.parent, auto_map={"AutoTokenizer": ["own.Own", None]})),
+        2,
+        "not run unless you say so: read it, then add --trust-remote-code",
+    ),
+    "code, without any file that we know": Kind(
+        instead("tokenizer.json", lambda p: change(p.parent / "tokenizer_config.json", auto_map={"AutoTokenizer": []})),
+        2,
+        "not run unless you say so: read it, then add --trust-remote-code",
+    ),
     "tokenizer is a pipe": Kind(pipe("tokenizer.json"), 5, "has no tokenizer"),
     "tokenizer_config a list": Kind(replaced("tokenizer_config.json", "[]"), 5, "is not a JSON object but"),
     "tokenizer_config nested": Kind(replaced("tokenizer_config.json", DEEP), 5, "nested more than 64 deep"),
     "tokenizer_config is a pipe": Kind(pipe("tokenizer_config.json"), 5, "is not a file but a pipe"),
     "added_tokens a device": Kind(link("added_tokens.json", "/dev/zero"), 5, "is not a file but a device"),
-    "a class that there is not": Kind(
-        lambda folder: change(folder / "tokenizer_config.json", model_max_length="long"), 5, "the tokenizer"
-    ),
     "chat template not UTF-8": Kind(replaced("chat_template.jinja", b"\xff"), 5, "is not UTF-8 text"),
     # generation_config.json
     "generation_config a list": Kind(replaced("generation_config.json", "[]"), 5, "is not a JSON object"),
