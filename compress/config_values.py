@@ -33,7 +33,6 @@ DTYPES = (
     "float",
     "half",
     "double",
-    "auto",
     "float8_e4m3fn",
     "float8_e5m2",
 )

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -199,3 +199,15 @@ def test_light_modules_import_nothing_heavy(package):
     code = f"import sys, {package}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_long_value_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    """A number of 400 digits is told as one; a path is told as it is, however long."""
+    path = "/".join(["x" * 255] * 8)
+
+    def main(argv: Sequence[str] | None) -> int:
+        raise UsageError(f"ratio: not {10**400}, of {path}; give another")
+
+    assert run_cli(main, []) == 2
+    message = capsys.readouterr().err
+    assert message == f"error: ratio: not 1{'0' * 55}... (402 characters) of {path}; give another\n"

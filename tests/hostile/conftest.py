@@ -90,6 +90,7 @@ def is_told(outcome: Outcome) -> bool:
         outcome.code in (2, 4, 5)
         and len(errors) == 1
         and "Traceback" not in outcome.err
+        and "panicked" not in outcome.err  # Rust's own line
         and len(sentence) < 1000
         and sentence.isprintable()
     )

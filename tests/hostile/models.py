@@ -238,7 +238,7 @@ KINDS: dict[str, Kind] = {
         2,
         "not run unless you say so: read it, then add --trust-remote-code",
     ),
-    "tokenizer is a pipe": Kind(pipe("tokenizer.json"), 5, "has no tokenizer"),
+    "tokenizer is a pipe": Kind(pipe("tokenizer.json"), 5, "tokenizer.json is not a file but a pipe"),
     "tokenizer_config a list": Kind(replaced("tokenizer_config.json", "[]"), 5, "is not a JSON object but"),
     "tokenizer_config nested": Kind(replaced("tokenizer_config.json", DEEP), 5, "nested more than 64 deep"),
     "tokenizer_config is a pipe": Kind(pipe("tokenizer_config.json"), 5, "is not a file but a pipe"),

@@ -33,6 +33,15 @@ def complaint(what: str, outcome: Outcome, sound_codes: tuple[int, ...]) -> list
     return [f"{what}: exit code {outcome.code}, {last[:200]}"]
 
 
+def complaints(document: Any, every: int, command: Callable[[Any], Outcome], out: Path) -> list[str]:
+    """What is wrong with the outcomes of a command, given each `every`-th mutation; `out` is removed before each."""
+    found = []
+    for what, mutated in list(mutations(document))[::every]:
+        shutil.rmtree(out, ignore_errors=True)
+        found += complaint(what, command(mutated), (0,))
+    return found
+
+
 @pytest.mark.parametrize(
     ("model", "file", "every"),
     [
@@ -54,13 +63,13 @@ def test_models(
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(sound(model), folder)
-    found = []
-    for what, document in list(mutations(read(folder / file)))[::every]:
+
+    def command(document: Any) -> Outcome:
         (folder / file).write_text(json.dumps(document))
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
         flags = ("--structure", "lowrank", "--sensitivity", "none", "--out", tmp_path / "out")
-        found += complaint(what, sandbox.run("compress.run", "--model", folder, *small, *flags), (0,))
-    assert found == []
+        return sandbox.run("compress.run", "--model", folder, *small, *flags)
+
+    assert complaints(read(folder / file), every, command, tmp_path / "out") == []
 
 
 @pytest.mark.parametrize(
@@ -106,10 +115,9 @@ def test_recipes(
     text: Path,
     tmp_path: Path,
 ) -> None:
-    found = []
-    for what, document in list(mutations(read(whole / "recipe.yaml")))[::every]:
-        (tmp_path / "r.yaml").write_text(json.dumps(document))
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    def command(document: Any) -> Outcome:
+        (tmp_path / "r.yaml").write_text(json.dumps(document))  # which is YAML as well
         flags = ("--recipe", tmp_path / "r.yaml", "--calibration-data", text, "--out", tmp_path / "out")
-        found += complaint(what, sandbox.run("compress.run", "--model", sound("tiny_llama"), *flags), (0,))
-    assert found == []
+        return sandbox.run("compress.run", "--model", sound("tiny_llama"), *flags)
+
+    assert complaints(read(whole / "recipe.yaml"), every, command, tmp_path / "out") == []
