@@ -2,6 +2,7 @@
 
 A revision is here only where several independent public projects record the same commit for that repository;
 where it is None the commit that the hub gives is recorded in the `ModelSource`, and so in the manifest.
+`python -m compress.aliases` prints the names.
 """
 
 from __future__ import annotations
@@ -73,3 +74,7 @@ PACKAGED: dict[str, PackagedModel] = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }
+
+
+if __name__ == "__main__":
+    print("\n".join(f"{name:<16} {alias.repository}" for name, alias in ALIASES.items()))

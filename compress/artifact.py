@@ -21,14 +21,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from compress.errors import ArtifactError, UsageError
 from compress.files import files_below, fsync, located, named, refuse_links, remove, seal, sha256_of
-from compress.kept import KeptFolder, clear, request_of
+from compress.kept import KeptFolder, clear, clear_unused, request_of
 from compress.locking import locked
 from compress.manifest import FileEntry, Manifest
 
@@ -104,18 +104,31 @@ class Artifact:
         """Be the only process that writes OUT, making the folder if need be. May be nested in one process.
 
         A whole command may hold it; every write takes it by itself. Raises ArtifactError naming the other
-        process where there is one, UsageError where OUT is not a folder.
+        process where there is one, UsageError where OUT is not a folder. A folder that was made and got nothing, as
+        the command was refused, goes again.
         """
+        made = [folder for folder in (self.out, *self.out.parents) if not folder.exists()]
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise UsageError(f"{self.out} is not, or is not in, a folder; choose another --out") from None
         except FileNotFoundError:  # a file system that makes no folders, such as /proc
             raise UsageError(f"{self.out} cannot be made there; choose another --out") from None
-        with locked(self.out) as first:
-            if first:
-                self._clean_up()
-            yield
+        try:
+            with locked(self.out) as first:
+                if first:
+                    self._clean_up()
+                try:
+                    yield
+                except BaseException:
+                    if made:
+                        clear_unused(self.path("state"))
+                    raise
+        except BaseException:
+            for folder in made:
+                with suppress(OSError):  # not empty, most likely
+                    folder.rmdir()
+            raise
 
     def stage(
         self,

@@ -125,7 +125,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         following = following.__cause__
 
 
-_LONG = re.compile(r"[^\s/]{256,}")
+_LONG = re.compile(r"[^\s/]{300,}")
 """What is longer than any file name: a number of 400 digits, say, that a message quotes."""
 
 

@@ -86,6 +86,29 @@ def _out_of_reach(repository: str, why: str) -> MissingDependencyError:
     )
 
 
+def _status(error: BaseException) -> int | None:
+    """The status that the server answered with, where that is what `error` came from."""
+    following: BaseException | None = error
+    while following is not None:
+        status = getattr(getattr(following, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+        following = following.__cause__ or following.__context__
+    return None
+
+
+def _refused(repository: str, status: int) -> MissingDependencyError:
+    from huggingface_hub import constants
+
+    known = {404: "not found", 429: "too many requests", 403: "forbidden", 401: "not authorised"}
+    meaning = known.get(status, "an error of the server" if status >= 500 else "refused")
+    advice = "check that it is a hub (HF_ENDPOINT)" if status == 404 else "try again later, or check HF_ENDPOINT"
+    return MissingDependencyError(
+        f"The hub model {repository!r} is not in the local cache, and {constants.ENDPOINT} answers {status} "
+        f"({meaning}) when asked for it: {advice}, or download the model elsewhere and name its folder."
+    )
+
+
 def commit_of(folder: Path) -> str | None:
     """The commit of a snapshot in the hub's cache, whose folder is named after it."""
     return folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
@@ -127,6 +150,9 @@ def _snapshot(repository: str, revision: str | None, cache_dir: Path | None, pat
     except (errors.LocalEntryNotFoundError, OSError, network_error) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's own refusal (full, not writable), which `run_cli` puts into words
-        # No connection, or an answer that is none of the above (5xx, 429), and not in the cache.
+        # No connection, or an answer that is none of the above (5xx, 429, another server's 404), and not in the cache.
+        status = None if why is not None else _status(error)
+        if status is not None:
+            raise _refused(repository, status) from error
         raise _out_of_reach(repository, why or reason(error)) from error
     return Path(folder)

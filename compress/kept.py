@@ -174,6 +174,12 @@ class Nowhere:
 Keeper = KeptFolder | Nowhere
 
 
+def clear_unused(folder: Path) -> None:
+    """Remove a folder in which no piece was kept yet."""
+    if folder.is_dir() and not folder.is_symlink() and [path.name for path in folder.iterdir()] == [LEDGER]:
+        clear(folder)
+
+
 def clear(folder: Path) -> None:
     """Remove a kept folder, whole or not at all; that it is not there is fine."""
     require_folder(folder)

@@ -48,7 +48,11 @@ def locked(folder: Path, name: str = LOCK, *, wait: bool = False) -> Iterator[bo
 def _acquire(path: Path, wait: bool) -> int:
     said = False
     while True:
-        descriptor = _open(path)
+        try:
+            descriptor = _open(path)
+        except FileNotFoundError:  # its last holder was refused, and took the folder that it had made away with it
+            path.parent.mkdir(parents=True, exist_ok=True)
+            continue
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

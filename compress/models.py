@@ -261,11 +261,11 @@ def resolve(
     resolves to nothing or to a model that is not supported, MissingDependencyError (exit 4) when the hub
     cannot be reached, ArtifactError (exit 5) when the files found are damaged.
     """
+    look_up(name)
     if name.startswith("hf:"):
         return _from_hub(name, name.removeprefix("hf:"), revision, trust_remote_code, cache_dir)
     path = Path(name).expanduser()
-    # A folder that happens to have an alias's name (an output, say) is in the way only if it is a model.
-    if name and (_is_model(path) or (name not in ALIASES and (path.exists() or _looks_like_path(name)))):
+    if _is_local(name, path):
         if revision is not None:
             raise UsageError(
                 f"A revision ({revision!r}) was given for {name!r}, which is a local path; drop it, or write "
@@ -274,8 +274,6 @@ def resolve(
         return _from_path(name, path, trust_remote_code)
     if "/" in name:
         return _from_hub(name, name, revision, trust_remote_code, cache_dir)
-    if name not in ALIASES:
-        raise UsageError(_unknown(name))
     if name in PACKAGED and revision is None:
         packaged = _from_package(name, PACKAGED[name])
         if packaged is not None:
@@ -293,6 +291,22 @@ def resolve(
         ) from error
 
 
+def look_up(name: str) -> None:
+    """Raise UsageError where `name` can be no model, as far as that shows without a hub and without opening a file."""
+    path = Path(name).expanduser()
+    if name.startswith("hf:"):
+        return
+    if _is_local(name, path):
+        _check_path(name, path)
+    elif "/" not in name and name not in ALIASES:
+        raise UsageError(_unknown(name))
+
+
+def _is_local(name: str, path: Path) -> bool:
+    # A folder that happens to have an alias's name (an output, say) is in the way only if it is a model.
+    return bool(name) and (_is_model(path) or (name not in ALIASES and (path.exists() or _looks_like_path(name))))
+
+
 def _is_model(path: Path) -> bool:
     return (path / "config.json").is_file() or (path.suffix == ".gguf" and path.is_file())
 
@@ -301,21 +315,28 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith(("/", "./", "../", "~")) or name.endswith(("/", ".gguf")) or "\\" in name
 
 
-def _from_path(name: str, path: Path, trust_remote_code: bool) -> ModelSource:
+def _check_path(name: str, path: Path) -> None:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UsageError(
                 f"The folder {name!r} has no config.json, so it is not a Hugging Face model; name the folder "
                 "that has one, or write hf:ORG/NAME if you mean the hub."
             )
-        path = path.resolve()
-        return ModelSource(name, "folder", path, None, path.name, None, trust_remote_code)
+        return
     if not path.exists():
         raise UsageError(f"There is no file or folder {name!r}; check the path.")
+    if path.suffix != ".gguf" and (path.parent / "config.json").is_file():
+        raise UsageError(f"The file {name!r} is one of the files of a model: give their folder, --model {path.parent}")
     if path.suffix != ".gguf" or not path.is_file():
         raise UsageError(
             f"The file {name!r} is not a model: name a folder with config.json, or a file that ends in .gguf."
         )
+
+
+def _from_path(name: str, path: Path, trust_remote_code: bool) -> ModelSource:
+    if path.is_dir():
+        path = path.resolve()
+        return ModelSource(name, "folder", path, None, path.name, None, trust_remote_code)
     from compress.gguf import read_header
 
     read_header(path)
@@ -401,9 +422,9 @@ def _supported_model_type(folder: Path) -> None:
 
 def _unknown(name: str) -> str:
     # Case matters nowhere in the table, so it must not push the right name down the list.
-    near = difflib.get_close_matches(name.lower(), ALIASES, n=3, cutoff=0.5)
-    nearest = f"the nearest names are {', '.join(near)}" if near else f"known names are {', '.join(ALIASES)}"
+    near = difflib.get_close_matches(name.lower()[:100], ALIASES, n=3, cutoff=0.0)
     return (
-        f"There is no model {name!r}: it is neither a folder with config.json, nor a .gguf file, nor "
-        f"hf:ORG/NAME, nor a known name; {nearest}."
+        f"There is no model {shown(name, 300)}: it is neither a folder with config.json, nor a .gguf file, nor "
+        f"hf:ORG/NAME, nor a known name; the nearest names are {', '.join(near)}, and python -m compress.aliases "
+        f"lists all {len(ALIASES)}."
     )

@@ -239,8 +239,10 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
         _refuse_what_layers_decide(args, values)
     for assignment in args.set:
         set_value(values, assignment)
+    flags = {assignment.partition("=")[0]: f"--set {assignment.partition('=')[0]}" for assignment in args.set}
     for flag, field in _FLAGS.items():
         given = getattr(args, flag)
         if given is not None:
             put(values, field, given, "--set" if args.recipe is None else str(args.recipe))
-    return parse_recipe(values, str(args.recipe) if args.recipe else "the command line")
+            flags[field] = f"--{flag.replace('_', '-')}"
+    return parse_recipe(values, str(args.recipe) if args.recipe else "the command line", flags)

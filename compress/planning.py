@@ -154,6 +154,20 @@ def _turn(
         rotations.matrices[index] = keeper.tensors(f"plan-rotation-{turn}-{index}", improved)["q"]
 
 
+def within_positions(arch: Architecture, recipe: Recipe) -> Recipe:
+    """The recipe with sequences that the model can hold where their length was not given, which is said."""
+    calibration = recipe.calibration
+    given = "sequence_length" in calibration.model_fields_set
+    if given or not recipe.needs_text() or calibration.sequence_length <= arch.max_positions:
+        return recipe
+    log(
+        f"--sequence-length is {arch.max_positions} in place of {calibration.sequence_length}: the model has no more "
+        "positions"
+    )
+    shorter = calibration.model_copy(update={"sequence_length": arch.max_positions})
+    return recipe.model_copy(update={"calibration": shorter})
+
+
 def check_recipe(arch: Architecture, recipe: Recipe) -> None:
     """Raise UsageError for what no calibration can make work, before anything is read or computed."""
     slower = [s.macs(1) / (s.in_features * s.out_features) for s in explicit_layers(arch, recipe).values()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -176,23 +177,54 @@ class Recipe(_Strict):
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
 
-def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
-    """Validate; raises UsageError naming each wrong field, what was seen and `where` it stands."""
+def parse_recipe(values: dict[str, Any], where: str, flags: Mapping[str, str] | None = None) -> Recipe:
+    """Validate; raises UsageError naming each wrong field, what was seen, what is allowed and `where` it stands.
+
+    `flags`: field -> the flag of the command line that gave it, by which the message calls it.
+    """
     try:
         return Recipe.model_validate({str(key): value for key, value in values.items()})
     except ValidationError as error:
-        raise UsageError(f"{where} is not a valid recipe: {'; '.join(map(_problem, error.errors()[:5]))}") from error
+        problems = [_problem(each, flags or {}) for each in error.errors()[:5]]
+        told = all(problem.startswith("--") for problem in problems)
+        raise UsageError(("" if told else f"{where} is not a valid recipe: ") + "; ".join(problems)) from error
 
 
-def _problem(error: ErrorDetails) -> str:
-    """`ratio: Input should be less than or equal to 1, not 7`."""
+def _problem(error: ErrorDetails, flags: Mapping[str, str]) -> str:
+    """`--ratio: a number above 0 and at most 1 is needed, not 7`; without a flag `ratio: ...`."""
     path = [str(part) for part in error["loc"]]
     field, message = ".".join(path), error["msg"].removeprefix("Value error, ")
+    given = next((flags[name] for name in (field, ".".join(path[:-1])) if name in flags), field)
     if error["type"] == "extra_forbidden":
         known = Calibration.model_fields if path[0] == "calibration" else Recipe.model_fields
         near = difflib.get_close_matches(path[-1], known, n=1)
-        return f"{field}: there is no such field" + (f", did you mean {near[0]}?" if near else "")
-    return f"{field}: {message}, not {shown(error['input'])}" if field else message
+        return f"{given}: there is no such field" + (f", did you mean {near[0]}?" if near else "")
+    if not field:
+        return message
+    return f"{given}: {_needed(path, error) or message}, not {shown(error['input'])}"
+
+
+def _needed(path: list[str], error: ErrorDetails) -> str | None:
+    """What a field takes, its whole range; None where pydantic says it as well."""
+    if error["type"] == "literal_error":
+        expected = error["ctx"]["expected"]
+        return f"{'one of ' if ' or ' in expected else ''}{expected.replace(' or ', ', ')} is needed"
+    fields = Calibration.model_fields if path[0] == "calibration" else Recipe.model_fields
+    info = fields.get(path[-1])
+    if info is None:
+        return None
+    kind = _KINDS.get(info.annotation)
+    bounds = [f"{word} {getattr(m, key):,}" for m in info.metadata for key, word in _BOUNDS.items() if hasattr(m, key)]
+    return None if kind is None else " ".join((kind, *[" and ".join(bounds)] * bool(bounds), "is needed"))
+
+
+_KINDS: dict[object, str] = {
+    bool: "true or false",
+    **dict.fromkeys((int, int | None), "a whole number"),
+    **dict.fromkeys((float, float | None), "a finite number"),
+    **dict.fromkeys((str, str | None), "a text"),
+}
+_BOUNDS = {"gt": "above", "ge": "of at least", "lt": "below", "le": "at most"}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -123,15 +123,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = _resume(args, Artifact(args.out))
     else:
         from compress.default_out import default_out, refuse_anothers
-        from compress.models import resolve
+        from compress.models import look_up, resolve
+        from compress.planning import within_positions
 
         recipe = recipe_from(args)
+        look_up(args.model)
         unnamed = args.out is None
         if unnamed:
             args.out = default_out(args.model, recipe)
             log(f"OUT is {args.out}")
         artifact = Artifact(args.out)
         source = resolve(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
+        recipe = within_positions(source.architecture(), recipe)
         if unnamed and not args.dry_run:
             refuse_anothers(artifact, source, recipe)
         result = _dry_run(args, artifact, source, recipe) if args.dry_run else _build(args, artifact, source, recipe)

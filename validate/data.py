@@ -65,8 +65,9 @@ def make_windows(
     stride = length if stride is None else stride
     if length < 2 or not 1 <= stride <= length or (max_windows is not None and max_windows < 1):
         raise UsageError(
-            f"windows of {length} tokens, {stride} apart, at most {max_windows}: the length must be "
-            "at least 2, the stride from 1 to the length, the number of windows at least 1"
+            f"windows of {length} tokens (--sequence-length), {stride} apart (--stride), at most {max_windows} "
+            "(--max-windows): the length must be at least 2, the stride from 1 to the length, the number of windows at "
+            "least 1"
         )
     needed = None if max_windows is None else (max_windows - 1) * stride + length
     ids, whole = _ids(text, tokenizer, needed)

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from compress.errors import ArtifactError, UsageError
+from compress.progress import log
 
 if TYPE_CHECKING:
     from compress.textdata import TextData
@@ -25,28 +26,42 @@ def look_first(baseline: Baseline, args: argparse.Namespace) -> TextData | None:
     exported = parts - {"perplexity"} or (parts if args.perplexity_runtime == "onnxruntime" else set())
     if exported:
         _exported(baseline, args, exported)
+    fit_positions(args, positions, parts)
     if "speed" in parts:
-        if args.prefill > positions:
-            raise UsageError(
-                f"a prefill of {args.prefill} tokens does not fit the model's {positions} positions: give --prefill "
-                f"{positions} or less"
-            )
-        if args.past > positions - 4:  # three tokens to warm up, one to measure
-            raise UsageError(
-                f"a past of {args.past} tokens leaves no room to decode in {positions} positions: give --past "
-                f"{max(1, positions // 2)} or less"
-            )
         baseline.dense_given()
     if "perplexity" not in parts:
         return None
-    if args.sequence_length > positions:
-        raise UsageError(
-            f"--sequence-length {args.sequence_length} is more than the model's {positions} positions: give "
-            f"--sequence-length {positions} or less"
-        )
     from compress.textdata import load_text
 
     return load_text(args.data)
+
+
+LENGTHS = {"sequence_length": ("perplexity", 1024), "prefill": ("speed", 512), "past": ("speed", 128)}
+"""Flag -> the part that it belongs to, and its default."""
+
+
+def fit_positions(args: argparse.Namespace, positions: int, parts: set[str]) -> None:
+    """Set the lengths that were not given (None): their defaults, shortened to a model of few positions, which is said.
+
+    Raises UsageError that tells all those that were given and do not fit.
+    """
+    shortened, wrong = [], []
+    for name, (part, default) in LENGTHS.items():
+        if not hasattr(args, name):
+            continue
+        flag, given = f"--{name.replace('_', '-')}", getattr(args, name)
+        most = max(1, positions // 2) if name == "past" else positions  # the other half is decoded
+        if given is None:
+            setattr(args, name, min(default, most))
+            if part in parts and most < default:
+                shortened.append(f"{flag} {most}")
+        elif part in parts and given > most:
+            of = f"half of the {positions} positions" if name == "past" else f"the {positions} positions"
+            wrong.append(f"{flag} {given} is more than {of} of the model: give {most} or less")
+    if wrong:
+        raise UsageError("; ".join(wrong))
+    if shortened:
+        log(f"{', '.join(shortened)} in place of the defaults: the model has {positions} positions")
 
 
 def _exported(baseline: Baseline, args: argparse.Namespace, parts: set[str]) -> None:

@@ -248,8 +248,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("out", nargs="?", type=Path, metavar="OUT", help="artefact folder")
     p.add_argument("--layers", action="store_true", help="the layer benchmark instead")
     p.add_argument("--batch-sizes", default="1,8", metavar="B,B", help="of decode (default: 1,8)")
-    p.add_argument("--prefill", type=int, default=512, metavar="N", help="tokens (default: 512)")
-    p.add_argument("--past", type=int, default=128, metavar="N", help="cached tokens at decode (default: 128)")
+    p.add_argument("--prefill", type=int, metavar="N", help="tokens (default: 512)")
+    p.add_argument("--past", type=int, metavar="N", help="cached tokens at decode (default: 128)")
     p.add_argument("--threads", type=int, default=1, metavar="N", help="of ONNX Runtime (default: 1)")
     p.add_argument("--seconds", type=float, metavar="S", help="for each measurement (default: 15, layers: 2)")
     p.add_argument("--model", metavar="M", help="where the source model is (default: where OUT's manifest says it was)")
@@ -273,14 +273,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     sizes = parse_batch_sizes(args.batch_sizes)
     for flag, value in (("--threads", args.threads), ("--prefill", args.prefill), ("--past", args.past)):
-        if value < 1:
+        if value is not None and value < 1:
             raise UsageError(f"{flag} must be at least 1, not {value}")
     require("onnxruntime", pip="'onnxruntime>=1.24'", purpose="measure speed")
     if args.layers:
         return _layers(args)
     from validate.baseline import Baseline
+    from validate.first import fit_positions
 
     with Baseline(args.out, model=args.model, dense=args.dense, trust_remote_code=args.trust_remote_code) as baseline:
+        fit_positions(args, baseline.reader.architecture.max_positions, {"speed"})
         result = measure_model(
             baseline.dense_onnx(),
             baseline.onnx,

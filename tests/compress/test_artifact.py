@@ -36,7 +36,7 @@ def edit_manifest(out: Path, change) -> None:
 
 
 def names(out: Path) -> list[str]:
-    return sorted(path.name for path in out.iterdir())
+    return sorted(path.name for path in out.iterdir()) if out.exists() else []
 
 
 # -- writing --------

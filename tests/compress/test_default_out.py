@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +102,35 @@ def test_the_command_of_the_mission(
 def test_resume_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli(build, ["--resume", "--engine", "trt"]) == 2
     assert "say with --out which folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("main", [main, build])
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--model", "MODEL/config.json"), False),
+        (("--model", "no-such-model"), False),
+        (("--calibration-data", "none.txt"), True),
+        (("--sequence-length", "100000"), True),
+        (("--structure", "auto", "--budget-bytes", "10"), True),
+    ],
+)
+def test_what_is_refused_leaves_nothing(
+    main: Callable[[Sequence[str]], int],
+    flags: tuple[str, ...],
+    told: bool,
+    tiny_model: TinyModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No OUT, nor the folder that it would have been in; and a name that is no model is told before OUT is."""
+    text = helpers.text_file(tmp_path)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    model = str(tiny_model("tiny_llama"))
+    given = ["--model", model, "--structure", "lowrank", "--calibration-data", str(text), "--calibration-samples", "4"]
+    arguments = [*given, "--sequence-length", "32", *(flag.replace("MODEL", model) for flag in flags)]
+    assert run_cli(main, arguments) == 2
+    assert ("OUT is" in capsys.readouterr().err) == told
+    assert list((tmp_path / "work").iterdir()) == []

@@ -135,7 +135,19 @@ def test_aliases_are_well_formed() -> None:
     ],
 )
 def test_unknown_names_list_the_nearest(name: str, nearest: str) -> None:
-    assert nearest in refused(name, 2)
+    message = refused(name, 2)
+    assert nearest in message
+    assert sum(alias in message.split("nearest names are")[1] for alias in ALIASES) < 8
+    assert "python -m compress.aliases" in message
+
+
+def test_a_name_like_no_other_does_not_list_all() -> None:
+    assert sum(alias in refused("zzzzzzzz", 2) for alias in ALIASES) < 8
+
+
+def test_a_file_of_a_model_is_told_its_folder(tiny_model: Callable[[str], Path]) -> None:
+    folder = tiny_model("tiny_llama")
+    assert f"give their folder, --model {folder}" in refused(str(folder / "config.json"), 2)
 
 
 @pytest.mark.parametrize("name", ["opt", "7b", "zzz", "", "llama", "125m"])
@@ -364,7 +376,9 @@ def test_unsupported_hub_model_costs_no_download(hub: FakeHub, tmp_path: Path) -
         ((404, "RepoNotFound"), 2, "There is no hub model 'org/model'"),
         ((401, "RepoNotFound"), 2, "or it is private"),
         ((403, "GatedRepo"), 2, "accept its terms at"),
-        ((503, "Unavailable"), 4, "cannot be reached"),
+        ((503, "Unavailable"), 4, "answers 503 (an error of the server)"),
+        ((429, "Slow"), 4, "answers 429 (too many requests)"),
+        ((404, ""), 4, "answers 404 (not found) when asked for it: check that it is a hub (HF_ENDPOINT)"),
     ],
 )
 def test_hub_refuses(hub: FakeHub, refusal: tuple[int, str], code: int, says: str) -> None:

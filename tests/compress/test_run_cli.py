@@ -105,8 +105,8 @@ def test_dry_run_foretells_the_checkpoint(command: Command, tmp_path: Path, caps
     [
         (["--model", "smolm2-135m"], 2, "the nearest names are"),
         (["--model", "./nothing"], 2, "./nothing"),
-        (["--ratio", "0"], 2, "ratio: Input should be greater than 0"),
-        (["--ratio", "1.5"], 2, "ratio: Input should be less than or equal to 1"),
+        (["--ratio", "0"], 2, "error: --ratio: a finite number above 0 and at most 1 is needed, not 0.0"),
+        (["--ratio", "1.5"], 2, "error: --ratio: a finite number above 0 and at most 1 is needed, not 1.5"),
         (["--ratio", "nan"], 2, "ratio: "),
         (["--ratio", "0.15", "--rotation", "block"], 2, "rotation 'block' alone adds"),
         (["--rotation", "shared", "--skip", "dense"], 2, "rotation 'shared' with skip 'dense'"),
@@ -257,3 +257,18 @@ def test_as_a_process(tiny_model: TinyModel, tmp_path: Path) -> None:
 
 def test_texts_are_long_enough() -> None:
     assert len(tiny.tokenizer()(tiny.TEXT)["input_ids"]) > 8 * 32
+
+
+def test_sequences_that_are_not_given_fit_the_model(
+    tiny_model: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model of 128 positions, whose user said nothing of lengths; one who says more is refused."""
+    text = helpers.text_file(tmp_path)
+    given = ["--model", str(tiny_model("tiny_llama")), "--structure", "lowrank", "--calibration-data", str(text)]
+    given += ["--calibration-samples", "2", "--sensitivity", "none"]
+    assert run_cli(main, [*given, "--out", str(tmp_path / "out")]) == 0
+    told = "--sequence-length is 128 in place of 1024: the model has no more positions"
+    assert told in capsys.readouterr().err.splitlines()
+    assert read_yaml(tmp_path / "out" / "recipe.yaml")["calibration"]["sequence_length"] == 128
+    assert run_cli(main, [*given, "--sequence-length", "1024", "--out", str(tmp_path / "other")]) == 2
+    assert "give --sequence-length 128 or less" in capsys.readouterr().err

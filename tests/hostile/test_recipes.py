@@ -101,7 +101,7 @@ def test_a_latency_table_that_is_no_file(
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (("--seed", 2**70), "calibration.seed"),
+        (("--seed", 2**70), "--seed: a whole number"),
         (("--set", "calibration.seed=!!int abc"), "is not YAML"),
         (("--set", "layers=" + "[" * 5000), "nested more than 64 deep"),
         (("--set", "x" * 100_000), "FIELD=VALUE"),

@@ -264,15 +264,43 @@ def test_what_cannot_work_is_said_before_any_work(
 
     monkeypatch.setattr(run, "_parity", worked)
     for flags, said in (
-        (("--sequence-length", "129"), "give --sequence-length 128 or less"),
-        (("--prefill", "129"), "give --prefill 128 or less"),
-        (("--past", "126"), "give --past 64 or less"),
+        (
+            ("--sequence-length", "129"),
+            "--sequence-length 129 is more than the 128 positions of the model: give 128 or less",
+        ),
+        (("--prefill", "129"), "--prefill 129 is more than the 128 positions of the model: give 128 or less"),
+        (("--past", "126"), "--past 126 is more than half of the 128 positions of the model: give 64 or less"),
+        (
+            ("--sequence-length", "200", "--prefill", "300", "--past", "400"),
+            "error: --sequence-length 200 is more than the 128 positions of the model: give 128 or less; "
+            "--prefill 300 is more than the 128 positions of the model: give 128 or less; --past 400 is more than half",
+        ),
         (("--dense", str(tmp_path / "nowhere")), "is not there: name an export"),
         (("--dense", str(tmp_path)), "has no model.onnx"),
         (("--data", str(tmp_path / "nowhere.txt")), "nowhere.txt"),
     ):
         assert built.run("--no-plot", *flags) == 2
         assert said in capsys.readouterr().err
+
+
+def test_lengths_that_are_not_given_fit_the_model(
+    built: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told in one line; those that are given are taken as they are."""
+    seen: list[tuple[int, int, int]] = []
+
+    def stop(baseline: object, args: Any, *_: object) -> None:
+        seen.append((args.sequence_length, args.prefill, args.past))
+        raise UsageError("far enough")
+
+    monkeypatch.setattr(run, "_parity", stop)
+    arguments = [str(built.out), "--model", str(built.source), "--no-plot", "--data", str(built.text)]
+    assert run.run_cli(run.main, arguments) == 2
+    told = "--sequence-length 128, --prefill 128, --past 64 in place of the defaults: the model has 128 positions"
+    assert told in capsys.readouterr().err.splitlines()
+    assert run.run_cli(run.main, [*arguments, "--prefill", "16", "--past", "8", "--sequence-length", "32"]) == 2
+    assert "in place of" not in capsys.readouterr().err
+    assert seen == [(128, 128, 64), (32, 16, 8)]
 
 
 def test_a_bfloat16_graph_is_for_a_gpu(
