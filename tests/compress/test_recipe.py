@@ -321,7 +321,7 @@ def test_a_number_out_of_range_is_told_by_its_flag_with_the_whole_range() -> Non
         assert message.startswith(f"{spelling}: a ")
         assert all(bound in message for bound in bounds), message
         assert "is needed not -1" in message
-    assert found == 8
+    assert found == 9
 
 
 def test_what_flag_and_file_give_wrong_is_told_apart(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from compress.artifact import Artifact
 from compress.errors import run_cli
 from compress.forecast import lines
+from compress.recipe import read_yaml
 from compress.run import main
 from compress.streams import Runner
 from tests import tiny
@@ -263,7 +264,7 @@ def test_sequences_that_are_not_given_fit_the_model(
     tiny_model: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A model of 128 positions, whose user said nothing of lengths; one who says more is refused."""
-    text = helpers.text_file(tmp_path)
+    text = text_file(tmp_path)
     given = ["--model", str(tiny_model("tiny_llama")), "--structure", "lowrank", "--calibration-data", str(text)]
     given += ["--calibration-samples", "2", "--sensitivity", "none"]
     assert run_cli(main, [*given, "--out", str(tmp_path / "out")]) == 0

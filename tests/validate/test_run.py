@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from compress.artifact import Artifact
-from compress.errors import run_cli
+from compress.errors import UsageError, run_cli
 from export.build import main as build
 from tests.validate.damaging import damage
 from validate import run
