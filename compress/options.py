@@ -109,7 +109,9 @@ def add_compress_arguments(parser: argparse.ArgumentParser, *, model_required: b
         help="FILE.txt, FILE.jsonl, a hub dataset, or boolq from the demo's packages (default: boolq)",
     )
     how.add_argument("--calibration-samples", type=int, metavar="N", help="sequences (default: 24)")
-    how.add_argument("--sequence-length", type=int, metavar="T", help="tokens per sequence (default: 1024)")
+    how.add_argument(
+        "--sequence-length", type=int, metavar="T", help="tokens per sequence (default: 1024, or as the model allows)"
+    )
     how.add_argument(
         "--calibration-dtype",
         choices=["float32", "bfloat16"],

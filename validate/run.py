@@ -57,7 +57,9 @@ def parser() -> argparse.ArgumentParser:
         help="boolq-heldout, lambada, wikitext2, wikitext:FILE, FILE.txt, FILE.jsonl, hf:NAME[:CONFIG[:SPLIT]] "
         "(default: boolq-heldout)",
     )
-    quality.add_argument("--sequence-length", type=int, metavar="T", help="window (default: 1024)")
+    quality.add_argument(
+        "--sequence-length", type=int, metavar="T", help="window (default: 1024, or as the model allows)"
+    )
     quality.add_argument("--stride", type=int, metavar="S", help="between windows (default: the window)")
     quality.add_argument("--max-windows", type=int, metavar="N", help="the first N only (default: all)")
     quality.add_argument("--batch", type=int, default=1, metavar="B", help="windows at a time (default: 1)")
@@ -69,8 +71,10 @@ def parser() -> argparse.ArgumentParser:
     )
     speed = p.add_argument_group("speed")
     speed.add_argument("--batch-sizes", default="1,8", metavar="B,B", help="of decode (default: 1,8)")
-    speed.add_argument("--prefill", type=int, metavar="N", help="tokens (default: 512)")
-    speed.add_argument("--past", type=int, metavar="N", help="cached tokens at decode (default: 128)")
+    speed.add_argument("--prefill", type=int, metavar="N", help="tokens (default: 512, or as the model allows)")
+    speed.add_argument(
+        "--past", type=int, metavar="N", help="cached tokens at decode (default: 128, or as the model allows)"
+    )
     speed.add_argument("--threads", type=int, default=1, metavar="N", help="of ONNX Runtime (default: 1)")
     speed.add_argument("--seconds", type=float, default=15.0, metavar="S", help="for each measurement (default: 15)")
     speed.add_argument("--dense", type=Path, metavar="PATH", help="a dense export to use, not making one")

@@ -248,8 +248,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("out", nargs="?", type=Path, metavar="OUT", help="artefact folder")
     p.add_argument("--layers", action="store_true", help="the layer benchmark instead")
     p.add_argument("--batch-sizes", default="1,8", metavar="B,B", help="of decode (default: 1,8)")
-    p.add_argument("--prefill", type=int, metavar="N", help="tokens (default: 512)")
-    p.add_argument("--past", type=int, metavar="N", help="cached tokens at decode (default: 128)")
+    p.add_argument("--prefill", type=int, metavar="N", help="tokens (default: 512, or as the model allows)")
+    p.add_argument(
+        "--past", type=int, metavar="N", help="cached tokens at decode (default: 128, or as the model allows)"
+    )
     p.add_argument("--threads", type=int, default=1, metavar="N", help="of ONNX Runtime (default: 1)")
     p.add_argument("--seconds", type=float, metavar="S", help="for each measurement (default: 15, layers: 2)")
     p.add_argument("--model", metavar="M", help="where the source model is (default: where OUT's manifest says it was)")

@@ -134,13 +134,15 @@ def test_half_a_surrogate_pair_in_the_text(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["t.txt", "t.jsonl", "one-row.jsonl"])
+@pytest.mark.parametrize("name", ["t.txt", "t.jsonl", "one-row.jsonl", "one-line.txt", "blank-lines.jsonl"])
 def test_a_large_text_for_few_tokens(
     name: str, sandbox: Sandbox, sound: Callable[[str], Path], small: tuple[object, ...], tmp_path: Path
 ) -> None:
     """200 MB for 128 tokens, within the memory and the time of the sandbox."""
     path = tmp_path / name
     line = (json.dumps({"text": tiny.TEXT}) + "\n") if name == "t.jsonl" else tiny.TEXT
+    line = tiny.TEXT.replace("\n", " ") if name == "one-line.txt" else line
+    line = "\n" * 1000 if name == "blank-lines.jsonl" else line
     with path.open("w") as file:
         if name == "one-row.jsonl":
             file.write('{"text": "')
@@ -149,6 +151,8 @@ def test_a_large_text_for_few_tokens(
             file.write(line * 1000)
         if name == "one-row.jsonl":
             file.write('"}\n')
+        if name == "blank-lines.jsonl":
+            file.write(json.dumps({"text": tiny.TEXT}))
     flags = (*small, "--calibration-data", path, "--structure", "lowrank", "--out", tmp_path / "out")
     outcome = sandbox.run("compress.run", "--model", sound("tiny_llama"), *flags)
     path.unlink()
