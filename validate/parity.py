@@ -261,9 +261,10 @@ Steps = list[tuple[int, Tensor]]
 
 
 def torch_logits(model: ProcrustesForCausalLM, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
-    """Logits (batch, length, vocabulary) of one full forward."""
+    """Logits (batch, length, vocabulary) of one full forward, at the positions that the runners give."""
+    positions = positions_from_mask(mask)
     with torch.inference_mode():
-        logits: Tensor = model(ids, attention_mask=mask, use_cache=False, **options).logits
+        logits: Tensor = model(ids, attention_mask=mask, position_ids=positions, use_cache=False, **options).logits
     return logits
 
 
@@ -272,8 +273,9 @@ def _torch_steps(model: ProcrustesForCausalLM, ids: Tensor, mask: Tensor, start:
     cache, position = None, 0
     for size in (start, *DECODE_CHUNKS):
         end = position + size
+        given = {"attention_mask": mask[:, :end], "position_ids": positions_from_mask(mask)[:, position:end]}
         with torch.inference_mode():
-            out = model(ids[:, position:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+            out = model(ids[:, position:end], **given, past_key_values=cache, use_cache=True)
         steps.append((position, out.logits))
         cache, position = out.past_key_values, end
     return steps

@@ -45,7 +45,7 @@ def test_the_same_as_through_auto_tokenizer(name: str, tmp_path: Path) -> None:
         ("merges", [" b"], "is not a pair"),
         ("token_type", np.ones(3, np.int32), "token types for 3"),
         ("eos_token_id", 320, "tokenizer.ggml.eos_token_id is 320, and there are 320 tokens"),
-        ("bos_token_id", "x", "bos_token_id is 'x'"),
+        ("bos_token_id", "x", "bos_token_id = 'x'"),
     ],
 )
 def test_tokenizers_that_do_not_add_up(header: GgufHeader, key: str, value: Any, says: str) -> None:
