@@ -169,7 +169,10 @@ def compress_model(
         artifact.clear_state()
     seconds = recipe.budget_latency
     asked = f"{ratio_of(arch, recipe):.4f}" if seconds is None else f"{seconds:g} seconds"
-    log(f"kept {size.ratio:.4f} of the projection parameters (asked {asked}), {size.model_ratio:.4f} of the model")
+    log(
+        f"kept {size.ratio:.4f} of the projection parameters, skips, head map and added biases counted (asked "
+        f"{'all' if recipe.structure == 'dense' else asked}), {size.model_ratio:.4f} of the model"
+    )
     return artifact
 
 

@@ -177,6 +177,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _build(args: argparse.Namespace, artifact: Artifact, source: ModelSource, recipe: Recipe) -> dict[str, Any]:
+    from compress.budgets import shortfall
     from compress.pipeline import compress_model
     from export.halves import graph_dtype
     from export.stages import build_onnx
@@ -202,16 +203,20 @@ def _build(args: argparse.Namespace, artifact: Artifact, source: ModelSource, re
         graph = build_onnx(artifact, dtype=dtype, logits=args.logits)
         built = _build_engine(args, artifact, engine)
     facts = artifact.read_manifest()["stages"]["checkpoint"]
+    note = shortfall(source.architecture(), recipe, facts["ratio"])
     return {
         "out": str(args.out),
         "structure": recipe.structure,
         "rotation": recipe.rotation,
         "ratio": facts["ratio"],
         "model_ratio": facts["model_ratio"],
+        "structured_linears": facts["structured_linears"],
+        "dense_linears": facts["dense_linears"],
+        **({} if note is None else {"note": note}),
         **built,
         "dtype": graph["dtype"],
         "nodes": sum(graph["nodes"].values()),
-        "structured_nodes": graph["structured_nodes"],
+        "custom_operator_nodes": graph["structured_nodes"],
         "weight_bytes": graph["initializer_bytes"],
         "export_peak_rss_bytes": graph["peak_rss_bytes"],
     }

@@ -314,12 +314,14 @@ def _report(
 
     from compress.accounting import model_size
     from compress.provenance import public
+    from compress.structures.joint import leader_of
     from validate.machine import machine_facts
-    from validate.report import Report, read_fit
+    from validate.report import Report, read_fit, with_shares
 
     reader = baseline.reader
     structures = {n: s for n in reader.linears() if (s := reader.structure(n)).name != "dense"}
     config = reader.config
+    leaders = {n: leader for n in structures if (leader := leader_of(structures, n)) is not None}
     size = model_size(
         reader.architecture,
         structures,
@@ -341,7 +343,7 @@ def _report(
         model={"source": source, "family": reader.architecture.family},
         recipe=_recipe(baseline),
         size=counts,
-        fit=read_fit(baseline.checkpoint),
+        fit=with_shares(read_fit(baseline.checkpoint), leaders),
         commands=_commands(baseline, args),
         machine=machine_facts(),
         parity=parity,

@@ -60,7 +60,10 @@ def test_build_from_name_to_running_model(
     assert run_cli(main, command("--engine", "ort", "--json")) == 0
     printed = capsys.readouterr()
     assert printed.err.count("re-using") == 4
-    assert json.loads(printed.out)["structured_nodes"] == graph["structured_nodes"]
+    said = json.loads(printed.out)
+    assert said["custom_operator_nodes"] == graph["structured_nodes"]
+    assert said["structured_linears"] + said["dense_linears"] == 21
+    assert ("note" in said) == (said["ratio"] < 0.99 * 0.7)
     assert artifact.read_manifest() == before
 
     # Another type makes the graph anew, and with it the engine, but not the checkpoint.
