@@ -12,6 +12,7 @@ left-padded batch, a whole sequence and a sequence of length 1.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, no_command
 from compress.masks import positions_from_mask
 from compress.progress import track
 from compress.structures import cast
@@ -324,3 +325,9 @@ def greedy_choices(
 
 def _json(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(
+        no_command("validate.parity", "python -m validate.run OUT --skip perplexity --skip speed runs parity alone")
+    )

@@ -5,13 +5,14 @@ Everything here is made from one dictionary, `Report`, that validate/run.py fill
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, no_command
 from compress.reading import read_artefact_json, shown
 from validate.machine import machine_text
 from validate.markdown import markdown_table
@@ -355,3 +356,7 @@ def millions(count: int) -> str:
 def megabytes(count: int) -> str:
     """Bytes, for people."""
     return f"{count / 1e6:,.1f} MB"
+
+
+if __name__ == "__main__":
+    sys.exit(no_command("validate.report", "python -m validate.run OUT writes OUT/reports"))

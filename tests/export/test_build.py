@@ -17,6 +17,7 @@ from export.build import main
 from export.engines.ort import OrtRunner
 from export.stages import build_info
 from tests import tiny
+from tests.hostile.artefacts import sign
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,13 @@ def test_build_from_name_to_running_model(
     data.write_bytes(data.read_bytes()[:-1] + b"\xff")
     assert run_cli(main, command("--dtype", "float16")) == 0
     assert "making onnx again" in capsys.readouterr().err
+    artifact.verify()
+
+    # So is a recipe that is none, though the manifest vouches for it.
+    (out / "recipe.yaml").write_text("layers: [[[")
+    sign(out)
+    assert run_cli(main, command("--dtype", "float16")) == 0
+    assert f"compressing again: the recipe {out / 'recipe.yaml'} " in capsys.readouterr().err
     artifact.verify()
 
 
