@@ -280,13 +280,13 @@ def _build_engine(
             from export.stages import build_ort
 
             build_ort(artifact)
-            _serve(args, artifact, None)
+            return {"engine": args.engine, **_serve(args, artifact, None)}
         return {"engine": args.engine}
     from export.engines import plugins, trt, trt_rtx
 
     options, capabilities = engine
     ahead = args.engine == "trt-rtx"
-    without = None
+    without, served = None, dict[str, Any]()
     if plugins.wants_plugins(artifact) and options.plugin != "native" and (options.plugin == "cpp" or not ahead):
         try:
             plugins.build_plugins(artifact, libraries=args.plugin_libraries, keep=args.resume)
@@ -307,18 +307,19 @@ def _build_engine(
             raise MissingDependencyError(
                 f"{error}{rest}. All that goes before is complete in {artifact.out}: run {script} where that is there"
             ) from error
-        _serve(args, artifact, options.spans.batch.most)
+        served = _serve(args, artifact, options.spans.batch.most)
     return {
         "engine": args.engine,
         "plugin": info["plugin"],
         "plan_bytes": info["plan_bytes"],
         "plugin_layers": info["plugin_layers"],
         "engine_seconds": info["seconds"],
+        **served,
     }
 
 
-def _serve(args: argparse.Namespace, artifact: Artifact, most: int | None) -> None:
-    """OUT/triton. `most`: sequences that the engine takes, None for any number."""
+def _serve(args: argparse.Namespace, artifact: Artifact, most: int | None) -> dict[str, Any]:
+    """OUT/triton, and what the result says of it. `most`: sequences that the engine takes, None for any number."""
     import re
 
     from compress.checkpoint import CheckpointReader
@@ -326,8 +327,9 @@ def _serve(args: argparse.Namespace, artifact: Artifact, most: int | None) -> No
     from export.triton.repository import SEQUENCES, write_repository
 
     if CheckpointReader(artifact.require_stage("checkpoint")).architecture.sliding_window is not None:
-        log("no triton: a model with a sliding window cannot be batched continuously")
-        return
+        note = "no Triton repository was written, because a model with a sliding window cannot be batched continuously"
+        log(note)
+        return {"triton": None, "triton_note": note}
     source = str(artifact.read_manifest()["source"].get("id") or "model")
     plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", re.split(r"[/=]", source.rstrip("/"))[-1 if "=" not in source else 0])
     # --resume, as in build_engine.sh, says nothing of serving: what was asked for before stays.
@@ -341,6 +343,7 @@ def _serve(args: argparse.Namespace, artifact: Artifact, most: int | None) -> No
         threads=args.threads or before.get("threads", 1),
         network=args.serve_network or before.get("network"),
     )
+    return {"triton": str(artifact.path("triton"))}
 
 
 def _has_checkpoint(args: argparse.Namespace, artifact: Artifact, source: ModelSource, recipe: Recipe) -> bool:

@@ -90,6 +90,17 @@ def test_build_from_name_to_running_model(
     artifact.verify()
 
 
+def test_a_model_that_is_not_served_says_why(
+    command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, served in (("tiny_mistral", False), ("tiny_llama", True)):
+        assert run_cli(main, command("--engine", "ort", "--json", name=name)) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert (said["triton"] is not None) == served
+        note = "no Triton repository was written, because a model with a sliding window cannot be batched continuously"
+        assert said.get("triton_note") == (None if served else note)
+
+
 def test_another_recipe_compresses_again(
     command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
