@@ -25,12 +25,13 @@ def readers_may_leave() -> Iterator[None]:
         if not _is_open(number):
             _lead_to_null(number)
     for name, number in (("stdout", 1), ("stderr", 2)):
-        before[name] = stream = getattr(sys, name)
+        own = stream = getattr(sys, name)
         if stream is None or (stream is getattr(sys, f"__{name}__") and stream.closed):
             _lead_to_null(number)
             stream = None
         elif not isinstance(stream, io.TextIOWrapper) or _descriptor(stream) != number:
             continue
+        before[name] = own
         setattr(sys, name, _Unheard.over(number, stream))
     try:
         yield
