@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compress import reading
-from compress.errors import UsageError
+from compress.errors import ArtifactError, UsageError
 from compress.reading import shown
 
 if TYPE_CHECKING:
@@ -225,6 +225,14 @@ _KINDS: dict[object, str] = {
     **dict.fromkeys((str, str | None), "a text"),
 }
 _BOUNDS = {"gt": "above", "ge": "of at least", "lt": "below", "le": "at most"}
+
+
+def read_written(path: Path) -> Recipe:
+    """OUT/recipe.yaml as a command wrote it; raises ArtifactError where it is no recipe, whatever the manifest says."""
+    try:
+        return parse_recipe(read_yaml(path), str(path))
+    except UsageError as error:
+        raise ArtifactError(f"{str(error).partition('; ')[0]}; compress the model again") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
