@@ -195,7 +195,8 @@ def _held_back(stream: int) -> Iterator[None]:
         return
     panic = False
     with tempfile.TemporaryFile() as held:
-        sys.stderr.flush()
+        if sys.stderr:  # None where it was closed at the start
+            sys.stderr.flush()
         os.dup2(held.fileno(), stream)
         try:
             yield
@@ -203,7 +204,8 @@ def _held_back(stream: int) -> Iterator[None]:
             panic = type(error).__name__ == "PanicException"
             raise
         finally:
-            sys.stderr.flush()
+            if sys.stderr:  # None where it was closed at the start
+                sys.stderr.flush()
             os.dup2(real, stream)
             os.close(real)
             held.seek(0)
