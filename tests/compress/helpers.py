@@ -20,6 +20,7 @@ from compress.recipe import Recipe, parse_recipe, read_yaml
 from tests import tiny
 
 SAMPLES, LENGTH = 8, 32
+F64 = torch.float64
 
 TinyModel = Callable[[str], Path]
 
@@ -76,6 +77,11 @@ def once(folder: Path, make: Callable[[Path], object]) -> Path:
             make(folder)
             done.touch()
     return folder
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    """Standard normal numbers in float64, the same ones for the same seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def kept_in(folder: Path) -> KeptFolder:
