@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress.artifact import Artifact
@@ -77,6 +78,15 @@ def once(folder: Path, make: Callable[[Path], object]) -> Path:
             make(folder)
             done.touch()
     return folder
+
+
+def with_weights(source: ModelSource, folder: Path, change: Any) -> ModelSource:
+    """A copy of the model with `change` applied to its state dict."""
+    shutil.copytree(source.path, folder)
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return resolve(str(folder))
 
 
 def normal(*shape: int, seed: int) -> Tensor:
