@@ -40,6 +40,21 @@ def ratio_of(arch: Architecture, recipe: Recipe) -> float:
     return min(1.0, recipe.budget_bytes / item / arch.projection_parameters())
 
 
+def shortfall(arch: Architecture, recipe: Recipe, kept: float) -> str | None:
+    """Why `kept`, the fraction of the projection parameters that a checkpoint has, is clearly below what was asked for
+    (by more than a hundredth of it); None where it is not, and where no ratio was asked for or linears are named."""
+    if recipe.structure == "dense" or recipe.budget_latency is not None or recipe.layers:
+        return None
+    asked = ratio_of(arch, recipe)
+    if kept >= 0.99 * asked:
+        return None
+    unit = UNIT if recipe.structure == "slice" and not recipe.unit else unit_of(arch, recipe)
+    steps = f"sizes come in steps of {unit} features; a smaller --unit may come closer"
+    if recipe.fit == "paper":
+        steps = "the paper's sizes come in steps, and the next larger one exceeds the budget"
+    return f"{kept:.4f} is kept where {asked:.4f} was asked for: {steps}"
+
+
 def _added_biases(arch: Architecture, recipe: Recipe) -> int:
     """Parameters of the biases that bias correction adds, which corrects what is fitted: nothing of a dense copy."""
     if not recipe.corrects_biases():

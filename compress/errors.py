@@ -102,6 +102,12 @@ def run_cli(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
             return _fail(f"{describe_os_error(error)}{_place(error)}; {advice}", ArtifactError.exit_code, debug)
 
 
+def no_command(module: str, instead: str) -> int:
+    """For `python -m` of a module that is imported by a command: say so on stderr; returns the exit code of usage."""
+    print(f"error: {module} is not a command: {instead}", file=sys.stderr)
+    return UsageError.exit_code
+
+
 def describe_os_error(error: OSError) -> str:
     """`No space left on device: 'out/demo/checkpoint'`, with the file named where the error knows it."""
     reason = error.strerror or type(error).__name__

@@ -393,12 +393,18 @@ def _relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> floa
 
 def summarise(records: list[FitRecord]) -> None:
     """One line for the log."""
-    dense = sum(r.structure == "dense" for r in records)
-    kept = sum(r.parameters for r in records) / sum(r.dense_parameters for r in records)
-    log(f"{len(records)} linears, {dense} left dense, {kept:.4f} of the projection parameters")
-    grams, metrics = (sum(what in (r.damped or "") for r in records) for what in ("Gram matrix", "metric"))
+    structured = [r for r in records if r.structure != "dense"]
+    alone = sum(r.parameters for r in records) / sum(r.dense_parameters for r in records)
+    log(
+        f"{len(records)} linears, {len(records) - len(structured)} left dense: their own parameters, with nothing that "
+        f"goes with them, are {alone:.4f} of the dense ones"
+    )
+    grams, metrics = (sum(what in (r.damped or "") for r in structured) for what in ("Gram matrix", "metric"))
     if grams or metrics:
-        log(f"singular and therefore damped: the Gram matrices of {grams} linears, the metrics of {metrics} (fit.json)")
+        log(
+            f"singular and therefore damped: the Gram matrices of {grams} structured linears, the metrics of {metrics} "
+            f"(fit.json)"
+        )
     failed = [r.name for r in records if r.failed]
     if failed:
         log(f"warning: the fits of {len(failed)} linears failed, they are as they were: {', '.join(failed)} (fit.json)")

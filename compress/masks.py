@@ -7,6 +7,7 @@ As in transformers, a mask of two axes says which tokens are padding, and one of
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from compress.errors import UsageError
@@ -58,7 +59,7 @@ def mask_unless_causal(
     """
     total, offset = keys or (past + length, 0)
     if given is not None and given.dim() == 4:
-        return _ready(given.to(device), dtype)
+        return _ready(given.to(device), dtype, total)
     everything = given is None and (window is None or window >= past + length)
     if everything and ((past == 0 and length > 1) or (length == 1 and total == past + 1)):
         return None
@@ -70,16 +71,23 @@ def positions_from_mask(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def positions_for(given: Tensor | None, batch: int, past: int, length: int, device: torch.device) -> Tensor:
-    """(batch, length) positions of new tokens when the caller gives none: by a mask of two axes as
-    `positions_from_mask`, else counted from the start of the cache, as transformers does for masks of four axes."""
-    if given is not None and given.dim() == 2:
-        return positions_from_mask(given)[:, past : past + length]
+def positions_for(
+    given: Tensor | None, batch: int, past: int, length: int, device: torch.device, learned: bool
+) -> Tensor:
+    """(batch, length) positions of new tokens when the caller gives none, as in transformers: `learned` ones by a mask
+    of two axes as `positions_from_mask`, all others counted from the start of the cache, padding and holes included."""
+    if learned and given is not None and given.dim() == 2:
+        return positions_from_mask(given.to(device))[:, past : past + length]
     return torch.arange(past, past + length, device=device).expand(batch, length)
 
 
-def check_mask(given: Tensor, batch: int, past: int, length: int, keys: tuple[int, int]) -> None:
-    """Raise UsageError for a mask whose shape or values could be read in more than one way."""
+def check_mask(
+    given: Tensor, batch: int, past: int, length: int, keys: tuple[int, int], heads: int, window: int | None
+) -> None:
+    """Raise UsageError for a mask whose shape or values could be read in more than one way.
+
+    With a sliding window a mask of four axes may leave out the keys before it, as transformers' own cache does.
+    """
     total, offset = keys
     shape = tuple(given.shape)
     if given.dim() == 2:
@@ -99,10 +107,12 @@ def check_mask(given: Tensor, batch: int, past: int, length: int, keys: tuple[in
         raise UsageError(
             f"attention_mask has shape {shape}: give (batch, tokens) with 0 on padding, or (batch, 1, queries, keys)"
         )
-    if shape[0] not in (1, batch) or shape[2:] != (length, total):
+    widths = {total} if window is None or keys != (past + length, 0) else {total, min(past, window - 1) + length}
+    if shape[0] not in (1, batch) or shape[1] not in (1, heads) or shape[2] != length or shape[3] not in widths:
+        short = "".join(f", or {width} without those before the window" for width in widths - {total})
         raise UsageError(
-            f"attention_mask is {shape}; for {batch} sequences, {length} new tokens and {total} keys it must be "
-            f"({batch}, 1, {length}, {total}), or have a value for each head in place of 1"
+            f"attention_mask is {shape}; for {batch} sequences, {length} new tokens and {total} keys{short} it must be "
+            f"({batch}, 1, {length}, {total}), or have {heads}, a value for each head, in place of 1"
         )
     if given.dtype != torch.bool and not given.is_floating_point():
         raise UsageError(
@@ -116,8 +126,11 @@ def check_mask(given: Tensor, batch: int, past: int, length: int, keys: tuple[in
         )
 
 
-def _ready(given: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask of four axes in a form that leaves no query without keys: such a row looks at all of them, evenly."""
+def _ready(given: Tensor, dtype: torch.dtype, total: int) -> Tensor:
+    """A mask of four axes over `total` keys in a form that leaves no query without keys: such a row looks at all that
+    the mask has, evenly. Keys at the front that it does not have are hidden."""
+    missing = (total - given.shape[-1], 0)
     if given.dtype == torch.bool:
-        return given | ~given.any(-1, keepdim=True)
-    return given.clamp(min=torch.finfo(dtype).min).to(dtype)  # the lowest of a wider type would become -inf
+        return F.pad(given | ~given.any(-1, keepdim=True), missing, value=False)
+    # In this order: the lowest of a wider type becomes -inf, and that of this one has no value in a narrower type.
+    return F.pad(given.to(dtype).clamp(min=torch.finfo(dtype).min), missing, value=-torch.inf)

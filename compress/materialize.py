@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compress.architecture import WRITERS, Architecture
+from compress.budgets import kinds_of
 from compress.checkpoint import CheckpointReader, ShardWriter, read_rotations
 from compress.errors import UsageError
 from compress.families import TensorNames, tensor_names
@@ -94,9 +95,8 @@ def write_plain(
 
 
 def check_plain(name: str, arch: Architecture, recipe: Recipe) -> None:
-    """Raise UsageError when the recipe's result cannot be written by `write_plain`, as far as the recipe tells.
-
-    What only the fitted weights tell (whether a writer that --structure auto chose has a mean) is left to it.
+    """Raise UsageError when the recipe's result cannot be written by `write_plain`, or may turn out so after hours of
+    fitting: where --structure auto has a structure on its menu that gives a writer a mean.
     """
     if recipe.structure == "slice":
         raise UsageError(SLICED.format(name=name))
@@ -111,8 +111,9 @@ def check_plain(name: str, arch: Architecture, recipe: Recipe) -> None:
         raise UsageError(HEAD_BIAS.format(name=name))
     if arch.norm == "layernorm" and _writes_means(arch, recipe):
         how = f"--structure {recipe.structure}{' --fit paper' if recipe.fit == 'paper' else ''}"
+        how, has = (f"{how} --menu {','.join(recipe.menu)}", "may have") if recipe.structure == "auto" else (how, "has")
         raise UsageError(
-            f"{name}: what {how} makes of the linears that write into the stream has a mean, which the source's "
+            f"{name}: what {how} makes of the linears that write into the stream {has} a mean, which the source's "
             f"LayerNorm would remove. {NO_PLAIN}"
         )
 
@@ -125,7 +126,9 @@ def _writes_means(arch: Architecture, recipe: Recipe) -> bool:
         return structure(core) if isinstance(core, Mapping) else str(config.get("structure"))
 
     writers = [f"layers.{layer}.{role}" for layer in range(arch.num_layers) for role in WRITERS.values()]
-    chosen = {structure(recipe.layers[name]) if name in recipe.layers else recipe.structure for name in writers}
+    chosen = {structure(recipe.layers[name]) for name in writers if name in recipe.layers}
+    if not all(name in recipe.layers for name in writers):
+        chosen |= set(kinds_of(recipe))
     loose = recipe.rotation == "none" or not recipe.ties or recipe.fit == "paper"
     return bool(chosen & {"compot", "compot24", "gs"}) or ("kron" in chosen and loose)
 

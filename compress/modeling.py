@@ -282,9 +282,10 @@ class ProcrustesForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         """Logits (batch, length, vocabulary), or of the last `logits_to_keep` positions when that is not 0.
 
         input_ids: (batch, length); attention_mask: (batch, past + length), 0 on (left) padding, or four axes, see
-        compress/masks.py; position_ids: (batch, length), when not given counted from the first token that is not
-        padding, or with a mask of four axes from the start of the cache. Raises UsageError for a mask that could be
-        read in more than one way, and for ids that are not in the vocabulary, which a tokenizer that is longer gives.
+        compress/masks.py; position_ids: (batch, length), when not given as in transformers: counted from the start of
+        the cache, learned positions with a mask of two axes from the first token that is not padding. Raises UsageError
+        for a mask that could be read in more than one way, and for ids that are not in the vocabulary, which a
+        tokenizer that is longer gives.
         """
         _check_ids(input_ids, self.config.vocab_size)
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -293,9 +294,11 @@ class ProcrustesForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         (batch, length), past = input_ids.shape, past_of(past_key_values)
         if attention_mask is not None:
             keys = (length, 0) if past_key_values is None else past_key_values.get_mask_sizes(length, 0)
-            check_mask(attention_mask, batch, past, length, keys)
+            arch = self.model.arch
+            check_mask(attention_mask, batch, past, length, keys, arch.num_heads, arch.sliding_window)
         if position_ids is None:
-            position_ids = positions_for(attention_mask, batch, past, length, input_ids.device)
+            learned = self.model.arch.positions == "learned"
+            position_ids = positions_for(attention_mask, batch, past, length, input_ids.device, learned)
         hidden = self.model(input_ids, attention_mask, position_ids, past_key_values)
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None

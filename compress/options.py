@@ -230,6 +230,33 @@ def _refuse_what_layers_decide(args: argparse.Namespace, values: dict[str, Any])
             )
 
 
+# Fields that say how much to keep; of a recipe file the ratio counts where neither of the others is given.
+_BUDGETS = ("ratio", "budget_bytes", "budget_latency")
+
+
+def _one_budget(values: dict[str, Any], given: dict[str, str]) -> None:
+    """Let the budget of the command line take the place of the recipe file's.
+
+    `given`: field -> how it was given. Raises UsageError for two of them, and beside structure dense, which keeps all.
+    """
+    from compress.errors import UsageError
+
+    given = {field: given[field] for field in _BUDGETS if field in given and values[field] is not None}
+    if len(given) > 1:
+        raise UsageError(
+            f"{' and '.join(given.values())} are two budgets, and only one can be kept to: give one of them"
+        )
+    for field, how in given.items():
+        if values.get("structure") == "dense" and values[field] != 1:
+            raise UsageError(
+                f"{how} has nothing to act on: structure dense keeps every weight as it is; leave it out, or choose a "
+                f"structure that compresses, such as --structure auto"
+            )
+        for other in ("budget_bytes", "budget_latency"):
+            if other != field and other in values:
+                values[other] = None
+
+
 def recipe_from(args: argparse.Namespace) -> Recipe:
     """recipe file < --set < flags. Raises UsageError."""
     from compress.recipe import parse_recipe, put, read_yaml, set_value
@@ -237,10 +264,14 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
     values: dict[str, Any] = read_yaml(args.recipe) if args.recipe else {}
     if args.recipe:
         _refuse_what_layers_decide(args, values)
+    told = dict[str, str]()
     for assignment in args.set:
         set_value(values, assignment)
+        told[assignment.partition("=")[0]] = f"--set {assignment:.100}"
     for flag, field in _FLAGS.items():
         given = getattr(args, flag)
         if given is not None:
             put(values, field, given, "--set" if args.recipe is None else str(args.recipe))
+            told[field] = f"--{flag.replace('_', '-')} {given}"
+    _one_budget(values, told)
     return parse_recipe(values, str(args.recipe) if args.recipe else "the command line")

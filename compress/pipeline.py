@@ -29,7 +29,7 @@ from compress.models import ModelSource
 from compress.planning import check_recipe
 from compress.progress import log
 from compress.provenance import identity, record_of
-from compress.recipe import Recipe, parse_recipe, read_yaml
+from compress.recipe import Recipe, read_written
 from compress.strategies import Fitted, fit_model
 from compress.structures import DenseStructure, Structure
 from compress.textdata import load_text
@@ -169,7 +169,10 @@ def compress_model(
         artifact.clear_state()
     seconds = recipe.budget_latency
     asked = f"{ratio_of(arch, recipe):.4f}" if seconds is None else f"{seconds:g} seconds"
-    log(f"kept {size.ratio:.4f} of the projection parameters (asked {asked}), {size.model_ratio:.4f} of the model")
+    log(
+        f"kept {size.ratio:.4f} of the projection parameters, skips, head map and added biases counted (asked "
+        f"{'all' if recipe.structure == 'dense' else asked}), {size.model_ratio:.4f} of the model"
+    )
     return artifact
 
 
@@ -200,11 +203,10 @@ def has_checkpoint(artifact: Artifact, source: ModelSource, recipe: Recipe) -> b
         return False
     try:
         artifact.verify(["recipe.yaml"])  # it is what was written here, and can be read
+        return read_written(artifact.path("recipe.yaml")).digest() == manifest.get("recipe_sha256")
     except ArtifactError as error:
         log(f"compressing again: {error}")
         return False
-    path = artifact.path("recipe.yaml")
-    return parse_recipe(read_yaml(path), str(path)).digest() == manifest.get("recipe_sha256")
 
 
 def _resolved(recipe: Recipe, fitted: Fitted, arch: Architecture) -> Recipe:

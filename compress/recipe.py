@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compress import reading
-from compress.errors import UsageError
+from compress.errors import ArtifactError, UsageError
 from compress.reading import shown
 
 if TYPE_CHECKING:
@@ -193,6 +193,14 @@ def _problem(error: ErrorDetails) -> str:
         near = difflib.get_close_matches(path[-1], known, n=1)
         return f"{field}: there is no such field" + (f", did you mean {near[0]}?" if near else "")
     return f"{field}: {message}, not {shown(error['input'])}" if field else message
+
+
+def read_written(path: Path) -> Recipe:
+    """OUT/recipe.yaml as a command wrote it; raises ArtifactError where it is no recipe, whatever the manifest says."""
+    try:
+        return parse_recipe(read_yaml(path), str(path))
+    except UsageError as error:
+        raise ArtifactError(f"{str(error).partition('; ')[0]}; compress the model again") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

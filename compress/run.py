@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = {"out": str(args.out), **plan}
         print(json.dumps(result) if args.json else "\n".join(lines(result)))
         return 0
+    from compress.budgets import shortfall
     from compress.pipeline import compress_model
 
     artifact = compress_model(
@@ -81,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "structured_linears": facts["structured_linears"],
         "dense_linears": facts["dense_linears"],
     }
+    if (note := shortfall(source.architecture(), recipe, facts["ratio"])) is not None:
+        summary["note"] = note
     if args.json:
         print(json.dumps(summary))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -15,20 +16,22 @@ def readers_may_leave() -> Iterator[None]:
     """Within the block, writing to sys.stdout and sys.stderr never fails for want of a reader, and to sys.stderr never:
     a log that is full (`2> log` on a full disk) ends neither the work nor the telling of how it went, by the exit code.
 
-    A stream that was closed when the interpreter started (`>&-`), which is None, leads to /dev/null: its descriptor
-    would else be given to the next file that is opened, and a library's chatter be written into that. Streams that
-    are not those of the process, as a test puts them there, stay as they are.
+    A stream that was closed when the interpreter started (`>&-`), which is None, or since then, leads to /dev/null: its
+    descriptor would else be given to the next file that is opened, and a library's chatter be written into that.
+    Streams that are not those of the process, as a test puts them there, stay as they are.
     """
     before: dict[str, Any] = {}
-    if sys.stdin is None:
-        _lead_to_null(0)
-    for name, number in (("stdout", 1), ("stderr", 2)):
-        stream = getattr(sys, name)
-        if stream is None:
+    for number in (0, 1, 2):
+        if not _is_open(number):
             _lead_to_null(number)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        own = stream = getattr(sys, name)
+        if stream is None or (stream is getattr(sys, f"__{name}__") and stream.closed):
+            _lead_to_null(number)
+            stream = None
         elif not isinstance(stream, io.TextIOWrapper) or _descriptor(stream) != number:
             continue
-        before[name] = stream
+        before[name] = own
         setattr(sys, name, _Unheard.over(number, stream))
     try:
         yield
@@ -66,10 +69,18 @@ class _Unheard(io.TextIOWrapper):
 
     def _silence(self, error: OSError) -> None:
         """Drop what is still to be written, so that it fails once only. What was to go to stdout is a result: raise
-        unless its reader has gone."""
+        unless its reader has gone, or it has been closed."""
         _lead_to_null(self.fileno())
-        if self.fileno() == 1 and not isinstance(error, BrokenPipeError):
+        if self.fileno() == 1 and error.errno not in (errno.EPIPE, errno.EBADF):
             raise error
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:  # EBADF: there is no such descriptor
+        return False
+    return True
 
 
 def _lead_to_null(number: int) -> None:

@@ -177,6 +177,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _build(args: argparse.Namespace, artifact: Artifact, source: ModelSource, recipe: Recipe) -> dict[str, Any]:
+    from compress.budgets import shortfall
     from compress.pipeline import compress_model
     from export.halves import graph_dtype
     from export.stages import build_onnx
@@ -202,16 +203,20 @@ def _build(args: argparse.Namespace, artifact: Artifact, source: ModelSource, re
         graph = build_onnx(artifact, dtype=dtype, logits=args.logits)
         built = _build_engine(args, artifact, engine)
     facts = artifact.read_manifest()["stages"]["checkpoint"]
+    note = shortfall(source.architecture(), recipe, facts["ratio"])
     return {
         "out": str(args.out),
         "structure": recipe.structure,
         "rotation": recipe.rotation,
         "ratio": facts["ratio"],
         "model_ratio": facts["model_ratio"],
+        "structured_linears": facts["structured_linears"],
+        "dense_linears": facts["dense_linears"],
+        **({} if note is None else {"note": note}),
         **built,
         "dtype": graph["dtype"],
         "nodes": sum(graph["nodes"].values()),
-        "structured_nodes": graph["structured_nodes"],
+        "custom_operator_nodes": graph["structured_nodes"],
         "weight_bytes": graph["initializer_bytes"],
         "export_peak_rss_bytes": graph["peak_rss_bytes"],
     }
@@ -275,13 +280,13 @@ def _build_engine(
             from export.stages import build_ort
 
             build_ort(artifact)
-            _serve(args, artifact, None)
+            return {"engine": args.engine, **_serve(args, artifact, None)}
         return {"engine": args.engine}
     from export.engines import plugins, trt, trt_rtx
 
     options, capabilities = engine
     ahead = args.engine == "trt-rtx"
-    without = None
+    without, served = None, dict[str, Any]()
     if plugins.wants_plugins(artifact) and options.plugin != "native" and (options.plugin == "cpp" or not ahead):
         try:
             plugins.build_plugins(artifact, libraries=args.plugin_libraries, keep=args.resume)
@@ -302,18 +307,19 @@ def _build_engine(
             raise MissingDependencyError(
                 f"{error}{rest}. All that goes before is complete in {artifact.out}: run {script} where that is there"
             ) from error
-        _serve(args, artifact, options.spans.batch.most)
+        served = _serve(args, artifact, options.spans.batch.most)
     return {
         "engine": args.engine,
         "plugin": info["plugin"],
         "plan_bytes": info["plan_bytes"],
         "plugin_layers": info["plugin_layers"],
         "engine_seconds": info["seconds"],
+        **served,
     }
 
 
-def _serve(args: argparse.Namespace, artifact: Artifact, most: int | None) -> None:
-    """OUT/triton. `most`: sequences that the engine takes, None for any number."""
+def _serve(args: argparse.Namespace, artifact: Artifact, most: int | None) -> dict[str, Any]:
+    """OUT/triton, and what the result says of it. `most`: sequences that the engine takes, None for any number."""
     import re
 
     from compress.checkpoint import CheckpointReader
@@ -321,8 +327,9 @@ def _serve(args: argparse.Namespace, artifact: Artifact, most: int | None) -> No
     from export.triton.repository import SEQUENCES, write_repository
 
     if CheckpointReader(artifact.require_stage("checkpoint")).architecture.sliding_window is not None:
-        log("no triton: a model with a sliding window cannot be batched continuously")
-        return
+        note = "no Triton repository was written, because a model with a sliding window cannot be batched continuously"
+        log(note)
+        return {"triton": None, "triton_note": note}
     source = str(artifact.read_manifest()["source"].get("id") or "model")
     plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", re.split(r"[/=]", source.rstrip("/"))[-1 if "=" not in source else 0])
     # --resume, as in build_engine.sh, says nothing of serving: what was asked for before stays.
@@ -336,6 +343,7 @@ def _serve(args: argparse.Namespace, artifact: Artifact, most: int | None) -> No
         threads=args.threads or before.get("threads", 1),
         network=args.serve_network or before.get("network"),
     )
+    return {"triton": str(artifact.path("triton"))}
 
 
 def _has_checkpoint(args: argparse.Namespace, artifact: Artifact, source: ModelSource, recipe: Recipe) -> bool:

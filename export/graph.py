@@ -46,7 +46,8 @@ LOGITS = ("all", "last")
 
 @dataclass(frozen=True)
 class ExportInfo:
-    """What an export wrote. `nodes`: count by op_type; `peak_rss_bytes`: memory.peak_rss during it."""
+    """What an export wrote. `nodes`: count by op_type; `structured_nodes`: those of our own operators, none for
+    structures that are plain products (low rank, jrk); `peak_rss_bytes`: memory.peak_rss during it."""
 
     path: Path
     opset: int

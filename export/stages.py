@@ -39,7 +39,7 @@ def build_onnx(artifact: Artifact, *, dtype: str, logits: str) -> dict[str, Any]
             info = export_onnx(checkpoint, folder, dtype=dtype, logits=logits)
             write_json(folder / BUILD_INFO, {**info.to_dict(), "versions": wanted["versions"]})
         log(
-            f"exported {sum(info.nodes.values())} nodes, {info.structured_nodes} of them structured, "
+            f"exported {sum(info.nodes.values())} nodes, {info.structured_nodes} of them custom operators, "
             f"in {info.seconds:.1f} s"
         )
     return build_info(artifact, "onnx")

@@ -46,6 +46,7 @@ def build(out: Path, architectures: Sequence[str]) -> tuple[Path, Path]:
     ]
     if tools.pip:
         configure.append(f"-DCMAKE_CUDA_FLAGS=-L{tools.libraries}")
+    log(f"compiling the plugins for {', '.join(architectures)}; this takes minutes, and happens once")
     log(f"CUDA compiler {tools.nvcc}, TensorRT headers {tools.tensorrt}")
     _run(configure, environment, work / "configure.log")
     _run([str(tools.cmake), "--build", str(work), "--parallel"], environment, work / "build.log")

@@ -61,7 +61,8 @@ def _layers(report: Report) -> list[tuple[str, ...]]:
 
     rows: list[tuple[str, ...]] = [("layers", "kept of their weights", "", "error, mean", "worst", "left dense")]
     for role, records in roles_of(report.fit).items():
-        share = sum(r["parameters"] for r in records) / sum(r["dense_parameters"] for r in records)
+        dense_parameters = [r["dense_parameters"] for r in records]
+        share = sum(r["kept"] * size for r, size in zip(records, dense_parameters, strict=True)) / sum(dense_parameters)
         errors = [r["relative_error"] or 0.0 for r in records]
         dense = sum(r["structure"] == "dense" for r in records)
         bar = ("#" * round(BAR * min(share, 1))).ljust(BAR, ".")

@@ -153,7 +153,7 @@ def measure(
     """
     from compress.structures import DenseStructure
     from validate import layers
-    from validate.timing import paired
+    from validate.timing import now, paired
 
     room = layers.WORKING_SET if working_set is None else working_set
 
@@ -165,10 +165,15 @@ def measure(
         run_a, run_b = a.runner(tokens), b.runner(tokens)
         return paired(run_a, run_b, seconds=seconds, warm_up=warm_up, one_thread=threads == 1)
 
+    # Making weights that fill `working_set` and running all of them once takes time beside the pairs: what one step
+    # takes is known after the first.
+    began, _ = now()
     first = copies(DenseStructure(jobs[0].shape.in_features, jobs[0].shape.out_features))
     timed, anchors = list[Timed](), list[float]()
     call = 1 / compare(first, layers.Copies(DenseStructure(1, 1), threads, 4 * EMPTY)).ratio.median
-    for job, structure in track(list(_steps(jobs)), description="measure"):
+    steps, pace = list(_steps(jobs)), now()[0] - began
+    log(f"about {len(steps) * pace / 60:.1f} minutes at the pace of the first matrix, its weights counted")
+    for job, structure in track(steps, description="measure"):
         if structure is None:
             dense = first if job is jobs[0] else copies(DenseStructure(job.shape.in_features, job.shape.out_features))
             timing = compare(first, dense)
@@ -209,9 +214,7 @@ def build_table(
     aligned = unit or default_unit(arch)
     jobs = jobs_of(arch, structures, inner, aligned)
     count = sum(1 + len(job.structures) for job in jobs)
-    log(
-        f"{count} matrices of {len(jobs)} shapes, {tokens} token(s) at a time, about {count * seconds / 60:.1f} minutes"
-    )
+    log(f"{count} matrices of {len(jobs)} shapes, {tokens} token(s) at a time")
     entries, call = measure(jobs, tokens, threads=threads, seconds=seconds, working_set=working_set)
     return {
         "tokens": tokens,

@@ -12,6 +12,7 @@ left-padded batch, a whole sequence and a sequence of length 1.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, no_command
 from compress.masks import positions_from_mask
 from compress.progress import track
 from compress.structures import cast
@@ -261,9 +262,10 @@ Steps = list[tuple[int, Tensor]]
 
 
 def torch_logits(model: ProcrustesForCausalLM, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
-    """Logits (batch, length, vocabulary) of one full forward."""
+    """Logits (batch, length, vocabulary) of one full forward, at the positions that the runners give."""
+    positions = positions_from_mask(mask)
     with torch.inference_mode():
-        logits: Tensor = model(ids, attention_mask=mask, use_cache=False, **options).logits
+        logits: Tensor = model(ids, attention_mask=mask, position_ids=positions, use_cache=False, **options).logits
     return logits
 
 
@@ -272,8 +274,9 @@ def _torch_steps(model: ProcrustesForCausalLM, ids: Tensor, mask: Tensor, start:
     cache, position = None, 0
     for size in (start, *DECODE_CHUNKS):
         end = position + size
+        given = {"attention_mask": mask[:, :end], "position_ids": positions_from_mask(mask)[:, position:end]}
         with torch.inference_mode():
-            out = model(ids[:, position:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+            out = model(ids[:, position:end], **given, past_key_values=cache, use_cache=True)
         steps.append((position, out.logits))
         cache, position = out.past_key_values, end
     return steps
@@ -322,3 +325,9 @@ def greedy_choices(
 
 def _json(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(
+        no_command("validate.parity", "python -m validate.run OUT --skip perplexity --skip speed runs parity alone")
+    )

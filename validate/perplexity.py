@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, no_command
 from compress.progress import log
 from compress.streams import float32_products
 from validate.data import Windows
@@ -244,3 +245,9 @@ def _means(sums: Tensor, counts: Tensor) -> tuple[Tensor, list[float | None]]:
 
 def _scored(windows: Windows, upto: int) -> int:
     return sum(windows.length - windows.scored_from(w) for w in range(upto))
+
+
+if __name__ == "__main__":
+    sys.exit(
+        no_command("validate.perplexity", "python -m validate.run OUT --skip parity --skip speed measures it alone")
+    )

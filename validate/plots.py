@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.lazy import require
+from validate.report import kept_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,8 +28,7 @@ def roles_of(fit: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for record in fit:
         _, block, role = record["name"].split(".", 2)
-        kept = record["parameters"] / record["dense_parameters"]
-        found.setdefault(role, []).append({**record, "block": int(block), "kept": kept})
+        found.setdefault(role, []).append({**record, "block": int(block), "kept": kept_of(record)})
     return {role: found[role] for role in ORDER if role in found}
 
 

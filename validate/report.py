@@ -5,12 +5,14 @@ Everything here is made from one dictionary, `Report`, that validate/run.py fill
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, no_command
 from compress.reading import read_artefact_json, shown
 from validate.machine import machine_text
 from validate.markdown import markdown_table
@@ -85,6 +87,21 @@ def read_fit(checkpoint: Path) -> list[dict[str, Any]]:
     return records
 
 
+def with_shares(fit: list[dict[str, Any]], leaders: Mapping[str, str]) -> list[dict[str, Any]]:
+    """`fit` with the kept fraction of each linear's parameters as `kept`. Linears that have a factor in common, which
+    the first of them stores, have that of all together: its own would be above 1, and theirs that of half a linear.
+
+    leaders: linear -> the one that stores what it shares.
+    """
+    totals: dict[str, list[int]] = {}
+    for record in fit:
+        total = totals.setdefault(leaders.get(record["name"], record["name"]), [0, 0])
+        total[0] += record["parameters"]
+        total[1] += record["dense_parameters"]
+    kept = {name: parameters / dense for name, (parameters, dense) in totals.items()}
+    return [{**record, "kept": kept[leaders.get(record["name"], record["name"])]} for record in fit]
+
+
 def summary(report: Report, plot: bool = True) -> str:
     """reports/summary.md."""
     parts = [
@@ -134,7 +151,9 @@ def _model_table(report: Report) -> str:
         (
             "calibrated on",
             f"{recipe['calibration']['data']}, {recipe['calibration']['samples']} sequences of "
-            f"{recipe['calibration']['sequence_length']} tokens",
+            f"{recipe['calibration']['sequence_length']} tokens"
+            if _read_text(report)
+            else "nothing: no text was read",
         ),
     ]
     note = "Kept fractions count what the rotation adds (skip matrices, the map before a tied head)."
@@ -159,7 +178,7 @@ def _failed_fits(report: Report) -> str:
     if notes:
         parts.append(f"**Warning**: {len(notes)} of {len(report.fit)} fits failed; these layers are as they were:")
         parts.append(markdown_table(("layer", "what happened"), notes))
-    singular = sum(bool(r.get("damped")) for r in report.fit)
+    singular = sum(bool(r.get("damped")) for r in report.fit if r["structure"] != "dense")
     if singular:
         parts.append(f"{singular} fits rest on damped singular moments: too little calibration text, or dead features.")
     return "\n\n".join(parts)
@@ -286,20 +305,33 @@ def _fit_text(report: Report, plot: bool) -> str:
     if not structured:
         return "Nothing was approximated."
     worst = sorted(structured, key=lambda r: r["relative_error"], reverse=True)[:5]
-    rows = [
-        (r["name"], r["structure"], f"{r['parameters'] / r['dense_parameters']:.1%}", f"{r['relative_error']:.4f}")
-        for r in worst
-    ]
+    rows = [(r["name"], r["structure"], f"{kept_of(r):.1%}", f"{r['relative_error']:.4f}") for r in worst]
     mean = sum(r["relative_error"] for r in structured) / len(structured)
     image = "![Errors by layer](layers.png)" if plot else ""
-    text = f"Relative error of the layer's output on the calibration text: mean {mean:.4f}; the five largest:"
-    return "\n\n".join(
-        filter(None, [text, markdown_table(("layer", "structure", "kept", "relative error"), rows), image])
-    )
+    of = "the layer's output on the calibration text" if _read_text(report) else "the weight, in the Frobenius norm"
+    text = f"Relative error of {of}: mean {mean:.4f}; the five largest:"
+    shared = ""
+    if any(abs(kept_of(r) - r["parameters"] / r["dense_parameters"]) > 1e-9 for r in worst):
+        shared = "Linears that share a factor are told what all of them together keep."
+    table = markdown_table(("layer", "structure", "kept", "relative error"), rows)
+    return "\n\n".join(filter(None, [text, table, shared, image]))
+
+
+def kept_of(record: dict[str, Any]) -> float:
+    """The kept fraction of a linear, see `with_shares`."""
+    return float(record.get("kept", record["parameters"] / record["dense_parameters"]))
+
+
+def _read_text(report: Report) -> bool:
+    """Whether the compression read a calibration text; see `Recipe.needs_text`."""
+    dense = report.recipe["structure"] == "dense" and not report.size["structured_linears"]
+    return report.recipe["structure"] != "jrk" and not dense
 
 
 def asked(recipe: dict[str, Any]) -> str:
-    """The budget as the recipe has it."""
+    """The budget as the recipe has it; a dense copy has none."""
+    if recipe["structure"] == "dense":
+        return "all"
     if recipe.get("budget_latency") is not None:
         return f"{recipe['budget_latency']:g} s"
     if recipe.get("budget_bytes") is not None:
@@ -324,3 +356,7 @@ def millions(count: int) -> str:
 def megabytes(count: int) -> str:
     """Bytes, for people."""
     return f"{count / 1e6:,.1f} MB"
+
+
+if __name__ == "__main__":
+    sys.exit(no_command("validate.report", "python -m validate.run OUT writes OUT/reports"))

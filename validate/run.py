@@ -156,7 +156,9 @@ def validate(baseline: Baseline, args: argparse.Namespace, limits: dict[str, Any
     from validate.first import look_first
     from validate.gates import Gate
     from validate.graphfacts import graph_dtype
+    from validate.report import read_fit
 
+    recipe, fit = _recipe(baseline), read_fit(baseline.checkpoint)
     text = look_first(baseline, args)
     parity = quality = speed = engine = None
     gates: list[Gate] = []
@@ -190,7 +192,7 @@ def validate(baseline: Baseline, args: argparse.Namespace, limits: dict[str, Any
             if limits["min_speedup"] is not None:
                 least = min(case[engine["kept"]]["speedup"] for case in engine["cases"])
                 gates.append(Gate("min-speedup-gpu", least, limits["min_speedup"], at_least=True))
-    return _report(baseline, args, parity, quality, speed, engine, gates), gates
+    return _report(baseline, args, recipe, fit, parity, quality, speed, engine, gates), gates
 
 
 def _parity(baseline: Baseline, args: argparse.Namespace) -> list[Rung]:
@@ -294,16 +296,17 @@ def _speed(
 
 
 def _recipe(baseline: Baseline) -> dict[str, Any]:
-    from compress.recipe import parse_recipe, read_yaml
+    from compress.recipe import read_written
 
-    path = baseline.artifact.require_stage("recipe.yaml")
-    values = parse_recipe(read_yaml(path), str(path)).model_dump()
+    values = read_written(baseline.artifact.require_stage("recipe.yaml")).model_dump()
     return values | {"calibration": values["calibration"] | {"data": _portable(values["calibration"]["data"])}}
 
 
 def _report(
     baseline: Baseline,
     args: argparse.Namespace,
+    recipe: dict[str, Any],
+    fit: list[dict[str, Any]],
     parity: list[dict[str, Any]] | None,
     quality: dict[str, Any] | None,
     speed: dict[str, Any] | None,
@@ -314,12 +317,14 @@ def _report(
 
     from compress.accounting import model_size
     from compress.provenance import public
+    from compress.structures.joint import leader_of
     from validate.machine import machine_facts
-    from validate.report import Report, read_fit
+    from validate.report import Report, with_shares
 
     reader = baseline.reader
     structures = {n: s for n in reader.linears() if (s := reader.structure(n)).name != "dense"}
     config = reader.config
+    leaders = {n: leader for n in structures if (leader := leader_of(structures, n)) is not None}
     size = model_size(
         reader.architecture,
         structures,
@@ -339,9 +344,9 @@ def _report(
     return Report(
         name=source["id"],
         model={"source": source, "family": reader.architecture.family},
-        recipe=_recipe(baseline),
+        recipe=recipe,
         size=counts,
-        fit=read_fit(baseline.checkpoint),
+        fit=with_shares(fit, leaders),
         commands=_commands(baseline, args),
         machine=machine_facts(),
         parity=parity,

@@ -65,6 +65,11 @@ def config_of(header: GgufHeader) -> PretrainedConfig:
             f"The GGUF file {header.path} holds {what} (general.architecture), which is not supported; supported are "
             f"{', '.join(ARCHITECTURES)}."
         )
+    if (kind := header.metadata.get("general.type", "model")) != "model":
+        raise UsageError(
+            f"The GGUF file {header.path} has general.type = {kind!r:.100}, so it holds no model, only what goes with "
+            "one; give the file of the model itself (an adapter is merged into it first, with llama-export-lora)."
+        )
     keys = _Keys(header)
     width, heads = keys.count("embedding_length"), keys.count("attention.head_count")
     kv_heads = keys.count("attention.head_count_kv", heads)
@@ -151,7 +156,7 @@ class _Keys:
         names = [key.removeprefix(prefix) for key in self.header.metadata if key.startswith(prefix)]
         found = {name: self.take(f"rope.scaling.{name}") for name in names}
         old = self.take("rope.scale_linear")
-        return found if old is None else {"factor": old} | found
+        return found if old is None else {"factor": self.real("rope.scale_linear")} | found
 
     def refuse_the_rest(self) -> None:
         prefix = f"{self.header.architecture}."
@@ -188,7 +193,7 @@ def _tokens(header: GgufHeader, vocab_size: int) -> dict[str, Any]:
 
     def single(key: str) -> int | None:
         value = header.metadata.get(f"tokenizer.ggml.{key}")
-        return value if isinstance(value, int) and 0 <= value < vocab_size else None
+        return value if value is not None and 0 <= value < vocab_size else None
 
     ends = [header.metadata.get(f"tokenizer.ggml.{key}") for key in ("eos_token_id", "eot_token_id", "eom_token_id")]
     several = header.metadata.get("tokenizer.ggml.eos_token_ids")

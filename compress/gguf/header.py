@@ -36,6 +36,26 @@ _MOST_STRINGS = 1 << 22
 _LONGEST_NAME = 1 << 16
 _MOST_AXES = 4
 
+# Keys that are read here or by transformers, the model's own aside -> what they hold where they are given.
+_HELD: dict[str, str] = {
+    **dict.fromkeys(("general.type", "general.name", "tokenizer.chat_template"), "a string"),
+    **dict.fromkeys((f"tokenizer.ggml.{key}" for key in ("model", "pre")), "a string"),
+    **dict.fromkeys(("general.alignment", "general.quantization_version", "split.count"), "a whole number"),
+    **dict.fromkeys(
+        (
+            f"tokenizer.ggml.{key}_token_id"
+            for key in ("bos", "eos", "eot", "eom", "unknown", "padding", "seperator", "separator", "cls", "mask")
+        ),
+        "a whole number",
+    ),
+    **dict.fromkeys(
+        (f"tokenizer.ggml.{key}" for key in ("add_bos_token", "add_eos_token", "add_space_prefix")), "true or false"
+    ),
+    **dict.fromkeys((f"tokenizer.ggml.{key}" for key in ("tokens", "merges")), "an array of strings"),
+    **dict.fromkeys((f"tokenizer.ggml.{key}" for key in ("token_type", "eos_token_ids")), "an array of whole numbers"),
+    "tokenizer.ggml.scores": "an array of numbers",
+}
+
 
 @dataclass(frozen=True)
 class GgufTensor:
@@ -50,11 +70,23 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """`metadata`: key -> int, float, bool, str, list of str, or array of numbers. `tensors`: name -> where it is."""
+    """`metadata`: key -> int, float, bool, str, list of str, or array of numbers. `tensors`: name -> where it is.
+
+    Raises ArtifactError for a known key of another type than it can have. The model's own keys, under the name of its
+    architecture, are `compress.gguf.config`'s.
+    """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
+
+    def __post_init__(self) -> None:
+        for key, wanted in _HELD.items():
+            if key in self.metadata and not _holds(self.metadata[key], wanted):
+                raise ArtifactError(
+                    f"The GGUF file {self.path} has {key} = {self.metadata[key]!r:.100}, but {wanted} is needed; it is "
+                    "damaged: download it again."
+                )
 
     @property
     def architecture(self) -> str:
@@ -66,6 +98,24 @@ class GgufHeader:
                 "it is; convert the model again."
             )
         return name
+
+
+def _holds(value: Any, wanted: str) -> bool:
+    """Whether `value` is of the type that is `wanted`, in the words of `_HELD`. true is not a number."""
+    if wanted == "a string":
+        return isinstance(value, str)
+    if wanted == "a whole number":
+        return type(value) is int
+    if wanted == "true or false":
+        return isinstance(value, bool)
+    if not isinstance(value, list | np.ndarray):
+        return False
+    if len(value) == 0:  # of whatever type: it holds nothing that could be misread
+        return True
+    if wanted == "an array of strings":
+        return isinstance(value, list)
+    kinds = "iu" if wanted == "an array of whole numbers" else "iuf"
+    return isinstance(value, np.ndarray) and value.dtype.kind in kinds
 
 
 def read_header(path: Path) -> GgufHeader:
@@ -118,7 +168,7 @@ class _Parser:
             (kind,) = self._unpack("I", f"the type of {key!r}")
             metadata[key] = self._value(key, kind)
         parts = metadata.get("split.count", 0)
-        if isinstance(parts, int) and parts > 1:
+        if type(parts) is int and parts > 1:
             raise ArtifactError(
                 f"The GGUF file {self.path} is one of {parts} parts; merge them first: llama-gguf-split --merge "
                 "FIRST-PART MERGED.gguf"
@@ -195,7 +245,7 @@ class _Parser:
 
     def _alignment(self, metadata: dict[str, Any]) -> int:
         alignment = metadata.get("general.alignment", _ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise self._damaged(f"general.alignment is {alignment!r}, which is no power of two")
         return alignment
 

@@ -59,34 +59,37 @@ def rope_parameters(header: GgufHeader, scaling: dict[str, Any], *, base: float,
     plain = {"rope_type": "default", "rope_theta": base}
     found = dict(scaling)
     kind = found.pop("type", "linear")  # llama.cpp's own default
+    if not isinstance(kind, str) or kind not in ("none", "linear", "yarn"):
+        raise _refused(header, f"{header.architecture}.rope.scaling.type = {kind!r:.100}")
     factor = _number(header, "factor", found.pop("factor", 0.0)) or 1.0
     original = found.pop("original_context_length", None)
-    found.pop("finetuned", None)  # tells whether the model was trained with the scaling, and changes nothing
+    if original is not None and (type(original) is not int or original < 1):
+        raise _refused(header, f"{header.architecture}.rope.scaling.original_context_length = {original!r:.100}")
+    # finetuned tells whether the model was trained with the scaling, and changes nothing.
+    if not isinstance(finetuned := found.pop("finetuned", False), bool):
+        raise _refused(header, f"{header.architecture}.rope.scaling.finetuned = {finetuned!r:.100}")
     attention = _number(header, "attn_factor", found.get("attn_factor", 1.0)) or 1.0
     if kind == "yarn":
         found.pop("attn_factor", None)
     options = {new: _number(header, old, found.pop(old)) for old, new in _YARN.items() if old in found}
     for name, value in found.items():
-        if name not in _NEUTRAL or value not in _NEUTRAL[name]:
+        if name not in _NEUTRAL or type(value) not in (int, float) or value not in _NEUTRAL[name]:
             raise _refused(header, f"{header.architecture}.rope.scaling.{name} = {value!r:.100}")
-    if kind not in ("none", "linear", "yarn"):
-        raise _refused(header, f"{header.architecture}.rope.scaling.type = {kind!r:.100}")
     scaled = kind != "none" and factor != 1.0
     if FREQUENCIES in header.tensors:
         if scaled or options or attention != 1.0 or header.architecture != "llama":
             raise _refused(header, f"both rope.scaling.type = {kind} and the tensor {FREQUENCIES}")
         return plain | _from_divisors(header, base, head_dim, original)
     if kind == "yarn":
-        options["original_max_position_embeddings"] = (
-            original or header.metadata[f"{header.architecture}.context_length"]
-        )
+        context = header.metadata[f"{header.architecture}.context_length"]
+        options["original_max_position_embeddings"] = context if original is None else original
         if attention != 1.0:
             options["attention_factor"] = attention * (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
         return plain | {"rope_type": "yarn", "factor": factor} | options
     return plain | {"rope_type": "linear", "factor": factor} if scaled else plain
 
 
-def _from_divisors(header: GgufHeader, base: float, head_dim: int, original: Any) -> dict[str, Any]:
+def _from_divisors(header: GgufHeader, base: float, head_dim: int, original: int | None) -> dict[str, Any]:
     """The scaling that gives the factors of rope_freqs.weight: default, linear or llama3."""
     from compress.gguf.weights import read_tensor
 
@@ -110,15 +113,15 @@ def _from_divisors(header: GgufHeader, base: float, head_dim: int, original: Any
     raise _refused(header, f"a tensor {FREQUENCIES} whose factors Llama 3.1's scaling does not give")
 
 
-def _candidates(frequencies: Array, divisors: Array, original: Any, context: Any) -> Iterator[Llama3]:
+def _candidates(frequencies: Array, divisors: Array, original: int | None, context: Any) -> Iterator[Llama3]:
     """Llama 3's own thresholds at likely lengths, then the ones that a line through the blended frequencies gives.
 
     1 / ff is 1/F + (1 - 1/F) * smooth, and smooth is linear in the frequency: its zero and its one are the thresholds,
     low = original * zero / 2 pi and high = original * one / 2 pi. Length and thresholds have one scale in common.
     """
     factor = float(divisors.max())
-    lengths = [8192, original, context / factor if isinstance(context, int) else None]
-    lengths = [int(length) for length in lengths if isinstance(length, (int, float)) and length >= 1]
+    likely = [8192, original, context / factor if isinstance(context, int) else None]
+    lengths = [int(length) for length in likely if length is not None and length >= 1]
     yield from (Llama3(factor, 1.0, 4.0, length) for length in lengths)
     smooth = (1 / divisors - 1 / factor) / (1 - 1 / factor)
     rounding = 64 * _TOLERANCE

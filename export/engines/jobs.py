@@ -23,6 +23,8 @@ from export.engines.profiles import Profile
 HARMLESS = re.compile(r"catchCudaError|cudaError 35|TF32 is disabled by default")
 """What the libraries say of every build, on a machine without a driver or anywhere."""
 
+_LACK = re.compile(r"std::bad_alloc|^MemoryError|[Cc]annot allocate memory")
+
 SECONDS_OF_SILENCE = 5.0
 
 
@@ -62,7 +64,7 @@ def run_job(job: Job) -> dict[str, Any]:
     """Build the engine and return what is known of it; progress goes to the log.
 
     Raises ArtifactError with TensorRT's own words when it refuses the graph, or when its process ends otherwise, and
-    MissingDependencyError when its library cannot be loaded.
+    MissingDependencyError when its library cannot be loaded or memory runs out.
     """
     with tempfile.TemporaryDirectory(prefix="procrustes-engine-") as scratch:
         env = rtx_environment(Path(scratch)) if job.rtx else dict(os.environ)
@@ -99,6 +101,15 @@ def _failure(code: int, said: list[str], job: Job) -> Exception:
         log(f"  {line}")
     if any(line.startswith(("ModuleNotFoundError", "ImportError", "OSError")) for line in lines):
         return MissingDependencyError(f"{name} cannot be loaded ({lines[-1]})")
+    lack = next((line.strip() for line in lines if _LACK.search(line)), None)
+    if code == -signal.SIGKILL or lack is not None:
+        said_so = (
+            "was killed, as Linux does when memory runs out" if lack is None else f"ran out of memory ({lack:.200})"
+        )
+        return MissingDependencyError(
+            f"{name} built no engine from {Path(job.onnx).name}: its process {said_so}; end other programs, lower "
+            "--batch, --prompt and --cache, or build on a machine with more memory"
+        )
     ended = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     errors = [line.removeprefix("[E]").strip() for line in lines if line.startswith("[E]")]
     reason = errors[0] if errors else lines[-1].strip() if lines else "it said nothing"

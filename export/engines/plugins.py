@@ -53,7 +53,6 @@ def build_plugins(
         return build_info(artifact, "plugins")
     with artifact.stage("plugins", facts=wanted) as folder, artifact.scratch("plugins") as scratch:
         if libraries is None:
-            log(f"compiling the plugins for {', '.join(architectures)}; this takes minutes, and happens once")
             build(scratch, architectures)
         for name in (PLUGINS, AUTOLOAD):
             shutil.copyfile((libraries or scratch) / name, folder / name)

@@ -124,6 +124,34 @@ def test_nobody_need_listen(redirection: str, outcome: str, code: int, tmp_path:
     assert b"Exception ignored" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("before", "within", "outcome", "code"),
+    [
+        ("os.close(1)", "", "fine", 0),
+        ("os.close(2)", "", "fail", 2),
+        ("os.close(0), os.close(1), os.close(2)", "", "gate", 3),
+        ("sys.stdout.close()", "", "fine", 0),
+        ("sys.stderr.close()", "", "fail", 2),
+        ("print('held back'), os.close(1)", "", "fine", 0),
+        ("", "os.close(1)", "gate", 3),
+    ],
+)
+def test_streams_may_be_closed_since_the_start(
+    before: str, within: str, outcome: str, code: int, tmp_path: Path
+) -> None:
+    """By a wrapper that closes descriptors before it calls a command, or by a library during it."""
+    talk = TALK.replace("def main(argv):\n", f"def main(argv):\n    {within or 'pass'}\n")
+    talk = talk.replace("sys.exit(run_cli", f"{before or 'pass'}\nsys.exit(run_cli")
+    (tmp_path / "talk.py").write_text(talk)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    command = [sys.executable, "talk.py", "file", outcome]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, timeout=120, check=False)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "file").read_text() == "whole"
+    assert b"Traceback" not in done.stderr
+    assert b"Exception ignored" not in done.stderr
+
+
 def test_a_disk_that_is_full_is_told() -> None:
     code = "import sys; from compress.errors import run_cli; sys.exit(run_cli(lambda argv: print(1) or 0, []))"
     command = f"{sys.executable} -c '{code}' > /dev/full"

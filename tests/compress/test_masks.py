@@ -92,6 +92,66 @@ def test_without_positions(models: Any) -> None:
 
 
 @torch.no_grad()
+def test_a_hole_without_positions(models: Any) -> None:
+    """Rotary positions count what is hidden, learned ones do not: transformers' own rule, for each of both."""
+    reference, ours = models
+    mask = PADDING.clone()
+    mask[:, 6] = 0
+    expected, found = (model(input_ids=IDS, attention_mask=mask).logits[mask.bool()] for model in (reference, ours))
+    assert relative(found, expected) < 1e-4
+    # On from the cache, the hole in what is there already.
+    cache, theirs = DynamicCache(), DynamicCache(config=reference.config)
+    for start, end in ((0, 7), (7, 9)):
+        given = {"input_ids": IDS[:, start:end], "attention_mask": mask[:, :end]}
+        found = ours(**given, past_key_values=cache).logits
+        expected = reference(**given, past_key_values=theirs).logits
+    assert relative(found, expected) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_additive_masks_of_another_type_than_the_model(models: Any, dtype: torch.dtype) -> None:
+    _, ours = models
+    lowest, window = torch.finfo(dtype).min, ours.model.arch.sliding_window
+    expected = ours(IDS, additive(LOWEST, window)).logits[PADDING.bool()]
+    for value in (lowest, -torch.inf):
+        found = ours(IDS, additive(0.0, window).to(dtype).masked_fill(~visible(window), value)).logits
+        assert torch.equal(found[PADDING.bool()], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", [torch.bool, torch.float32], ids=str)
+def test_keys_before_the_window_may_be_left_out(models: Any, form: torch.dtype) -> None:
+    """transformers' cache of a model with a sliding window keeps window - 1 keys, and its masks have those alone."""
+    reference, ours = models
+    window = ours.model.arch.sliding_window
+    ids, past, length = tiny.token_ids(2, 12), 8, 4
+    query, key = torch.arange(past, past + length)[:, None], torch.arange(past + length)[None, :]
+    seen = (key <= query) & (key > query - (window or past + length))
+    mask = seen[None, None].expand(2, 1, length, past + length)
+    mask = mask if form == torch.bool else torch.zeros(mask.shape).masked_fill(~mask, LOWEST)
+    found = []
+    for model, keys in ((ours, 12), (ours, 11 if window else 12), (reference, 11 if window else 12)):
+        cache = DynamicCache(config=reference.config) if model is reference else DynamicCache()
+        model(input_ids=ids[:, :past], past_key_values=cache)
+        positions = torch.arange(past, past + length).expand(2, length)
+        given = {"input_ids": ids[:, past:], "attention_mask": mask[..., -keys:], "position_ids": positions}
+        found.append(model(**given, past_key_values=cache).logits)
+    assert torch.equal(found[0], found[1])
+    assert relative(found[1], found[2]) < 1e-5
+
+
+@torch.no_grad()
+def test_a_window_does_not_make_other_widths_right(models: Any) -> None:
+    _, ours = models
+    cache = DynamicCache()
+    ours(IDS[:, :8], past_key_values=cache)
+    wanted = "9 keys, or 8 without those before the window" if ours.model.arch.sliding_window else "9 keys it must"
+    with pytest.raises(UsageError, match=wanted):
+        ours(IDS[:, 8:], torch.ones(BATCH, 1, 1, 7, dtype=torch.bool), past_key_values=cache)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
 def test_with_a_cache(models: Any, static: bool) -> None:
     """A prefill of 6 tokens and one of 3 more with left padding, then one token: as the whole at once."""
@@ -148,6 +208,8 @@ def test_the_lowest_value_of_a_wider_type_stays_finite(dtype: torch.dtype) -> No
         (visible().float(), "the floats 0 and 1"),
         (visible()[..., 1:], r"must be \(3, 1, 9, 9\)"),
         (visible()[:2], "must be"),
+        (visible().expand(-1, 2, -1, -1), "have 4, a value for each head"),
+        (visible().expand(-1, 8, -1, -1).float() - 1, "have 4, a value for each head"),
     ],
 )
 def test_what_is_not_understood_is_refused(models: Any, mask: Tensor, message: str) -> None:

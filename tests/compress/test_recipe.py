@@ -91,7 +91,7 @@ def test_flags_win_over_set_win_over_the_file(tmp_path: Path) -> None:
 
 def test_every_flag_reaches_its_field() -> None:
     recipe = of(
-        *("--structure", "auto", "--ratio", "0.6", "--rotation", "block", "--skip", "dense", "--unit", "4"),
+        *("--structure", "auto", "--rotation", "block", "--skip", "dense", "--unit", "4"),
         *("--menu", "lowrank,kron", "--inner", "vo,bias", "--joint", "--embedding", "0.5", "--allocation", "uniform"),
         *("--budget-bytes", "1000", "--latency-table", "t.json"),
         *("--sensitivity", "none", "--correction", "0.25", "--checkpoint-dtype", "bfloat16"),
@@ -99,7 +99,6 @@ def test_every_flag_reaches_its_field() -> None:
     )
     expected = {
         "structure": "auto",
-        "ratio": 0.6,
         "rotation": "block",
         "skip": "dense",
         "unit": 4,
@@ -119,9 +118,55 @@ def test_every_flag_reaches_its_field() -> None:
     assert of("--no-ties") == Recipe(ties=False)
     assert of("--fit", "paper").fit == "paper"
     assert of("--budget-latency", "0.5").budget_latency == 0.5
+    assert of("--ratio", "0.6").ratio == 0.6
     assert of("--structure", "auto", "--inner", "none").inner == ()
     assert of("--structure", "auto").inner == ("neurons",)
     assert not of("--structure", "auto", "--no-joint").joint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--ratio", "0.5", "--budget-bytes", "1000"], "--ratio 0.5 and --budget-bytes 1000 are two budgets"),
+        (["--ratio", "0.5", "--budget-latency", "0.1"], "--ratio 0.5 and --budget-latency 0.1 are two budgets"),
+        (
+            ["--budget-bytes", "9", "--budget-latency", "0.1"],
+            "--budget-bytes 9 and --budget-latency 0.1 are two budgets",
+        ),
+        (["--set", "ratio=0.5", "--budget-bytes", "1000"], "--set ratio=0.5 and --budget-bytes 1000 are two budgets"),
+        (["--structure", "dense", "--ratio", "0.5"], "--ratio 0.5 has nothing to act on: structure dense"),
+        (["--structure", "dense", "--budget-bytes", "1000"], "--budget-bytes 1000 has nothing to act on"),
+        (["--set", "structure=dense", "--set", "ratio=0.5"], "--set ratio=0.5 has nothing to act on"),
+    ],
+)
+def test_budgets_that_contradict_each_other(arguments: list[str], says: str) -> None:
+    with pytest.raises(UsageError, match=f"^{says}"):
+        of(*arguments)
+
+
+@pytest.mark.parametrize("others", [{"budget_bytes": 1000}, {"budget_latency": 0.1, "latency_table": "t.json"}, {}])
+def test_the_command_lines_budget_takes_the_place_of_the_files(others: dict[str, Any], tmp_path: Path) -> None:
+    """The file of a finished run has a value in every field; --ratio was obeyed by nothing where it had another."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(parse_recipe({"structure": "auto", **others}, "a test").to_yaml())
+    for arguments, expected in (
+        (["--ratio", "0.5"], (0.5, None, None)),
+        (["--set", "ratio=0.5", "--set", "budget_bytes=null"], (0.5, None, None)),
+        (["--budget-bytes", "77"], (0.75, 77, None)),
+        (["--budget-latency", "0.2"], (0.75, None, 0.2)),
+        ([], (0.75, others.get("budget_bytes"), others.get("budget_latency"))),
+    ):
+        found = of("--recipe", str(file), *arguments)
+        assert (found.ratio, found.budget_bytes, found.budget_latency) == expected, arguments
+
+
+def test_a_dense_recipe_may_be_given_as_it_was_written(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(of("--structure", "dense").to_yaml())
+    assert of("--recipe", str(tmp_path / "r.yaml")).structure == "dense"
+    assert of("--recipe", str(tmp_path / "r.yaml"), "--structure", "auto", "--ratio", "0.5").ratio == 0.5
+    assert of("--structure", "dense", "--ratio", "1").ratio == 1
+    with pytest.raises(UsageError, match=r"--ratio 0.5 has nothing to act on"):
+        of("--recipe", str(tmp_path / "r.yaml"), "--ratio", "0.5")
 
 
 def test_set_values_are_yaml() -> None:

@@ -56,6 +56,21 @@ def test_compress(command: Command, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert float(shown["ratio"]) == facts["ratio"] <= 0.8
     assert (shown["structure"], shown["rotation"]) == ("kron", "shared")
     assert "Traceback" not in err
+    assert ("note" in shown) == (facts["ratio"] < 0.99 * 0.8)
+
+
+def test_a_result_below_the_request_says_why(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--structure", "jrk", "--ratio", "0.8", "--unit", "20", "--json") == 0
+    out, err = capsys.readouterr()
+    shown = json.loads(out)
+    assert shown["ratio"] < 0.99 * 0.8
+    assert shown["note"] == (
+        f"{shown['ratio']:.4f} is kept where 0.8000 was asked for: sizes come in steps of 20 features; a smaller "
+        "--unit may come closer"
+    )
+    # Two figures, each with its name: the linears alone, and all that is stored in place of them.
+    assert "21 linears, 3 left dense: their own parameters, with nothing that goes with them, are 0." in err
+    assert "of the projection parameters, skips, head map and added biases counted (asked 0.8000), " in err
 
 
 def test_json_is_one_object(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

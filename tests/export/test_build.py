@@ -17,6 +17,7 @@ from export.build import main
 from export.engines.ort import OrtRunner
 from export.stages import build_info
 from tests import tiny
+from tests.hostile.artefacts import sign
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,10 @@ def test_build_from_name_to_running_model(
     assert run_cli(main, command("--engine", "ort", "--json")) == 0
     printed = capsys.readouterr()
     assert printed.err.count("re-using") == 4
-    assert json.loads(printed.out)["structured_nodes"] == graph["structured_nodes"]
+    said = json.loads(printed.out)
+    assert said["custom_operator_nodes"] == graph["structured_nodes"]
+    assert said["structured_linears"] + said["dense_linears"] == 21
+    assert ("note" in said) == (said["ratio"] < 0.99 * 0.7)
     assert artifact.read_manifest() == before
 
     # Another type makes the graph anew, and with it the engine, but not the checkpoint.
@@ -77,6 +81,24 @@ def test_build_from_name_to_running_model(
     assert run_cli(main, command("--dtype", "float16")) == 0
     assert "making onnx again" in capsys.readouterr().err
     artifact.verify()
+
+    # So is a recipe that is none, though the manifest vouches for it.
+    (out / "recipe.yaml").write_text("layers: [[[")
+    sign(out)
+    assert run_cli(main, command("--dtype", "float16")) == 0
+    assert f"compressing again: the recipe {out / 'recipe.yaml'} " in capsys.readouterr().err
+    artifact.verify()
+
+
+def test_a_model_that_is_not_served_says_why(
+    command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, served in (("tiny_mistral", False), ("tiny_llama", True)):
+        assert run_cli(main, command("--engine", "ort", "--json", name=name)) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert (said["triton"] is not None) == served
+        note = "no Triton repository was written, because a model with a sliding window cannot be batched continuously"
+        assert said.get("triton_note") == (None if served else note)
 
 
 def test_another_recipe_compresses_again(

@@ -17,7 +17,7 @@ from compress.artifact import Artifact
 from compress.errors import ArtifactError, MissingDependencyError, UsageError, run_cli
 from compress.files import sha256_of
 from export.build import main, parser
-from export.engines import gpu, trt, trt_rtx, trt_runner
+from export.engines import gpu, jobs, plugins, trt, trt_rtx, trt_runner
 from export.engines.jobs import Job
 from export.engines.profiles import Span, Spans, graph_axes, shape_at
 from export.engines.tensorrt import Options
@@ -335,6 +335,33 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artifact:
     monkeypatch.setattr(trt_runner, "find_gpu", lambda: gpu.Gpu("H100", 90, 13000))
     assert trt_runner.spans_of(info) == spans
     return artifact
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "kind", "says"),
+    [
+        (-9, [], MissingDependencyError, "its process was killed, as Linux does when memory runs out; end other"),
+        (-9, ["[W] slow"], MissingDependencyError, "was killed"),
+        (1, ["Traceback", "MemoryError"], MissingDependencyError, r"ran out of memory \(MemoryError\)"),
+        (-6, ["terminate called after throwing 'std::bad_alloc'"], MissingDependencyError, "ran out of memory"),
+        (1, ["ImportError: no libnvinfer"], MissingDependencyError, "cannot be loaded"),
+        (-11, [], ArtifactError, "was ended by SIGSEGV; it said nothing"),
+        (1, ["[W] 2 GB of memory", "[E] no such op"], ArtifactError, "ended with code 1; no such op"),
+    ],
+)
+def test_how_a_build_process_ended(code: int, said: list[str], kind: type[Exception], says: str) -> None:
+    """A lack of memory is the environment's (exit 4), and not a damaged graph (5)."""
+    with pytest.raises(kind, match=says):
+        raise jobs._failure(code, said, Job("model.onnx", "plan", ()))
+
+
+def test_what_compiles_is_looked_for_before_it_is_said_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with Artifact(tmp_path / "out").lock(), pytest.raises(MissingDependencyError, match="has no bin/nvcc"):
+        plugins.build_plugins(Artifact(tmp_path / "out"))
+    assert "compiling" not in capsys.readouterr().err
 
 
 def test_a_sound_engine_passes(engine: Artifact) -> None:

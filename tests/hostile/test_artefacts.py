@@ -26,7 +26,7 @@ def test_validate(
     shutil.copytree(whole, out)
     damage(out)
     outcome = sandbox.run("validate.run", out, "--model", sound("tiny_llama"), *validation(text))
-    assert_refused(outcome, 2 if name.startswith("recipe") else 5, says)
+    assert_refused(outcome, 5, says)
 
 
 def test_a_sound_one_is_not_refused(

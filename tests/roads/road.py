@@ -66,7 +66,9 @@ class Road:
         return words + self._budget()
 
     def _budget(self) -> list[str]:
-        if self.cell["budget"] == "ratio" or self.structure == "dense":
+        if self.structure == "dense":
+            return []
+        if self.cell["budget"] == "ratio":
             return ["--ratio", str(self.ratio)]
         if self.cell["budget"] == "bytes":
             return ["--budget-bytes", str(int(self.ratio * self.projections * self.item))]

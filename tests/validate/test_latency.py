@@ -141,6 +141,33 @@ def test_times_are_ratios_to_one_matrix(monkeypatch: pytest.MonkeyPatch) -> None
         )
 
 
+def test_the_forecast_counts_the_making_of_weights(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a clock of its own: 40 s for the weights of a matrix and 2 s for its pairs; only the 2 s were foretold."""
+    clock = [0.0]
+
+    class Fake:
+        def __init__(self, structure: Structure, threads: int, working_set: int) -> None:
+            clock[0] += 40.0 if structure.parameter_count() > 1 else 0.0
+            self.structure, self.sessions = structure, [None]
+
+        def runner(self, tokens: int) -> Any:
+            return lambda: None
+
+    def paired(a: Any, b: Any, *, seconds: float, **options: Any) -> Paired:
+        clock[0] += seconds
+        return Paired("a clock", 1, 1.0, 1.0, Quartiles.of([1.0]), Quartiles.of([1.0]))
+
+    monkeypatch.setattr(layers, "Copies", Fake)
+    monkeypatch.setattr("validate.timing.paired", paired)
+    monkeypatch.setattr("validate.timing.now", lambda: (clock[0], 0.0))
+    entries, _ = latency.measure(latency.jobs_of(LLAMA, ["lowrank"], [], 8), 1, seconds=2.0)
+    foretold = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("about "))
+    assert foretold.startswith(f"about {len(entries) * 42 / 60:.1f} minutes")
+    assert len(entries) * 42 == pytest.approx(clock[0], rel=0.1)
+
+
 def run(folder: Path, model: Path, *flags: str) -> int:
     return run_cli(latency.main, ["--model", str(model), "--out", str(folder / "table.json"), *QUICK, *flags])
 

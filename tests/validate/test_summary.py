@@ -9,7 +9,7 @@ import pytest
 
 from validate.console import console
 from validate.plots import plot_frontier, plot_layers, roles_of
-from validate.report import Report
+from validate.report import Report, _fit_text, with_shares
 
 SIZE = {
     "ratio": 0.75,
@@ -97,6 +97,19 @@ def test_what_was_skipped_has_no_line() -> None:
 def test_a_failed_fit_is_named() -> None:
     failed = Report("m", {"family": "opt", "source": {}}, report().recipe, SIZE, [{**FIT[0], "failed": True}], [], {})
     assert "failed fits: layers.0.mlp.down" in console(failed)
+
+
+def test_linears_that_share_a_factor_have_one_share() -> None:
+    """The leader stores V of both: 104 % and 41 % are 72.5 % of the two."""
+    pair = [record("layers.0.attn.q", 104, 0.3), record("layers.0.attn.k", 41, 0.3), record("layers.1.attn.q", 60, 0.1)]
+    fit = with_shares(pair, {"layers.0.attn.k": "layers.0.attn.q"})
+    assert [r["kept"] for r in fit] == [0.725, 0.725, 0.6]
+    assert [r["parameters"] for r in fit] == [104, 41, 60]
+    shared = Report("m", {"family": "llama", "source": {}}, report().recipe, SIZE, fit, [], {})
+    text = _fit_text(shared, plot=False)
+    assert "| layers.0.attn.q | pifa | 72.5% | 0.3000 |" in text
+    assert text.endswith("\n\nLinears that share a factor are told what all of them together keep.")
+    assert "share" not in _fit_text(report(), plot=False)
 
 
 def test_roles_come_in_the_order_of_a_block() -> None:

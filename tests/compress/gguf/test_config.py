@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from compress.errors import ArtifactError, ProcrustesError, UsageError
@@ -206,9 +207,57 @@ def test_architectures_that_are_not_supported(header: GgufHeader, values: dict[s
         ({"eot_token_id": 2}, 2),
         ({"eot_token_id": 4_000_000}, 2),  # can never be generated
         ({"eos_token_id": None, "eot_token_id": 7}, 7),
-        ({"eos_token_ids": [5, 7]}, [2, 5, 7]),
+        ({"eos_token_ids": np.array([5, 7])}, [2, 5, 7]),
     ],
 )
 def test_end_tokens(header: GgufHeader, tokens: dict[str, Any], expected: Any) -> None:
     metadata = header.metadata | {f"tokenizer.ggml.{key}": value for key, value in tokens.items()}
-    assert config_of(replace(header, metadata=metadata)).eos_token_id == expected
+    given = {key: value for key, value in metadata.items() if value is not None}
+    assert config_of(replace(header, metadata=given)).eos_token_id == expected
+
+
+# What no key of the kind can hold, in the types that the reader gives.
+NUMBERS, STRINGS = np.array([1, 2]), ["a", "b"]
+WRONG: dict[str, list[Any]] = {
+    "text": [3, -1, 2.5, True, STRINGS, NUMBERS, np.array([1.5])],
+    "whole": ["3", 2.5, float("nan"), float("inf"), True, STRINGS, NUMBERS, np.array([1]), np.array([])],
+    "positive": ["3", 0, -1, 2.5, float("nan"), float("inf"), True, STRINGS, NUMBERS, np.array([1]), np.array([])],
+    "real": ["3", -1.0, float("nan"), float("inf"), True, STRINGS, NUMBERS, np.array([1.5])],
+    "truth": ["true", 2.5, 2, STRINGS, NUMBERS, np.array([True, True])],
+    "texts": [3, 2.5, True, "ab", NUMBERS, np.array([1.5])],
+    "wholes": [3, 2.5, True, "12", STRINGS, np.array([1.5]), np.array([True])],
+    "reals": [3, 2.5, True, "12", STRINGS],
+}
+KEYS = {
+    "text": ["general.type", "general.name", "llama.rope.scaling.type"]
+    + [f"tokenizer.{key}" for key in ("ggml.model", "ggml.pre", "chat_template")],
+    "whole": ["general.alignment", "general.quantization_version", "split.count"]
+    + [f"tokenizer.ggml.{key}_token_id" for key in ("bos", "eos", "eot", "eom", "unknown", "padding")],
+    "positive": ["llama.embedding_length", "llama.context_length", "llama.rope.scaling.original_context_length"]
+    + [f"llama.{key}" for key in ("block_count", "feed_forward_length", "attention.head_count", "vocab_size")]
+    + [f"llama.attention.{key}" for key in ("head_count_kv", "key_length", "value_length")],
+    "real": ["llama.rope.freq_base", "llama.attention.layer_norm_rms_epsilon", "llama.rope.scale_linear"]
+    + [f"llama.rope.scaling.{key}" for key in ("factor", "attn_factor", "yarn_beta_fast", "yarn_beta_slow")],
+    "truth": ["llama.rope.scaling.finetuned", "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_space_prefix"],
+    "texts": ["tokenizer.ggml.tokens", "tokenizer.ggml.merges"],
+    "wholes": ["tokenizer.ggml.token_type", "tokenizer.ggml.eos_token_ids"],
+    "reals": ["tokenizer.ggml.scores"],
+}
+
+
+@pytest.mark.parametrize("scaling", ["none", "yarn"])
+def test_no_key_is_read_as_another_type(header: GgufHeader, scaling: str) -> None:
+    """A value of the wrong type was an absent key, another value, or a traceback; each names its key now."""
+    sound = header.metadata | {"llama.rope.scaling.type": scaling}
+    for kind, keys in KEYS.items():
+        for key in keys:
+            for value in WRONG[kind]:
+                with pytest.raises(ProcrustesError, match=r"is needed|is not understood") as caught:
+                    config_of(replace(header, metadata=sound | {key: value}))
+                assert key in str(caught.value), (key, value)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "mmproj", "imatrix", ""])
+def test_what_goes_with_a_model_is_none(header: GgufHeader, kind: str) -> None:
+    with pytest.raises(UsageError, match=f"general.type = '{kind}', so it holds no model"):
+        config_of(replace(header, metadata=header.metadata | {"general.type": kind}))

@@ -179,6 +179,35 @@ def test_yarn_rotates_as_llama_cpp_does(fast: float, slow: float, monkeypatch: p
     assert attention == pytest.approx(1 + 0.1 * np.log(4.0))
 
 
+@pytest.mark.parametrize("factor", [0.25, 0.5, 1.0, 4.0])
+@pytest.mark.parametrize("attention", [None, 0.5])
+def test_attention_factor_of_yarn(factor: float, attention: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """get_mscale of llama.cpp (llama-context.cpp) and of transformers: 1 up to a factor of 1, by whatever the file
+    multiplies it. Frequencies below a factor of 1 are compressed by the same formula."""
+    scaling = {"type": "yarn", "factor": factor, "original_context_length": 32768}
+    rope = rope_parameters(
+        header(monkeypatch, None), scaling | ({"attn_factor": attention} if attention else {}), base=1e6, head_dim=128
+    )
+    found, scale = frequencies(rope, 128, 131072)
+    plain, default = frequencies(rope | {"attention_factor": None}, 128, 131072)
+    assert scale == pytest.approx((attention or 1.0) * default)
+    assert default == (1.0 if factor <= 1 else pytest.approx(1 + 0.1 * np.log(factor)))
+    assert torch.equal(found, plain)
+    np.testing.assert_allclose(found.double().numpy(), yarn_of_llama_cpp(1e6, 128, factor, 32768, 32.0, 1.0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("original", [0, -1, 2.5, True, "8192", ["8192"], np.array([8192])], ids=repr)
+@pytest.mark.parametrize("scaling", [{}, {"type": "yarn", "factor": 4.0}, {"type": "linear", "factor": 4.0}], ids=str)
+def test_an_original_length_that_is_none(
+    original: Any, scaling: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    divisors = None if scaling else tiny.llama3_divisors({"rope_theta": 500000.0} | LLAMA_3_1, 128)
+    with pytest.raises(UsageError, match="original_context_length = "):
+        rope_parameters(
+            header(monkeypatch, divisors), scaling | {"original_context_length": original}, base=5e5, head_dim=128
+        )
+
+
 @pytest.mark.parametrize(
     "scaling",
     [

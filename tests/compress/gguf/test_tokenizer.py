@@ -38,14 +38,14 @@ def test_the_same_as_through_auto_tokenizer(name: str, tmp_path: Path) -> None:
         ("model", None, "has no tokenizer"),
         ("tokens", None, "has no tokenizer"),
         ("tokens", [], "has no tokenizer"),
-        ("tokens", np.arange(3), "not arrays of strings"),
-        ("merges", np.arange(3), "not arrays of strings"),
+        ("tokens", np.arange(3), "an array of strings is needed"),
+        ("merges", np.arange(3), "an array of strings is needed"),
         ("merges", ["ab"], "the merge 'ab' is not a pair"),
         ("merges", ["a b c"], "is not a pair"),
         ("merges", [" b"], "is not a pair"),
         ("token_type", np.ones(3, np.int32), "token types for 3"),
         ("eos_token_id", 320, "tokenizer.ggml.eos_token_id is 320, and there are 320 tokens"),
-        ("bos_token_id", "x", "bos_token_id is 'x'"),
+        ("bos_token_id", "x", "bos_token_id = 'x'"),
     ],
 )
 def test_tokenizers_that_do_not_add_up(header: GgufHeader, key: str, value: Any, says: str) -> None:
