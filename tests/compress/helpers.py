@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress.artifact import Artifact
@@ -20,6 +21,7 @@ from compress.recipe import Recipe, parse_recipe, read_yaml
 from tests import tiny
 
 SAMPLES, LENGTH = 8, 32
+F64 = torch.float64
 
 TinyModel = Callable[[str], Path]
 
@@ -76,6 +78,20 @@ def once(folder: Path, make: Callable[[Path], object]) -> Path:
             make(folder)
             done.touch()
     return folder
+
+
+def with_weights(source: ModelSource, folder: Path, change: Any) -> ModelSource:
+    """A copy of the model with `change` applied to its state dict."""
+    shutil.copytree(source.path, folder)
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return resolve(str(folder))
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    """Standard normal numbers in float64, the same ones for the same seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def kept_in(folder: Path) -> KeptFolder:

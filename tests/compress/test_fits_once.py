@@ -21,8 +21,8 @@ from compress.structures import (
 from compress.structures.linalg import Problem
 from compress.structures.lowrank import best_factors
 from compress.structures.pifa import pivot_rows
+from tests.compress.helpers import normal
 
-F64 = torch.float64
 CLOSED: list[Structure] = [
     LowRankStructure(16, 24, 5),
     PivotedStructure(16, 24, 5, "out"),
@@ -30,10 +30,6 @@ CLOSED: list[Structure] = [
     KroneckerStructure(16, 24, 4, 3, "in", "leading"),
     SelectStructure(16, 24, 8, 1, "in", PivotedStructure(8, 24, 5, "out")),
 ]
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def problem(structure: Structure, seed: int = 0) -> tuple[Linear, Tensor]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.architecture import WRITERS, Architecture
@@ -17,7 +16,7 @@ from compress.calibration import token_sequences
 from compress.checkpoint import load_model, read_rotations
 from compress.fitting import FitRecord, LayerFitter
 from compress.invariance import rotate_block
-from compress.models import ModelSource, resolve
+from compress.models import ModelSource
 from compress.pipeline import folded
 from compress.planning import make_plan
 from compress.procrustes import damped
@@ -33,7 +32,16 @@ from compress.structures import (
 from compress.textdata import load_text
 from tests import tiny
 from tests.compress import helpers
-from tests.compress.helpers import TinyModel, compressed, kept_in, logits_of, relative, text_file, tiny_source
+from tests.compress.helpers import (
+    TinyModel,
+    compressed,
+    kept_in,
+    logits_of,
+    relative,
+    text_file,
+    tiny_source,
+    with_weights,
+)
 
 
 def exact(arch: Architecture, kind: str) -> dict[str, Structure]:
@@ -234,15 +242,6 @@ def test_writers_are_fitted_in_the_loss_metric(rotation: str, tiny_model: TinyMo
 
 
 # ---- hostile data
-
-
-def with_weights(source: ModelSource, folder: Path, change: Any) -> ModelSource:
-    """A copy of the model with `change` applied to its state dict."""
-    shutil.copytree(source.path, folder)
-    state = load_file(folder / "model.safetensors")
-    change(state)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    return resolve(str(folder))
 
 
 def switch_off(state: dict[str, Tensor]) -> None:

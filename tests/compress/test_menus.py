@@ -37,12 +37,7 @@ from compress.structures import (
 from compress.structures.base import Side
 from compress.structures.gs_fit import cut
 from compress.structures.joint import joint_fit
-
-F64 = torch.float64
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+from tests.compress.helpers import F64, normal
 
 
 def moment(size: int, seed: int, blocks: int = 1) -> Tensor:

@@ -21,7 +21,7 @@ from compress.statistics import StatisticsFolder, StreamMoments, collect
 from compress.streams import Runner
 from tests import tiny
 from tests.compress import helpers
-from tests.compress.helpers import LENGTH, TinyModel, kept_in, logits_of, tiny_source
+from tests.compress.helpers import LENGTH, TinyModel, kept_in, logits_of, tiny_source, with_weights
 
 F64 = torch.float64
 
@@ -110,7 +110,6 @@ def test_measured_is_the_divergence_of_truncated_models(name: str, tiny_model: T
 
 def test_measured_without_anything_to_lose(tiny_model: TinyModel, tmp_path: Path) -> None:
     """Linears that half their rank holds without error, or that are zero, still weigh something: none is free."""
-    from tests.compress.test_fitting import with_weights
 
     def simplify(state: dict[str, Tensor]) -> None:
         for layer in range(3):

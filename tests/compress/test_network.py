@@ -31,7 +31,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names that were looked up, none of which resolves."""
     names: list[str] = []
 
-    def getaddrinfo(host: str, port: int, **options: Any) -> Any:
+    def getaddrinfo(host: str, port: int, *arguments: Any, **options: Any) -> Any:
         names.append(f"{host}:{port}")
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 

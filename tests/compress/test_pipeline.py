@@ -33,6 +33,7 @@ from tests.compress.helpers import (
     same_files,
     text_file,
     tiny_source,
+    with_weights,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -396,8 +397,6 @@ def test_impossible_recipes_leave_nothing(source: ModelSource, tmp_path: Path) -
 
 
 def test_nan_in_the_source(tiny_model: TinyModel, tmp_path: Path) -> None:
-    from tests.compress.test_fitting import with_weights
-
     def poison(state: dict[str, Tensor]) -> None:
         state["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
 

@@ -10,14 +10,9 @@ from torch import Tensor
 
 from compress.procrustes import Dropped, StreamTerm, dropped_loss, plane_curvatures, summed_loss
 from compress.rotating import StreamRotations
-from tests.compress.helpers import TinyModel, tiny_source
+from tests.compress.helpers import F64, TinyModel, normal, tiny_source
 
-F64 = torch.float64
 KEPT = [3, 3, 5, 3, 0]
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def moment(size: int, seed: int) -> Tensor:

@@ -16,8 +16,8 @@ from export.triton.batching import DEAD, ENGINE_FAILED, Batcher, Piece
 from export.triton.failures import A_BUG
 from export.triton.settings import Settings, parse_messages
 from export.triton.text import TextStream
+from tests.export.cases import Case, export, kron
 from tests.export.helpers import llama
-from tests.export.test_graph import Case, export, kron
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz .,ABCDEFGHIJKLMNOPQRSTUVWXYZ012345é"
 

@@ -113,6 +113,20 @@ def test_another_recipe_compresses_again(
     assert Artifact(tmp_path / "out").stage_digest("checkpoint") != first
 
 
+def test_state_that_a_kill_left_beside_a_finished_checkpoint_goes(
+    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The kill came between the last rename and the clearing, and the checkpoint is used again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Artifact, "clear_state", lambda self: None)
+        assert run_cli(main, command("--engine", "none")) == 0
+    assert (tmp_path / "out" / "state").is_dir()
+    capsys.readouterr()
+    assert run_cli(main, command("--engine", "none")) == 0
+    assert "re-using" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "state").exists()
+
+
 def test_bfloat16_does_not_run_in_onnx_runtime(
     command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from compress.errors import ArtifactError
 from export.external import ExternalData
 from export.graph import check, export_onnx
+from tests.export.cases import every, kron
 from tests.export.helpers import llama, write_checkpoint
-from tests.export.test_graph import every, kron
 
 SHARD = "model-00001-of-00001.safetensors"
 

@@ -13,8 +13,8 @@ from compress.errors import UsageError
 from export.engines.device_runner import SLOTS, DeviceRunner
 from export.engines.ort import OrtExecutor, OrtRunner
 from export.engines.profiles import DECODE, PREFILL, Span, Spans, shape_at
+from tests.export.cases import CASES, Case, export, kron
 from tests.export.helpers import llama
-from tests.export.test_graph import CASES, Case, export, kron
 
 SPANS = Spans(Span(1, 1, 4), Span(1, 8, 90), Span(1, 64, 150))
 

@@ -17,8 +17,8 @@ from export.engines.ort import OrtRunner, executed_nodes
 from export.engines.runner import left_pad
 from export.engines.sampling import Sampler
 from export.graph import export_onnx
+from tests.export.cases import every, mixed_kron
 from tests.export.helpers import llama, opt, write_checkpoint
-from tests.export.test_graph import every, mixed_kron
 
 PROMPTS = ([7, 8, 9, 10], [3], [20, 21])
 

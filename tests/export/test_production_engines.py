@@ -16,8 +16,8 @@ from compress.structures import GroupShuffleStructure, KroneckerStructure, Pivot
 from export.engines.jobs import Job, run_job
 from export.engines.profiles import Spans, graph_axes
 from export.stages import build_onnx, structured_ops
+from tests.export.cases import Case, export
 from tests.export.helpers import llama
-from tests.export.test_graph import Case, export
 from trt_plugins.build import PLUGINS
 
 SMOLLM2 = llama(

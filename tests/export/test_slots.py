@@ -11,9 +11,9 @@ from compress.errors import UsageError
 from export.engines.ort import OrtRunner
 from export.engines.profiles import Span, Spans
 from export.engines.slots import Slots
+from tests.export.cases import Case, export
 from tests.export.helpers import llama
 from tests.export.test_device_runner import MODELS, NarrowExecutor
-from tests.export.test_graph import Case, export
 
 SPANS = Spans(Span(1, 2, 4), Span(1, 8, 90), Span(1, 64, 200))
 

@@ -20,8 +20,8 @@ from export.stages import BUILD_INFO, build_info, write_json
 from export.triton import deploy
 from export.triton.config import INPUTS, Backend, graph_tensors, network_config, text_config
 from export.triton.repository import write_repository
+from tests.export.cases import Case, export, kron
 from tests.export.helpers import llama
-from tests.export.test_graph import Case, export, kron
 from tests.serve import SERVE, environment
 from tests.tools import require_server
 

@@ -137,7 +137,7 @@ KINDS: dict[str, Kind] = {
     "index is endless": Kind(link(INDEX, "/dev/zero"), 5, "a device", "shards"),
     "index names a path": Kind(replaced(INDEX, '{"weight_map": {"a": "../x.safetensors"}}'), 5, "forged", "shards"),
     "index names a number": Kind(replaced(INDEX, '{"weight_map": {"a": 1}}'), 5, "forged", "shards"),
-    "a sparse tensor": Kind(pickled(lambda t: t.update({NORM: torch.eye(64).to_sparse()})), 5, "sparse_coo"),
+    "a sparse tensor": Kind(pickled(lambda t: t.update({NORM: torch.ones(64).to_sparse()})), 5, "sparse_coo"),
     "a meta tensor": Kind(pickled(lambda t: t.update({NORM: torch.ones(64, device="meta")})), 5, "the device 'meta'"),
     "a tensor of more than there is": Kind(
         pickled(lambda t: t.update({NORM: torch.zeros(1).expand(1 << 40)})), 5, "more numbers than the file holds"

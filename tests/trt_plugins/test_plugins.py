@@ -9,8 +9,8 @@ from pathlib import Path
 import onnx
 import pytest
 
+from tests.export.cases import CASES, Case, export, gs, kron, pivoted, two_sided
 from tests.export.helpers import llama
-from tests.export.test_graph import CASES, Case, export, gs, kron, pivoted, two_sided
 from tests.export.test_rtx import parse, selecting
 from tests.export.test_select import around_pivots
 from trt_plugins.build import AUTOLOAD, PLUGINS
