@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from compress import families, hub
 from compress.aliases import ALIASES, PACKAGED, PackagedModel
 from compress.architecture import Architecture
+from compress.files import sha256_of
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.generation import GENERATION_CONFIG, end_tokens, read_generation_config
 from compress.reading import RefusedError, read_json, reason, shown
@@ -135,7 +136,7 @@ class ModelSource:
         from compress.weight_files import weight_files
 
         files = (self.gguf_file,) if self.gguf_file is not None else weight_files(self.path)
-        return {file: _file_sha256(self.path / file) for file in files}
+        return {file: sha256_of(self.path / file) for file in files}
 
     def to_dict(self) -> dict[str, Any]:
         """What the manifest says of the source: kind, id, revision and hashes; no path of this machine."""
@@ -393,15 +394,7 @@ def verify_sha256(path: Path, expected: str) -> None:
 @lru_cache(maxsize=8)
 def _known_sha256(path: Path, size: int, mtime_ns: int) -> str:
     """The hash under the file's identity, so that a changed file is hashed anew."""
-    return _file_sha256(path)
-
-
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for piece in iter(lambda: file.read(1 << 20), b""):
-            digest.update(piece)
-    return digest.hexdigest()
+    return sha256_of(path)
 
 
 def _supported_model_type(folder: Path) -> None:

@@ -94,9 +94,9 @@ def make_plan(
     elif recipe.skip in ("cs", "householder"):
         plan = _plan_one_width(menus, recipe, keeper)
     elif issubclass(registry()[recipe.structure], CompotStructure) and recipe.allocation == "global":
-        plan = Plan(Rotations.none(), _pooled(model, recipe, unit, keeper), {})
+        plan = Plan(Rotations.none(), pooled_structures(model, recipe, unit, keeper), {})
     else:
-        structures = _uniform(arch, recipe, unit)
+        structures = uniform_structures(arch, recipe, unit)
         for role, (n, m) in arch.linears().items():
             if f"layers.0.{role}" not in structures:
                 log(f"{role} ({n} x {m}) stays dense: no {recipe.structure} in steps of {unit} is small enough")
@@ -112,7 +112,7 @@ def _plan_allocated(menus: LayerMenus, recipe: Recipe, unit: int, keeper: Keeper
     budget, layers = budget_of(arch, recipe), range(arch.num_layers)
     rotations = StreamRotations(arch, recipe.rotation) if uses_leading_mix(recipe) else None
     if rotations is not None:
-        _check_unit(arch, unit)
+        check_unit(arch, unit)
         rotations.start([partial(_terms, menus, rotations, index) for index in range(rotations.count)], keeper)
     rounds = ROUNDS if rotations is not None and recipe.rotation_iterations else 0
     for turn in range(rounds + 1):
@@ -195,13 +195,13 @@ def check_recipe(arch: Architecture, recipe: Recipe) -> None:
     elif recipe.has_menus():
         cost_of(recipe)
         if uses_leading_mix(recipe):
-            _check_unit(arch, unit_of(arch, recipe))
+            check_unit(arch, unit_of(arch, recipe))
         if recipe.budget_latency is None:
             _check_smallest(arch, recipe)
         else:
             _check_table(arch, recipe)
     elif recipe.structure != "dense":
-        _uniform(arch, recipe, unit_of(arch, recipe))
+        uniform_structures(arch, recipe, unit_of(arch, recipe))
 
 
 def _check_fixed(arch: Architecture, recipe: Recipe, structures: Mapping[str, Structure]) -> None:
@@ -253,7 +253,7 @@ def _check_table(arch: Architecture, recipe: Recipe) -> None:
             table.seconds(structure)
 
 
-def _check_unit(arch: Architecture, unit: int) -> None:
+def check_unit(arch: Architecture, unit: int) -> None:
     if arch.hidden_size % unit:
         raise UsageError(f"--unit {unit} does not divide the hidden size {arch.hidden_size}")
 
@@ -293,7 +293,7 @@ def explicit_layers(arch: Architecture, recipe: Recipe) -> dict[str, Structure]:
     return explicit
 
 
-def _uniform(arch: Architecture, recipe: Recipe, unit: int) -> dict[str, Structure]:
+def uniform_structures(arch: Architecture, recipe: Recipe, unit: int) -> dict[str, Structure]:
     """The same kept fraction for every linear. One that no aligned size makes smaller stays dense, and the others pay
     for it; all stay dense where the budget is that of the dense model."""
     kind, budget = registry()[recipe.structure], budget_parameters(arch, recipe) / arch.num_layers
@@ -339,7 +339,7 @@ def _plan_one_width(menus: LayerMenus, recipe: Recipe, keeper: Keeper) -> Plan:
     return Plan(found, leading_structures(arch, kept, kept), {})
 
 
-def _pooled(model: FoldedModel, recipe: Recipe, unit: int, keeper: Keeper) -> dict[str, Structure]:
+def pooled_structures(model: FoldedModel, recipe: Recipe, unit: int, keeper: Keeper) -> dict[str, Structure]:
     """COMPOT's one-shot allocation: the kept ratio of each linear from the pooled spectra of the weights."""
     arch, kind = model.arch, registry()[recipe.structure]
     names = {f"layers.{i}.{role}": shape for i in range(arch.num_layers) for role, shape in arch.linears().items()}

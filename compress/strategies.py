@@ -76,10 +76,10 @@ def fit_model(
     wait for each other while they are collected.
     """
     if tokens is None:
-        return _without_text(model, recipe, state)
+        return fit_without_text(model, recipe, state)
     runner = Runner(model.arch, tokens.shape[1], device, batch, recipe.calibration_dtype == "bfloat16")
     if recipe.structure == "slice":
-        return _sliced(model, recipe, tokens, runner, state)
+        return fit_sliced(model, recipe, tokens, runner, state)
     moments: Moments = {}
     if needs_moments(recipe):
         few = tokens[: min(recipe.sensitivity_samples, len(tokens))]
@@ -88,27 +88,27 @@ def fit_model(
                 model, few, sensitivity=recipe.sensitivity, seed=recipe.calibration.seed, runner=runner, kept=kept
             )
     if recipe.fit == "paper":
-        return _by_the_paper(model, recipe, tokens, moments, state, device)
+        return fit_by_the_paper(model, recipe, tokens, moments, state, device)
     if "plan.json" not in state:
         measured = None
         if recipe.sensitivity == "measured":
             measured = measured_losses(model, few, moments, recipe, runner, state)
         try:
-            _save_plan(state, make_plan(model, recipe, moments, measured, state))
+            save_plan(state, make_plan(model, recipe, moments, measured, state))
         except FAILURES as error:
             raise UsageError(
                 f"the moments of this model and text are singular beyond what damping by {recipe.gram_damping:g} (Gram "
                 f"matrices) and {recipe.metric_damping:g} (metrics) makes up for ({str(error).partition(':')[0]}): "
                 f"raise gram_damping and metric_damping, e.g. --set gram_damping=1e-3"
             ) from error
-    plan = _saved_plan(state)
-    ends, ranks = _ends(model, recipe, plan.rotations, tokens, moments)
+    plan = saved_plan(state)
+    ends, ranks = fitted_ends(model, recipe, plan.rotations, tokens, moments)
     files, records = LayerFitter(model, plan, recipe, moments, tokens, runner, state, ends).run()
     biases = extra_biases(model.arch, tuple(model.arch.linears())) if "bias" in recipe.inner else []
     return Fitted(plan.rotations, plan.structures, ends, files, records, ranks, biases)
 
 
-def _ends(
+def fitted_ends(
     model: FoldedModel, recipe: Recipe, rotations: Rotations, tokens: Tensor, moments: Moments
 ) -> tuple[Weights, EmbeddingRanks]:
     """Embeddings and head in the rotated stream, compressed where the recipe asks for it."""
@@ -123,15 +123,15 @@ def _ends(
     return compress_embedding(ends, model.arch, counts, gram, recipe.embedding, unit_of(model.arch, recipe))
 
 
-def _sliced(model: FoldedModel, recipe: Recipe, tokens: Tensor, runner: Runner, state: KeptFolder) -> Fitted:
+def fit_sliced(model: FoldedModel, recipe: Recipe, tokens: Tensor, runner: Runner, state: KeptFolder) -> Fitted:
     from compress.slicing import slice_model
 
     found = slice_model(model, tokens, kept_width(model.arch, recipe), runner, state)
-    ends, ranks = _ends(model, recipe, found.rotations, tokens, {})
+    ends, ranks = fitted_ends(model, recipe, found.rotations, tokens, {})
     return Fitted(found.rotations, found.structures, ends, found.files, found.records, ranks)
 
 
-def _by_the_paper(
+def fit_by_the_paper(
     model: FoldedModel, recipe: Recipe, tokens: Tensor, moments: Moments, state: KeptFolder, device: torch.device
 ) -> Fitted:
     from compress.paper.accounting import largest_kept
@@ -141,11 +141,11 @@ def _by_the_paper(
     kept = largest_kept(model.arch, kind, ratio_of(model.arch, recipe))
     counts = token_counts(tokens, model.arch.vocab_size)
     found = fit_paper(model, kind, kept, moments, counts, device=device, state=state)
-    ends, ranks = _ends(model, recipe, found.rotations, tokens, moments)
+    ends, ranks = fitted_ends(model, recipe, found.rotations, tokens, moments)
     return Fitted(found.rotations, found.structures, ends, found.files, found.records, ranks)
 
 
-def _without_text(model: FoldedModel, recipe: Recipe, state: KeptFolder) -> Fitted:
+def fit_without_text(model: FoldedModel, recipe: Recipe, state: KeptFolder) -> Fitted:
     """A dense copy, or joint rank-k: every block by itself, from its weights alone. relative_error is |W - What| / |W|
     in the Frobenius norm."""
     arch = model.arch
@@ -187,7 +187,7 @@ def _block_without_text(
     return tensors, records
 
 
-def _save_plan(state: KeptFolder, plan: Plan) -> None:
+def save_plan(state: KeptFolder, plan: Plan) -> None:
     """Keep the plan, in place of what it was made from."""
     matrices = {f"q.{i}": q for i, q in enumerate(plan.rotations.matrices)}
     save_whole(matrices, state.path("plan.safetensors"))
@@ -203,7 +203,7 @@ def _save_plan(state: KeptFolder, plan: Plan) -> None:
     state.keep("plan.safetensors", "rewrites.safetensors", "plan.json", drop=pieces)
 
 
-def _saved_plan(state: KeptFolder) -> Plan:
+def saved_plan(state: KeptFolder) -> Plan:
     record, tensors = state.read_value("plan"), load_file(state.path("plan.safetensors"))
     matrices = tuple(tensors[f"q.{i}"] for i in range(len(tensors)))
     rotations = Rotations(record["kind"], matrices, tuple(skip_from_config(c) for c in record["skips"]))

@@ -65,15 +65,6 @@ def test_help_is_light(module):
     assert "usage:" in help_of(module)
 
 
-@pytest.mark.parametrize("module", ["validate.report", "validate.parity", "validate.perplexity"])
-def test_what_is_no_command_says_what_is(module, capsys):
-    """`python -m validate.report --help` printed nothing, and exited with 0."""
-    with pytest.raises(SystemExit) as stopped, pytest.warns(RuntimeWarning) if module in sys.modules else nullcontext():
-        runpy.run_module(module, run_name="__main__")
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith(f"error: {module} is not a command: python -m validate.run OUT ")
-
-
 def test_the_documents_show_commands():
     assert {"export.build", "validate.run"} <= {module for _, module, _ in shown_commands()}
 

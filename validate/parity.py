@@ -325,9 +325,3 @@ def greedy_choices(
 
 def _json(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
-
-
-if __name__ == "__main__":
-    sys.exit(
-        no_command("validate.parity", "python -m validate.run OUT --skip perplexity --skip speed runs parity alone")
-    )

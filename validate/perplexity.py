@@ -245,9 +245,3 @@ def _means(sums: Tensor, counts: Tensor) -> tuple[Tensor, list[float | None]]:
 
 def _scored(windows: Windows, upto: int) -> int:
     return sum(windows.length - windows.scored_from(w) for w in range(upto))
-
-
-if __name__ == "__main__":
-    sys.exit(
-        no_command("validate.perplexity", "python -m validate.run OUT --skip parity --skip speed measures it alone")
-    )

@@ -356,7 +356,3 @@ def millions(count: int) -> str:
 def megabytes(count: int) -> str:
     """Bytes, for people."""
     return f"{count / 1e6:,.1f} MB"
-
-
-if __name__ == "__main__":
-    sys.exit(no_command("validate.report", "python -m validate.run OUT writes OUT/reports"))

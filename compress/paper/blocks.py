@@ -20,7 +20,7 @@ from compress.paper.shapes import Kind, paper_structures
 from compress.paper.solver import (
     ALS_ITERATIONS,
     GD_ITERATIONS,
-    Moments,
+    PaperMoments,
     PaperPosition,
     PaperRecord,
     paper_positions,
@@ -46,7 +46,7 @@ def fit_paper(
     model: FoldedModel,
     kind: Kind,
     kept: float,
-    moments: Moments,
+    moments: PaperMoments,
     token_counts: Tensor,
     *,
     als_iterations: int = ALS_ITERATIONS,

@@ -47,7 +47,7 @@ class SubBlockGrams(Protocol):
     def inner(self) -> Tensor: ...
 
 
-Moments = Mapping[tuple[int, str], SubBlockGrams]
+PaperMoments = Mapping[tuple[int, str], SubBlockGrams]
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def paper_plan(
     model: FoldedModel,
     kind: Kind,
     kept: float,
-    moments: Moments,
+    moments: PaperMoments,
     token_counts: Tensor,
     *,
     als_iterations: int = ALS_ITERATIONS,
@@ -156,7 +156,7 @@ def paper_positions(
     model: FoldedModel,
     kind: Kind,
     kept: float,
-    moments: Moments,
+    moments: PaperMoments,
     token_counts: Tensor,
     *,
     als_iterations: int,
@@ -178,7 +178,7 @@ def paper_positions(
 def position_members(
     model: FoldedModel,
     structures: Mapping[str, Structure],
-    moments: Moments,
+    moments: PaperMoments,
     token_counts: Tensor,
     device: torch.device,
     *,

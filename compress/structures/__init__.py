@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from compress.structures.dense import DenseStructure
     from compress.structures.gs import GroupShuffleStructure
     from compress.structures.kron import KroneckerStructure
-    from compress.structures.linalg import weighted_error
     from compress.structures.lowrank import LowRankStructure
     from compress.structures.pifa import PivotedStructure
     from compress.structures.select import SelectStructure, core_of
@@ -34,7 +33,6 @@ __all__ = [
     "register",
     "registry",
     "structure_from_config",
-    "weighted_error",
 ]
 
 _HOME = {
@@ -52,7 +50,6 @@ _HOME = {
     "register": "base",
     "registry": "base",
     "structure_from_config": "base",
-    "weighted_error": "linalg",
 }
 
 

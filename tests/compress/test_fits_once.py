@@ -16,8 +16,8 @@ from compress.structures import (
     PivotedStructure,
     SelectStructure,
     Structure,
-    weighted_error,
 )
+from compress.structures.linalg import weighted_error
 from compress.structures.linalg import Problem
 from compress.structures.lowrank import best_factors
 from compress.structures.pifa import pivot_rows

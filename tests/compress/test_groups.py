@@ -24,7 +24,8 @@ from compress.recipe import Recipe
 from compress.rotating import position_of
 from compress.statistics import SUB_BLOCKS, StatisticsFolder, collect
 from compress.streams import Runner
-from compress.structures import LowRankStructure, SelectStructure, Structure, structure_from_config, weighted_error
+from compress.structures import LowRankStructure, SelectStructure, Structure, structure_from_config
+from compress.structures.linalg import weighted_error
 from compress.structures.joint import joint_fit, leader_of
 from tests import tiny
 from tests.compress import helpers

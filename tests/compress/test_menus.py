@@ -32,8 +32,8 @@ from compress.structures import (
     PivotedStructure,
     SelectStructure,
     Structure,
-    weighted_error,
 )
+from compress.structures.linalg import weighted_error
 from compress.structures.base import Side
 from compress.structures.gs_fit import cut
 from compress.structures.joint import joint_fit

@@ -30,8 +30,8 @@ from compress.structures import (
     LowRankStructure,
     SelectStructure,
     Structure,
-    weighted_error,
 )
+from compress.structures.linalg import weighted_error
 from compress.structures.joint import joint_fit
 from compress.structures.linalg import Moment, NumericalError, is_singular, noted_damping
 from tests import tiny

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from compress.errors import UsageError
 from compress.selection import BLOCKS, POOL, _cheapest, _Remaining, neuron_order, value_output_basis
-from compress.structures import SelectStructure, weighted_error
+from compress.structures import SelectStructure
+from compress.structures.linalg import weighted_error
 from compress.structures.lowrank import error_by_rank
 from compress.structures.select import refit
 

@@ -28,7 +28,7 @@ TOKENS = tiny.token_ids(8, 32)
 COUNTS = TOKENS.flatten().bincount(minlength=tiny.VOCAB_SIZE)
 
 
-def grams_of(model: FoldedModel) -> solver.Moments:
+def grams_of(model: FoldedModel) -> solver.PaperMoments:
     runner, found = Runner(model.arch, TOKENS.shape[1], CPU, 3), {}
     for layer in range(model.arch.num_layers):
         found.update(position_grams(model, TOKENS, 2 * layer + 1, runner))

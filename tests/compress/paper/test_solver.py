@@ -15,7 +15,7 @@ from compress.paper.descent import total_norm
 from compress.paper.projections import frobenius_factors
 from compress.paper.shapes import Kind, paper_structures
 from compress.paper.solver import (
-    Moments,
+    PaperMoments,
     PaperMember,
     PaperPosition,
     frobenius_stage,
@@ -49,7 +49,7 @@ def falling(width: int, generator: torch.Generator) -> Tensor:
     return (basis * 0.9 ** torch.arange(width, dtype=torch.float64)) @ basis.T
 
 
-def random_moments(name: str, tiny_model: TinyModel) -> Moments:
+def random_moments(name: str, tiny_model: TinyModel) -> PaperMoments:
     arch, generator = tiny_source(tiny_model, name).architecture(), torch.Generator().manual_seed(0)
     return {
         (layer, sub): Grams(falling(arch.hidden_size, generator), falling(arch.linears()[WRITERS[sub]][1], generator))

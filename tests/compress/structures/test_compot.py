@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.errors import ArtifactError, UsageError
-from compress.structures import CompotStructure, LowRankStructure, Structure, compot_fit, registry, weighted_error
+from compress.structures import CompotStructure, LowRankStructure, Structure, compot_fit, registry
+from compress.structures.linalg import weighted_error
 from compress.structures.compot import Compot24Structure, pack, unpack
 from compress.structures.linalg import Problem
 from tests.compress.structures.battery import (

@@ -19,8 +19,8 @@ from compress.structures import (
     SelectStructure,
     Structure,
     structure_from_config,
-    weighted_error,
 )
+from compress.structures.linalg import weighted_error
 from compress.structures.select import with_core
 from tests.compress.structures.battery import StructureBattery, random_factors, random_weight, second_moment
 
