@@ -1,6 +1,6 @@
 """Triton's python backend in this process: OUT/triton's own model behind a small HTTP server, as clients see it.
 
-`tests/export/test_triton_server.py` has the real server, which takes seconds to start; this one takes none, so that
+`tests/export/triton/test_server.py` has the real server, which takes seconds to start; this one takes none, so that
 every cell of the matrix is served. What runs is `export.triton.model`, as config.pbtxt of OUT/triton describes it.
 """
 

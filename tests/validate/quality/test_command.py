@@ -16,7 +16,7 @@ import torch
 
 from compress.errors import run_cli
 from tests import tiny
-from tests.validate.test_perplexity import windows_of
+from tests.validate.perplexity.test_scores import windows_of
 from validate import measure
 from validate.markdown import marks
 from validate.quality import __main__ as quality

@@ -15,9 +15,9 @@ from export.engines import trt
 from export.engines.device_runner import DeviceRunner
 from export.engines.profiles import Span, Spans
 from export.graph import export_onnx
-from tests.export.test_device_runner import NarrowExecutor
+from tests.export.runtime.test_device import NarrowExecutor
 from tests.validate.damaging import damage
-from tests.validate.test_parity import PROMPTS
+from tests.validate.parity.test_ladder import PROMPTS
 from validate.console import console
 from validate.engine import compare_runners, divergence, engine_prompts, rung_4
 from validate.graphfacts import graph_dtype

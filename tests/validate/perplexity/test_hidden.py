@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from compress.modeling import ProcrustesForCausalLM
-from tests.validate.test_perplexity import windows_of
+from tests.validate.perplexity.test_scores import windows_of
 from validate import hidden
 from validate.perplexity import HiddenLogits, TorchLogits, compare
 

@@ -13,7 +13,7 @@ from export.engines.profiles import Span, Spans
 from export.engines.slots import Slots
 from tests.export.cases import Case, export
 from tests.export.helpers import llama
-from tests.export.test_device_runner import MODELS, NarrowExecutor
+from tests.export.runtime.test_device import MODELS, NarrowExecutor
 
 SPANS = Spans(Span(1, 2, 4), Span(1, 8, 90), Span(1, 64, 200))
 

@@ -115,7 +115,7 @@ def test_nobody_need_listen(redirection: str, outcome: str, code: int, tmp_path:
     """The command does its work to the end and gives its own exit code, and no traceback."""
     (tmp_path / "talk.py").write_text(TALK)
     command = f"{sys.executable} -u talk.py file {outcome} progress {redirection}; exit ${{PIPESTATUS[0]}}"
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(["bash", "-c", command], env=environment, cwd=tmp_path, capture_output=True, timeout=120)
     assert done.returncode == code
@@ -143,7 +143,7 @@ def test_streams_may_be_closed_since_the_start(
     talk = TALK.replace("def main(argv):\n", f"def main(argv):\n    {within or 'pass'}\n")
     talk = talk.replace("sys.exit(run_cli", f"{before or 'pass'}\nsys.exit(run_cli")
     (tmp_path / "talk.py").write_text(talk)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
     command = [sys.executable, "talk.py", "file", outcome]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, timeout=120, check=False)
     assert done.returncode == code, done.stderr
@@ -155,7 +155,7 @@ def test_streams_may_be_closed_since_the_start(
 def test_a_disk_that_is_full_is_told() -> None:
     code = "import sys; from compress.errors import run_cli; sys.exit(run_cli(lambda argv: print(1) or 0, []))"
     command = f"{sys.executable} -c '{code}' > /dev/full"
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 5
@@ -168,7 +168,7 @@ def test_a_log_that_is_full_ends_nothing(outcome: str, code: int, tmp_path: Path
     """`2> log` on a full disk: the work goes on, and the exit code is its own, though its sentence is lost."""
     (tmp_path / "talk.py").write_text(TALK)
     command = f"exec {sys.executable} talk.py file {outcome} progress > said 2> /dev/full"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
     done = subprocess.run(["bash", "-c", command], env=environment, cwd=tmp_path, check=False, timeout=120)
     assert done.returncode == code
     assert (tmp_path / "file").read_text() == "whole"
@@ -184,7 +184,7 @@ from compress.errors import run_cli
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 sys.exit(run_cli(lambda argv: {wanted}))
 """
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(__file__).resolve().parents[3])
     environment = {**os.environ, "PYTHONPATH": root, "MPLCONFIGDIR": "/dev/null/none", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -17,7 +17,7 @@ import compress.files
 from compress.artifact import Artifact
 from compress.errors import ArtifactError, UsageError, run_cli
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def build(out: Path, stage: str = "checkpoint", text: str = "weights", **arguments) -> Artifact:
