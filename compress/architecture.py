@@ -7,7 +7,16 @@ normalisation, which positions, where biases are. It has no weights and does no 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from compress.config_values import ARCHITECTURE_FIELDS, fault_of_fields, rope_fault
+from compress.errors import ArtifactError
+from compress.reading import shown
+
+if TYPE_CHECKING:
+    pass
+from dataclasses import dataclass
+from typing import Any
 
 from compress.errors import ArtifactError
 
@@ -98,3 +107,39 @@ class Architecture:
         if wrong:
             raise ArtifactError(f"the architecture in config.json has missing or unknown fields: {', '.join(wrong)}")
         return cls(**values)
+
+
+def check_sizes(architecture: Architecture) -> Architecture:
+    """Return `architecture`; raise ArtifactError when config.json holds types, sizes or rotary parameters that no model
+    can have."""
+    fault = fault_of_fields(asdict(architecture), ARCHITECTURE_FIELDS) or rope_fault(architecture.rope, "rope")
+    if fault is not None:
+        raise ArtifactError(f"config.json gives {fault}; take the model's own config.json, unchanged.")
+    if architecture.num_heads % architecture.num_kv_heads:
+        raise ArtifactError(
+            f"config.json gives {architecture.num_heads} attention heads and {architecture.num_kv_heads} "
+            "key/value heads, but the first must be a multiple of the second."
+        )
+    if (architecture.positions == "rope") != (architecture.rope is not None):
+        raise ArtifactError(
+            f"config.json gives positions of kind {architecture.positions!r} with the rotary parameters "
+            f"{shown(architecture.rope)}; rotary positions need them, learned ones have none."
+        )
+    if architecture.rope is not None and architecture.head_dim % 2:
+        raise ArtifactError(f"config.json gives head_dim = {architecture.head_dim}, but rotary positions need it even.")
+    return architecture
+
+
+SUB_BLOCKS = ("attn", "mlp")
+
+
+def position_of(layer: int, role: str) -> int:
+    """The position of the stream, 0 ... 2L, that a linear reads or writes; each has its rotation with kind "block"."""
+    sub_block = role.partition(".")[0]
+    return 2 * layer + SUB_BLOCKS.index(sub_block) + (role in WRITERS.values())
+
+
+def extra_biases(arch: Architecture, roles: tuple[str, ...]) -> list[str]:
+    """The linears of these roles that have no bias, in all layers: what bias correction adds one to
+    (`ProcrustesConfig.extra_biases`)."""
+    return [f"layers.{i}.{role}" for i in range(arch.num_layers) for role in roles if not arch.has_bias(role)]

@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 
 from compress.accounting import bias_parameters, overhead_parameters
-from compress.architecture import Architecture
+from compress.architecture import Architecture, extra_biases
 from compress.errors import UsageError
-from compress.inner import extra_biases
 from compress.latency import LatencyTable
 from compress.menus import Cost
 from compress.recipe import Recipe

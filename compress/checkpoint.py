@@ -16,8 +16,8 @@ from torch import Tensor
 from compress.architecture import Architecture
 from compress.blocks import StructuredLinear
 from compress.errors import ArtifactError
-from compress.finite import all_finite
 from compress.generation import write_generation_config
+from compress.linalg import all_finite
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
 from compress.reading import RefusedError, parse_json, read_json, reason, shown
 from compress.skips import SkipForm, skip_from_config

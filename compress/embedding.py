@@ -29,7 +29,7 @@ from torch import Tensor
 from compress.architecture import Architecture
 from compress.errors import UsageError
 from compress.invariance import Weights
-from compress.structures.linalg import Moment, balance
+from compress.linalg import Moment, balance
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 ROWS = 8192

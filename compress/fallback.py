@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UsageError
-from compress.finite import all_finite
+from compress.linalg import NumericalError, all_finite, noted_damping, weighted_error
 from compress.structures import (
     CompotStructure,
     DenseStructure,
@@ -35,7 +35,6 @@ from compress.structures import (
     core_of,
 )
 from compress.structures.joint import joint_fit
-from compress.structures.linalg import NumericalError, noted_damping, weighted_error
 
 FAILURES = (torch.linalg.LinAlgError, NumericalError)  # type: ignore[attr-defined]
 """What a fit raises when its numbers do not allow it. Anything else is a bug or a wrong request."""

@@ -8,10 +8,11 @@ from dataclasses import replace
 from torch import Tensor
 
 from compress.allocation import Choice, convex_hull
-from compress.architecture import WRITERS
+from compress.architecture import SUB_BLOCKS, WRITERS, position_of
 from compress.inner import InnerRewrites
 from compress.invariance import FoldedModel
 from compress.kept import Keeper, Nowhere
+from compress.linalg import damped
 from compress.menus import (
     CORES,
     Cost,
@@ -28,11 +29,11 @@ from compress.menus import (
 )
 from compress.metrics import loss_metric
 from compress.nested import Nested
-from compress.procrustes import StreamTerm, damped
+from compress.procrustes import StreamTerm
 from compress.recipe import Recipe
-from compress.rotating import StreamRotations, position_of
+from compress.rotating import StreamRotations
 from compress.selection import neuron_order, value_output_basis
-from compress.statistics import SUB_BLOCKS, StreamMoments
+from compress.statistics import StreamMoments
 from compress.structures import KroneckerStructure, SelectStructure, Structure, core_of
 
 CORE_SIZES = 12

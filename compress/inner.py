@@ -19,7 +19,7 @@ from torch import Tensor
 from compress.architecture import WRITERS, Architecture
 from compress.errors import UsageError
 from compress.invariance import FoldedModel, Weights
-from compress.selection import block_diagonal
+from compress.linalg import block_diagonal
 from compress.streams import save_whole
 from compress.structures import SelectStructure, Structure
 
@@ -169,9 +169,3 @@ def centred(moment: Tensor, left: Tensor, right: Tensor | None = None, share: fl
     """
     other = left if right is None else right
     return moment.double() - (1 - share) * torch.outer(left.double(), other.double())
-
-
-def extra_biases(arch: Architecture, roles: tuple[str, ...]) -> list[str]:
-    """The linears of these roles that have no bias, in all layers: what bias correction adds one to
-    (`ProcrustesConfig.extra_biases`)."""
-    return [f"layers.{i}.{role}" for i in range(arch.num_layers) for role in roles if not arch.has_bias(role)]

@@ -9,17 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.architecture import WRITERS, Architecture
+from compress.architecture import SUB_BLOCKS, WRITERS, Architecture, extra_biases
 from compress.budgets import kinds_of
 from compress.checkpoint import CheckpointReader, ShardWriter, read_rotations
 from compress.errors import UsageError
 from compress.families import TensorNames, tensor_names
 from compress.generation import write_generation_config
-from compress.inner import extra_biases
 from compress.invariance import FoldedModel, Rotations, unrotate
 from compress.models import ModelSource
 from compress.recipe import Recipe
-from compress.statistics import SUB_BLOCKS
 from compress.structures import cast
 
 SLICED = (

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compress.allocation import Choice, convex_hull
 from compress.errors import UsageError
+from compress.linalg import tails, whitened_spectrum
 from compress.procrustes import StreamTerm
 from compress.structures import (
     DenseStructure,
@@ -56,31 +57,6 @@ class Linear:
         if self.side == "in":
             return StreamTerm(self.role, self.gram, self.weight.T @ self.metric @ self.weight, n)
         return StreamTerm(self.role, self.metric, self.weight @ self.gram @ self.weight.T, m)
-
-
-def whitened_spectrum(weight: Tensor, gram: Tensor, metric: Tensor) -> Tensor:
-    """Squared singular values, descending, of C_H^T W C_G; weight (..., out, in) and its moments may be batched.
-
-    They are the eigenvalues of C_H^T (W G W^T) C_H, and of C_G^T (W^T H W) C_G: the smaller of the two is formed, and
-    the larger moment is not factorised. Several times faster than an SVD, and exact to rounding of the largest, which
-    is all that sums of tails need.
-    """
-    n, m = weight.shape[-2:]
-    moment, product = (metric, weight @ gram @ weight.mT) if n <= m else (gram, weight.mT @ metric @ weight)
-    factor = torch.linalg.cholesky(moment)
-    return descending_eigenvalues(factor.mT @ product @ factor)
-
-
-def descending_eigenvalues(matrix: Tensor) -> Tensor:
-    """Of a symmetric positive semi-definite matrix (..., k, k); negative ones are rounding, and become 0."""
-    values: Tensor = torch.linalg.eigvalsh(matrix)
-    return values.clamp(min=0).flip(-1)
-
-
-def tails(squares: Tensor) -> Tensor:
-    """Entry k: the sum of all but the first k; (..., n) -> (..., n + 1)."""
-    sums = squares.flip(-1).cumsum(-1).flip(-1)
-    return torch.cat((sums, torch.zeros_like(sums[..., :1])), dim=-1)
 
 
 def linear_menu(linear: Linear, kinds: Sequence[str], unit: int, cost: Cost) -> list[Choice]:

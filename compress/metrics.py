@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from compress.procrustes import damped
+from compress.linalg import damped
 from compress.recipe import Recipe
 from compress.statistics import StreamMoments
 

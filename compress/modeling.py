@@ -12,7 +12,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from compress.architecture import Architecture
+from compress.architecture import Architecture, check_sizes
 from compress.blocks import (
     ACTIVATIONS,
     Block,
@@ -21,7 +21,6 @@ from compress.blocks import (
     rotary_for,
 )
 from compress.errors import ArtifactError, UsageError
-from compress.families.base import check_sizes
 from compress.masks import check_mask, mask_unless_causal, positions_for
 from compress.reading import shown
 from compress.skips import SkipForm, skips_from_config

@@ -22,7 +22,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from compress.menus import Linear, descending_eigenvalues
+from compress.linalg import descending_eigenvalues
+from compress.menus import Linear
 
 
 class Nested:

@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from compress.allocation import allocate, allocate_uniformly
-from compress.architecture import WRITERS, Architecture
+from compress.architecture import WRITERS, Architecture, position_of
 from compress.budgets import (
     budget_of,
     budget_parameters,
@@ -36,7 +36,7 @@ from compress.pooled import normalised_spectrum, pooled_allocation
 from compress.procrustes import StreamTerm
 from compress.progress import log, track
 from compress.recipe import Recipe
-from compress.rotating import StreamRotations, position_of, rotate_members
+from compress.rotating import StreamRotations, rotate_members
 from compress.statistics import StreamMoments
 from compress.structures import (
     CompotStructure,

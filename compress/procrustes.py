@@ -20,37 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.linalg import geometric_mean, polar
 from compress.structures import Structure
-
-
-def polar(matrix: Tensor) -> Tensor:
-    """The orthogonal factor U V^T of a square matrix: argmax over orthogonal Q of tr(Q^T matrix) (Procrustes)."""
-    u, _, vt = torch.linalg.svd(matrix)
-    q: Tensor = u @ vt
-    return q
-
-
-def damped(gram: Tensor, fraction: float) -> Tensor:
-    """gram + fraction * mean(diagonal) * I in float64; a zero matrix becomes the identity."""
-    gram = gram.double()
-    mean = gram.diagonal().mean()
-    if mean <= 0:
-        return torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-    return gram + fraction * mean * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-
-
-def geometric_mean(p: Tensor, m: Tensor) -> Tensor:
-    """P # M = L (L^-1 M L^-T)^(1/2) L^T, P = L L^T, for positive definite P and semi-definite M; symmetric in both.
-
-    Any factor L of P serves (L = P^(1/2) U for an orthogonal U, which cancels): a Cholesky and one eigh.
-    """
-    factor = torch.linalg.cholesky(p)
-    half = torch.linalg.solve_triangular(factor, m, upper=False)
-    inner = torch.linalg.solve_triangular(factor, half.T, upper=False)
-    values, vectors = torch.linalg.eigh((inner + inner.T) / 2)
-    scaled = (factor @ vectors) * values.clamp(min=0).pow(0.25)
-    mean: Tensor = scaled @ scaled.T
-    return mean
 
 
 @dataclass(frozen=True)

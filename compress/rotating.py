@@ -8,14 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from compress.architecture import WRITERS, Architecture
+from compress.architecture import SUB_BLOCKS, WRITERS, Architecture
 from compress.invariance import FoldedModel, Rotations
 from compress.kept import Keeper
+from compress.linalg import damped
 from compress.procrustes import (
     Member,
     StreamTerm,
     curve_of,
-    damped,
     frobenius_rotation,
     majorised_rotation,
     nested_rotation,
@@ -24,14 +24,8 @@ from compress.procrustes import (
 )
 from compress.progress import log
 from compress.recipe import Recipe
-from compress.statistics import SUB_BLOCKS, StreamMoments
+from compress.statistics import StreamMoments
 from compress.structures import Structure
-
-
-def position_of(layer: int, role: str) -> int:
-    """The position of the stream, 0 ... 2L, that a linear reads or writes; each has its rotation with kind "block"."""
-    sub_block = role.partition(".")[0]
-    return 2 * layer + SUB_BLOCKS.index(sub_block) + (role in WRITERS.values())
 
 
 class StreamRotations:

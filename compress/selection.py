@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UsageError
-from compress.structures.linalg import Problem
+from compress.linalg import Problem, block_diagonal
 
 BLOCKS = 64  # neurons are dropped in this many rounds, each of which updates everything once
 BLOCKS_OF_VALUES = 16  # value coordinates of each head in this many
@@ -198,12 +198,6 @@ def _least_last(left: _Remaining, own: Tensor, heads: int) -> Tensor:
     x = torch.linalg.solve_triangular(c.T, v, upper=True)
     q: Tensor = torch.linalg.qr(x).Q
     return q.flip(1).T.contiguous()
-
-
-def block_diagonal(blocks: Tensor) -> Tensor:
-    """Matrices (n, k, k) along the diagonal of one (n k, n k)."""
-    made: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
-    return made
 
 
 def _value_curve(left: _Remaining, basis: Tensor, heads: int, per_group: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from compress.architecture import WRITERS
 from compress.invariance import FoldedModel, Rotations
 from compress.kept import Keeper
-from compress.procrustes import damped
+from compress.linalg import damped
 from compress.progress import log, track
 from compress.recipe import Recipe
 from compress.statistics import StreamMoments, head_logits

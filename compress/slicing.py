@@ -18,15 +18,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compress.architecture import WRITERS
+from compress.architecture import SUB_BLOCKS, WRITERS
 from compress.blocks import Block, rms_normalise
 from compress.fitting import FitRecord
 from compress.invariance import FoldedModel, Rotations, Weights, rotate_block
 from compress.kept import KeptFolder
-from compress.procrustes import damped
+from compress.linalg import damped
 from compress.progress import track
 from compress.skips import SliceSkip
-from compress.statistics import SUB_BLOCKS
 from compress.streams import GramSum, Runner, embed, mapped, mapped_anew, save_whole
 from compress.structures import Structure
 from compress.widths import leading_structures

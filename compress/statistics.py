@@ -18,19 +18,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from compress.architecture import WRITERS, Architecture
+from compress.architecture import SUB_BLOCKS, WRITERS, Architecture
 from compress.blocks import rms_normalise
 from compress.errors import ArtifactError, UsageError
-from compress.finite import all_finite
 from compress.inner import InnerRewrites
 from compress.invariance import FoldedModel, Rotations, Weights
 from compress.kept import KeptFolder
+from compress.linalg import all_finite
 from compress.locking import locked
 from compress.progress import track
 from compress.streams import GramSum, Runner, embed, mapped, mapped_anew, save_whole
 from compress.versions import versions
 
-SUB_BLOCKS = ("attn", "mlp")
 FINAL = "final.safetensors"
 POSITIONS = 128  # whose logits are in memory at a time
 LARGEST = 1e15  # squares of activations are summed in float32

@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.accounting import ModelSize, model_size
-from compress.architecture import Architecture
+from compress.architecture import Architecture, extra_biases
 from compress.budgets import kept_width, ratio_of, unit_of
 from compress.checkpoint import structured_state
 from compress.embedding import EmbeddingRanks, compress_embedding, token_counts
 from compress.errors import UsageError
 from compress.fallback import FAILURES
 from compress.fitting import FitRecord, LayerFitter
-from compress.inner import InnerRewrites, extra_biases
+from compress.inner import InnerRewrites
 from compress.invariance import FoldedModel, Rotations, Weights
 from compress.jrk import frobenius_error, jrk_fit_block
 from compress.kept import KeptFolder

@@ -12,7 +12,6 @@ left-padded batch, a whole sequence and a sequence of length 1.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from compress.errors import ArtifactError, no_command
+from compress.errors import ArtifactError
 from compress.masks import positions_from_mask
 from compress.progress import track
 from compress.structures import cast

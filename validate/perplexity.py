@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from compress.errors import ArtifactError, no_command
+from compress.errors import ArtifactError
 from compress.progress import log
 from compress.streams import float32_products
 from validate.data import Windows

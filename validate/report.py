@@ -5,14 +5,13 @@ Everything here is made from one dictionary, `Report`, that validate/run.py fill
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compress.errors import ArtifactError, no_command
+from compress.errors import ArtifactError
 from compress.reading import read_artefact_json, shown
 from validate.machine import machine_text
 from validate.markdown import markdown_table

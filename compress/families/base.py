@@ -6,12 +6,11 @@ A family describes; it has no maths. Nothing here reads a weight.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from compress.architecture import Architecture
-from compress.config_values import ARCHITECTURE_FIELDS, fault_of_fields, rope_fault
-from compress.errors import ArtifactError, UsageError
+from compress.errors import UsageError
 from compress.reading import shown
 
 if TYPE_CHECKING:
@@ -125,24 +124,3 @@ def refuse_quantized(config: PretrainedConfig) -> None:
         f"config.json has a quantization_config ({method}): structured matrices are fitted to float weights, "
         "so take the model that this one was quantised from."
     )
-
-
-def check_sizes(architecture: Architecture) -> Architecture:
-    """Return `architecture`; raise ArtifactError when config.json holds types, sizes or rotary parameters that no model
-    can have."""
-    fault = fault_of_fields(asdict(architecture), ARCHITECTURE_FIELDS) or rope_fault(architecture.rope, "rope")
-    if fault is not None:
-        raise ArtifactError(f"config.json gives {fault}; take the model's own config.json, unchanged.")
-    if architecture.num_heads % architecture.num_kv_heads:
-        raise ArtifactError(
-            f"config.json gives {architecture.num_heads} attention heads and {architecture.num_kv_heads} "
-            "key/value heads, but the first must be a multiple of the second."
-        )
-    if (architecture.positions == "rope") != (architecture.rope is not None):
-        raise ArtifactError(
-            f"config.json gives positions of kind {architecture.positions!r} with the rotary parameters "
-            f"{shown(architecture.rope)}; rotary positions need them, learned ones have none."
-        )
-    if architecture.rope is not None and architecture.head_dim % 2:
-        raise ArtifactError(f"config.json gives head_dim = {architecture.head_dim}, but rotary positions need it even.")
-    return architecture

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from compress.architecture import Architecture
+from compress.architecture import Architecture, check_sizes
 from compress.errors import UsageError
 from compress.families.base import (
     LM_HEAD,
@@ -16,7 +16,6 @@ from compress.families.base import (
     ParameterNames,
     TensorNames,
     activation,
-    check_sizes,
     has_source_bias,
     refuse_quantized,
 )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UsageError
+from compress.linalg import damped
 from compress.paper.solver import (
     Factors,
     PaperMember,
@@ -22,7 +23,6 @@ from compress.paper.solver import (
 from compress.procrustes import (
     Member,
     StreamTerm,
-    damped,
     frobenius_rotation,
     majorised_rotation,
     nested_rotation,

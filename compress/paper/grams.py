@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.architecture import WRITERS
+from compress.architecture import SUB_BLOCKS, WRITERS
 from compress.errors import UsageError
 from compress.invariance import FoldedModel, Rotations
 from compress.progress import track
-from compress.statistics import SUB_BLOCKS
 from compress.streams import GramSum, Runner, embed
 
 

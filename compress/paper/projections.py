@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from compress.errors import UsageError
+from compress.linalg import conjugate_gradient, low_rank
 from compress.structures import KroneckerStructure, Structure
 from compress.structures.gs import GroupShuffleStructure
 from compress.structures.gs_fit import cut, join
-from compress.structures.linalg import conjugate_gradient, low_rank
 
 LSMR_TOLERANCE = 1e-3
 """Of the inner solver of the L-step (`ftol` and `xtol` of the paper's code)."""

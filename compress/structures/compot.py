@@ -17,9 +17,9 @@ from torch.nn.functional import linear, pad
 from typing_extensions import Self
 
 from compress.errors import ArtifactError, UsageError
+from compress.linalg import Problem, balance, result_dtype
 from compress.structures import compot_fit
 from compress.structures.base import Side, Structure, register
-from compress.structures.linalg import Problem, balance, result_dtype
 
 BITS = 8
 

@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from compress.structures.linalg import Moment, Problem, conjugate_gradient
+from compress.linalg import Moment, Problem, conjugate_gradient
 
 ROUNDS = 20
 REFITS = 8

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 from typing_extensions import Self
 
+from compress.linalg import Problem, result_dtype
 from compress.structures.base import Side, Structure, register
-from compress.structures.linalg import Problem, result_dtype
 
 
 @register

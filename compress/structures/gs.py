@@ -14,9 +14,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 from compress.errors import UsageError
+from compress.linalg import Problem, balance, result_dtype
 from compress.structures import gs_fit
 from compress.structures.base import Side, Structure, register
-from compress.structures.linalg import Problem, balance, result_dtype
 
 # (left_blocks, right_blocks) in the order of preference: fewer and larger products first. 3 is for widths like
 # 576 = 9 * 64.

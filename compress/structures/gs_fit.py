@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.structures.linalg import Moment, Problem, low_rank
+from compress.linalg import Moment, Problem, low_rank
 
 SWEEPS = 30
 SWEEP_TOLERANCE = 3e-3  # stop when a sweep lowers the error by less than this fraction

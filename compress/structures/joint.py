@@ -18,8 +18,8 @@ from torch import Tensor
 
 from compress.architecture import READERS
 from compress.errors import ArtifactError, UsageError
+from compress.linalg import Moment, Problem, balance, low_rank, result_dtype
 from compress.structures.base import Structure
-from compress.structures.linalg import Moment, Problem, balance, low_rank, result_dtype
 from compress.structures.lowrank import LowRankStructure
 
 

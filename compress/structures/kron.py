@@ -18,9 +18,9 @@ from torch.nn.functional import linear, pad
 from typing_extensions import Self
 
 from compress.errors import UsageError
+from compress.linalg import Problem, result_dtype
 from compress.structures import kron_fit
 from compress.structures.base import Side, Structure, register
-from compress.structures.linalg import Problem, result_dtype
 
 Mix = Literal["leading", "explicit"]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from compress.structures.linalg import Moment, Problem, conjugate_gradient, low_rank
+from compress.linalg import Moment, Problem, conjugate_gradient, low_rank
 
 DESCENT_ROUNDS = 3  # each starts a fresh chart of the Grassmannian at the best point so far
 DESCENT_STEPS = 25

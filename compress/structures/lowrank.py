@@ -16,8 +16,8 @@ from torch.nn.functional import linear
 from typing_extensions import Self
 
 from compress.errors import UsageError
+from compress.linalg import Problem, balance, low_rank, result_dtype
 from compress.structures.base import Side, Structure, register
-from compress.structures.linalg import Problem, balance, low_rank, result_dtype
 
 
 @register

@@ -19,8 +19,8 @@ from torch.nn.functional import linear
 from typing_extensions import Self
 
 from compress.errors import ArtifactError, UsageError
+from compress.linalg import Problem, result_dtype
 from compress.structures.base import Side, Structure, cast, register
-from compress.structures.linalg import Problem, result_dtype
 from compress.structures.lowrank import best_parts
 
 INDEX = torch.int32

@@ -18,9 +18,9 @@ from torch.nn.functional import pad
 from typing_extensions import Self
 
 from compress.errors import UsageError
+from compress.linalg import Problem, result_dtype
 from compress.structures.base import Side, Structure, cast, register
 from compress.structures.dense import DenseStructure
-from compress.structures.linalg import Problem, result_dtype
 
 
 @register

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.finite import all_finite
+from compress.linalg import all_finite
 
 INF, NAN = float("inf"), float("nan")
 

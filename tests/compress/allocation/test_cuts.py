@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from compress.architecture import Architecture
-from compress.menus import Linear, descending_eigenvalues, reduced, whitened_spectrum
+from compress.linalg import descending_eigenvalues, whitened_spectrum
+from compress.menus import Linear, reduced
 from compress.nested import Nested
 from compress.procrustes import StreamTerm
 from compress.rotating import StreamRotations

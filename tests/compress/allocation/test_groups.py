@@ -9,23 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.architecture import WRITERS
+from compress.architecture import SUB_BLOCKS, WRITERS, position_of
 from compress.budgets import cost_of, kinds_of, unit_of
 from compress.groups import LayerMenus
 from compress.inner import InnerRewrites, RewrittenModel
 from compress.invariance import rotate_block
+from compress.linalg import damped, weighted_error
 from compress.menus import Linear
 from compress.metrics import loss_metric
 from compress.models import ModelSource
 from compress.pipeline import folded
 from compress.planning import Plan, make_plan
-from compress.procrustes import damped
 from compress.recipe import Recipe
-from compress.rotating import position_of
-from compress.statistics import SUB_BLOCKS, StatisticsFolder, collect
+from compress.statistics import StatisticsFolder, collect
 from compress.streams import Runner
 from compress.structures import LowRankStructure, SelectStructure, Structure, structure_from_config
-from compress.structures.linalg import weighted_error
 from compress.structures.joint import joint_fit, leader_of
 from tests import tiny
 from tests.compress import helpers

@@ -13,6 +13,7 @@ from torch import Tensor
 from compress.allocation import Choice, convex_hull
 from compress.errors import UsageError
 from compress.inner import permute_neurons
+from compress.linalg import weighted_error
 from compress.menus import (
     Linear,
     dense_choice,
@@ -33,7 +34,6 @@ from compress.structures import (
     SelectStructure,
     Structure,
 )
-from compress.structures.linalg import weighted_error
 from compress.structures.base import Side
 from compress.structures.gs_fit import cut
 from compress.structures.joint import joint_fit

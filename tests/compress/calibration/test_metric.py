@@ -11,10 +11,10 @@ from torch import Tensor
 
 from compress.checkpoint import load_model
 from compress.kept import Nowhere
+from compress.linalg import damped
 from compress.metrics import loss_metric
 from compress.models import ModelSource
 from compress.pipeline import folded, write_dense
-from compress.procrustes import damped
 from compress.recipe import Recipe
 from compress.sensitivity import measured_losses
 from compress.statistics import StatisticsFolder, StreamMoments, collect

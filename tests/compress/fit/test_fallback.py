@@ -20,6 +20,7 @@ from compress.checkpoint import CheckpointReader, load_model
 from compress.errors import UsageError
 from compress.fallback import Linear, fit_linears
 from compress.fitting import LayerFitter
+from compress.linalg import Moment, NumericalError, is_singular, noted_damping, weighted_error
 from compress.models import ModelSource, resolve
 from compress.pipeline import compress_model, folded
 from compress.recipe import parse_recipe, read_yaml
@@ -31,9 +32,7 @@ from compress.structures import (
     SelectStructure,
     Structure,
 )
-from compress.structures.linalg import weighted_error
 from compress.structures.joint import joint_fit
-from compress.structures.linalg import Moment, NumericalError, is_singular, noted_damping
 from tests import tiny
 from tests.compress.helpers import TinyModel, compressed, logits_of, tiny_source
 

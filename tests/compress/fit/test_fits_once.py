@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.fallback import Linear, fit_linears
+from compress.linalg import Problem, weighted_error
 from compress.structures import (
     GroupShuffleStructure,
     KroneckerStructure,
@@ -17,8 +18,6 @@ from compress.structures import (
     SelectStructure,
     Structure,
 )
-from compress.structures.linalg import weighted_error
-from compress.structures.linalg import Problem
 from compress.structures.lowrank import best_factors
 from compress.structures.pifa import pivot_rows
 from tests.compress.helpers import normal

@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compress.architecture import WRITERS, Architecture
+from compress.architecture import SUB_BLOCKS, WRITERS, Architecture
 from compress.calibration import token_sequences
 from compress.checkpoint import load_model, read_rotations
 from compress.fitting import FitRecord, LayerFitter
 from compress.invariance import rotate_block
+from compress.linalg import damped
 from compress.models import ModelSource
 from compress.pipeline import folded
 from compress.planning import make_plan
-from compress.procrustes import damped
-from compress.statistics import SUB_BLOCKS, collect
+from compress.statistics import collect
 from compress.streams import Runner, mapped
 from compress.structures import (
     DenseStructure,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compress.accounting import model_size, overhead_parameters
-from compress.architecture import WRITERS
+from compress.architecture import SUB_BLOCKS, WRITERS
 from compress.budgets import budget_parameters, default_unit
 from compress.errors import UsageError
 from compress.invariance import orthogonality_error
@@ -18,7 +18,7 @@ from compress.models import ModelSource
 from compress.pipeline import folded
 from compress.planning import Plan, check_recipe, make_plan
 from compress.recipe import Recipe
-from compress.statistics import SUB_BLOCKS, StreamMoments
+from compress.statistics import StreamMoments
 from compress.structures import KroneckerStructure
 from tests.compress import helpers
 from tests.compress.helpers import TinyModel, tiny_source

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from compress import families
 from compress.accounting import model_size
-from compress.architecture import Architecture
+from compress.architecture import Architecture, extra_biases
 from compress.blocks import Block, rotary_for
 from compress.checkpoint import load_model
 from compress.errors import UsageError
@@ -21,7 +21,6 @@ from compress.inner import (
     bias_correction,
     centred,
     change_value_basis,
-    extra_biases,
     permute_neurons,
     selected_roles,
     selection,

@@ -9,18 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from compress.linalg import damped, geometric_mean, polar
 from compress.procrustes import (
     Dropped,
     Member,
     StreamTerm,
-    damped,
     dropped_loss,
     frobenius_rotation,
-    geometric_mean,
     majorised_rotation,
     nested_rotation,
     nested_start,
-    polar,
 )
 from compress.structures import GroupShuffleStructure, KroneckerStructure, LowRankStructure, Structure
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress.errors import ArtifactError, UsageError
+from compress.linalg import weighted_error
 from compress.structures import CompotStructure, Structure, cast, structure_from_config
-from compress.structures.linalg import weighted_error
 from compress.structures.compot import pack
 
 bounded = settings(

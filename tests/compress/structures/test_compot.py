@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.errors import ArtifactError, UsageError
+from compress.linalg import Problem, weighted_error
 from compress.structures import CompotStructure, LowRankStructure, Structure, compot_fit, registry
-from compress.structures.linalg import weighted_error
 from compress.structures.compot import Compot24Structure, pack, unpack
-from compress.structures.linalg import Problem
 from tests.compress.structures.battery import (
     StructureBattery,
     bounded,

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.errors import UsageError
+from compress.linalg import Problem, low_rank, weighted_error
 from compress.structures import GroupShuffleStructure, LowRankStructure, Structure, gs_fit
-from compress.structures.linalg import weighted_error
-from compress.structures.linalg import Problem, low_rank
 from tests.compress.structures.battery import (
     StructureBattery,
     bounded,

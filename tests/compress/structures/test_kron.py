@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from compress.errors import ArtifactError, UsageError
+from compress.linalg import Problem, weighted_error
 from compress.structures import KroneckerStructure, Structure, kron_fit, structure_from_config
-from compress.structures.linalg import weighted_error
 from compress.structures.kron import error_by_kept
-from compress.structures.linalg import Problem
 from tests.compress.structures.battery import (
     StructureBattery,
     bounded,

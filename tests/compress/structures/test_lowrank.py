@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.errors import UsageError
+from compress.linalg import weighted_error
 from compress.structures import LowRankStructure, Structure
-from compress.structures.linalg import weighted_error
 from compress.structures.lowrank import error_by_rank
 from tests.compress.structures.battery import (
     StructureBattery,

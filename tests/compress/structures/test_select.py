@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.errors import ArtifactError, UsageError
+from compress.linalg import weighted_error
 from compress.structures import (
     KroneckerStructure,
     LowRankStructure,
@@ -20,7 +21,6 @@ from compress.structures import (
     Structure,
     structure_from_config,
 )
-from compress.structures.linalg import weighted_error
 from compress.structures.select import with_core
 from tests.compress.structures.battery import StructureBattery, random_factors, random_weight, second_moment
 

@@ -15,8 +15,8 @@ import pytest
 from compress.architecture import Architecture
 from compress.structures import Structure
 from tests.export.cases import CASES, Case, Chooser, export, gs, kron, low_rank, pivoted, two_sided
-from tests.export.helpers import llama
 from tests.export.graph.test_select import around_cores, around_pivots, both, unlike
+from tests.export.helpers import llama
 
 SCRIPT = Path(__file__).with_name("rtx_parse.py")
 TYPES = {"float32": "DataType.FLOAT", "float16": "DataType.HALF", "bfloat16": "DataType.BF16"}

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from compress.architecture import SUB_BLOCKS
 from compress.checkpoint import ShardWriter, load_model, write_config, write_rotations
 from compress.errors import UsageError
 from compress.invariance import FoldedModel, Rotations
@@ -18,7 +19,6 @@ from compress.paper.grams import position_grams
 from compress.paper.shapes import Kind
 from compress.paper.solver import PaperMember, PaperPosition, position_members
 from compress.pipeline import config_for, folded
-from compress.statistics import SUB_BLOCKS
 from compress.streams import Runner
 from tests import tiny
 from tests.compress.helpers import TinyModel, kept_in, logits_of, tiny_source

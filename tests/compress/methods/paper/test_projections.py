@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UsageError
+from compress.linalg import low_rank, weighted_error
 from compress.paper.projections import (
     frobenius_factors,
     l_step,
@@ -22,7 +23,6 @@ from compress.paper.projections import (
 from compress.structures import KroneckerStructure, LowRankStructure, Structure
 from compress.structures.gs import GroupShuffleStructure
 from compress.structures.gs_fit import cut, join
-from compress.structures.linalg import low_rank, weighted_error
 
 GENERATOR = torch.Generator().manual_seed(0)
 

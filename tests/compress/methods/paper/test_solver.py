@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.architecture import WRITERS
+from compress.architecture import SUB_BLOCKS, WRITERS
 from compress.invariance import orthogonality_error, rotate_block
 from compress.paper.descent import total_norm
 from compress.paper.projections import frobenius_factors
 from compress.paper.shapes import Kind, paper_structures
 from compress.paper.solver import (
-    PaperMoments,
     PaperMember,
+    PaperMoments,
     PaperPosition,
     frobenius_stage,
     objective,
@@ -28,7 +28,6 @@ from compress.paper.solver import (
     solve_position,
 )
 from compress.pipeline import folded
-from compress.statistics import SUB_BLOCKS
 from compress.structures import KroneckerStructure, Structure
 from compress.structures.gs import GroupShuffleStructure
 from tests import tiny

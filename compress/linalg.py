@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor
 
 from compress.errors import UsageError
-from compress.finite import all_finite
 
 logger = logging.getLogger(__name__)
 
@@ -234,3 +234,71 @@ def conjugate_gradient(
 def result_dtype(weight: Tensor) -> torch.dtype:
     """The type of fitted factors: float64 for a float64 weight, float32 for any other."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no entry is NaN or infinite. A sum that is finite has finite terms only, and is ten times as fast as
+    looking at each; one that is not may have overflown."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return math.isfinite(float(x.sum(dtype=wide))) or bool(torch.isfinite(x).all())
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """The orthogonal factor U V^T of a square matrix: argmax over orthogonal Q of tr(Q^T matrix) (Procrustes)."""
+    u, _, vt = torch.linalg.svd(matrix)
+    q: Tensor = u @ vt
+    return q
+
+
+def damped(gram: Tensor, fraction: float) -> Tensor:
+    """gram + fraction * mean(diagonal) * I in float64; a zero matrix becomes the identity."""
+    gram = gram.double()
+    mean = gram.diagonal().mean()
+    if mean <= 0:
+        return torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    return gram + fraction * mean * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+
+
+def geometric_mean(p: Tensor, m: Tensor) -> Tensor:
+    """P # M = L (L^-1 M L^-T)^(1/2) L^T, P = L L^T, for positive definite P and semi-definite M; symmetric in both.
+
+    Any factor L of P serves (L = P^(1/2) U for an orthogonal U, which cancels): a Cholesky and one eigh.
+    """
+    factor = torch.linalg.cholesky(p)
+    half = torch.linalg.solve_triangular(factor, m, upper=False)
+    inner = torch.linalg.solve_triangular(factor, half.T, upper=False)
+    values, vectors = torch.linalg.eigh((inner + inner.T) / 2)
+    scaled = (factor @ vectors) * values.clamp(min=0).pow(0.25)
+    mean: Tensor = scaled @ scaled.T
+    return mean
+
+
+def block_diagonal(blocks: Tensor) -> Tensor:
+    """Matrices (n, k, k) along the diagonal of one (n k, n k)."""
+    made: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return made
+
+
+def whitened_spectrum(weight: Tensor, gram: Tensor, metric: Tensor) -> Tensor:
+    """Squared singular values, descending, of C_H^T W C_G; weight (..., out, in) and its moments may be batched.
+
+    They are the eigenvalues of C_H^T (W G W^T) C_H, and of C_G^T (W^T H W) C_G: the smaller of the two is formed, and
+    the larger moment is not factorised. Several times faster than an SVD, and exact to rounding of the largest, which
+    is all that sums of tails need.
+    """
+    n, m = weight.shape[-2:]
+    moment, product = (metric, weight @ gram @ weight.mT) if n <= m else (gram, weight.mT @ metric @ weight)
+    factor = torch.linalg.cholesky(moment)
+    return descending_eigenvalues(factor.mT @ product @ factor)
+
+
+def descending_eigenvalues(matrix: Tensor) -> Tensor:
+    """Of a symmetric positive semi-definite matrix (..., k, k); negative ones are rounding, and become 0."""
+    values: Tensor = torch.linalg.eigvalsh(matrix)
+    return values.clamp(min=0).flip(-1)
+
+
+def tails(squares: Tensor) -> Tensor:
+    """Entry k: the sum of all but the first k; (..., n) -> (..., n + 1)."""
+    sums = squares.flip(-1).cumsum(-1).flip(-1)
+    return torch.cat((sums, torch.zeros_like(sums[..., :1])), dim=-1)
