@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from compress.artifact.reading import shown
 from compress.config_values import ARCHITECTURE_FIELDS, fault_of_fields, rope_fault
 from compress.errors import ArtifactError
-from compress.reading import shown
 
 if TYPE_CHECKING:
     pass

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from compress.architecture import WRITERS, Architecture
+from compress.artifact.reading import reason, shown
 from compress.errors import ArtifactError
-from compress.reading import reason, shown
 from compress.skips import DenseSkip, SkipForm
 from compress.structures import DenseStructure, Structure
 from compress.structures.joint import leader_of

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from compress.artifact.reading import shown
 from compress.errors import ArtifactError
-from compress.reading import shown
 
 LARGEST: dict[str, int] = {
     "num_layers": 4096,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path, PurePosixPath
 
-from compress.artifact import Artifact
+from compress.artifact.store import Artifact
 from compress.errors import UsageError
 from compress.models import ModelSource
 from compress.recipe import Recipe

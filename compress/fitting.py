@@ -22,19 +22,20 @@ import torch
 from torch import Tensor
 
 from compress.architecture import SUB_BLOCKS, WRITERS, extra_biases, position_of
+from compress.artifact.ledger import KeptFolder
+from compress.artifact.state import mapped, mapped_anew, save_whole
 from compress.blocks import Block, StructuredLinear, rms_normalise
 from compress.checkpoint import structured_state
 from compress.errors import UsageError
 from compress.fallback import Fit, Linear, fit_linears
 from compress.inner import RewrittenModel, bias_correction, centred
 from compress.invariance import FoldedModel, Weights, rotate_block
-from compress.kept import KeptFolder
 from compress.linalg import all_finite, damped, is_singular, noted_damping
 from compress.planning import Moments, Plan
 from compress.progress import log, track
 from compress.recipe import Recipe
 from compress.statistics import StreamMoments
-from compress.streams import GramSum, Runner, embed, mapped, mapped_anew, save_whole
+from compress.streams import GramSum, Runner, embed
 from compress.structures import DenseStructure, SelectStructure, Structure, structure_from_config
 from compress.structures.joint import leader_of
 

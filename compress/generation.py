@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compress.artifact.reading import shown
 from compress.errors import ArtifactError
-from compress.reading import shown
 
 GENERATION_CONFIG = "generation_config.json"
 

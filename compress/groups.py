@@ -9,9 +9,9 @@ from torch import Tensor
 
 from compress.allocation import Choice, convex_hull
 from compress.architecture import SUB_BLOCKS, WRITERS, position_of
+from compress.artifact.ledger import Keeper, Nowhere
 from compress.inner import InnerRewrites
 from compress.invariance import FoldedModel
-from compress.kept import Keeper, Nowhere
 from compress.linalg import damped
 from compress.menus import (
     CORES,

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from compress.artifact.reading import reason
 from compress.errors import MissingDependencyError, UsageError
 from compress.network import unreachable
-from compress.reading import reason
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 

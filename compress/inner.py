@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.architecture import WRITERS, Architecture
+from compress.artifact.state import save_whole
 from compress.errors import UsageError
 from compress.invariance import FoldedModel, Weights
 from compress.linalg import block_diagonal
-from compress.streams import save_whole
 from compress.structures import SelectStructure, Structure
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from compress.allocation import Choice
+from compress.artifact.ledger import Keeper
 from compress.groups import LayerMenus
-from compress.kept import Keeper
 from compress.rotating import StreamRotations
 from compress.structures import structure_from_config
 

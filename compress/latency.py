@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from compress.artifact.reading import RefusedError, read_json
 from compress.errors import UsageError
-from compress.reading import RefusedError, read_json
 from compress.structures import DenseStructure, GroupShuffleStructure, KroneckerStructure, Structure, core_of
 
 Key = tuple[str, int, int]

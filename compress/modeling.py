@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from compress.architecture import Architecture, check_sizes
+from compress.artifact.reading import shown
 from compress.blocks import (
     ACTIVATIONS,
     Block,
@@ -22,7 +23,6 @@ from compress.blocks import (
 )
 from compress.errors import ArtifactError, UsageError
 from compress.masks import check_mask, mask_unless_causal, positions_for
-from compress.reading import shown
 from compress.skips import SkipForm, skips_from_config
 from compress.structures import Structure, structure_from_config
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from compress import families, hub
 from compress.aliases import ALIASES, PACKAGED, PackagedModel
 from compress.architecture import Architecture
+from compress.artifact.files import sha256_of
+from compress.artifact.reading import RefusedError, read_json, reason, shown
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
-from compress.files import sha256_of
 from compress.generation import GENERATION_CONFIG, end_tokens, read_generation_config
-from compress.reading import RefusedError, read_json, reason, shown
 from compress.tokenizer_files import check_use, rust_errors, tokenizer_class
 from compress.vocabulary import warn_beyond
 

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from compress import families
 from compress.architecture import Architecture
-from compress.artifact import Artifact
+from compress.artifact.files import sha256_of
+from compress.artifact.store import Artifact
+from compress.artifact.versions import versions
 from compress.budgets import ratio_of
 from compress.calibration import token_sequences
 from compress.checkpoint import ShardWriter, load_model, read_rotations, write_config, write_rotations
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
-from compress.files import sha256_of
 from compress.fitting import summarise
 from compress.invariance import FoldedModel, Rotations, rotate_block
 from compress.largest import largest_activations
@@ -34,7 +35,6 @@ from compress.strategies import Fitted, fit_model
 from compress.structures import DenseStructure, Structure
 from compress.textdata import load_text
 from compress.textfiles import text_sha256
-from compress.versions import versions
 
 
 def torch_device(name: str) -> torch.device:

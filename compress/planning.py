@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compress.allocation import allocate, allocate_uniformly
 from compress.architecture import WRITERS, Architecture, position_of
+from compress.artifact.ledger import Keeper, Nowhere
 from compress.budgets import (
     budget_of,
     budget_parameters,
@@ -27,7 +28,6 @@ from compress.groups import LayerMenus
 from compress.inner import InnerRewrites, selection
 from compress.invariance import FoldedModel, Rotations
 from compress.jrk import jrk_structures
-from compress.kept import Keeper, Nowhere
 from compress.keptmenus import kept_groups
 from compress.menus import CORES
 from compress.paper.accounting import largest_kept

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from compress import hub
+from compress.artifact.files import sha256_of
 from compress.errors import ArtifactError, UsageError
-from compress.files import sha256_of
 from compress.models import ModelSource, resolve
 
 _SETTINGS = ("config.json", *hub.SETTINGS)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from compress import reading
+from compress.artifact import reading
+from compress.artifact.reading import shown
 from compress.errors import ArtifactError, UsageError
-from compress.reading import shown
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails

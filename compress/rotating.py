@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from compress.architecture import SUB_BLOCKS, WRITERS, Architecture
+from compress.artifact.ledger import Keeper
 from compress.invariance import FoldedModel, Rotations
-from compress.kept import Keeper
 from compress.linalg import damped
 from compress.procrustes import (
     Member,

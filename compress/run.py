@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     check_versions(*CORE, purpose="compress a model")
     recipe = recipe_from(args)
-    from compress.artifact import Artifact
+    from compress.artifact.store import Artifact
     from compress.default_out import default_out, refuse_anothers
     from compress.models import look_up, resolve
     from compress.planning import within_positions

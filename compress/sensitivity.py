@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from compress.architecture import WRITERS
+from compress.artifact.ledger import Keeper
 from compress.invariance import FoldedModel, Rotations
-from compress.kept import Keeper
 from compress.linalg import damped
 from compress.progress import log, track
 from compress.recipe import Recipe

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from compress.artifact.files import os_error_of
 from compress.errors import MissingDependencyError, ProcrustesError
-from compress.files import os_error_of
 
 _HANDLES = (errno.EMFILE, errno.ENFILE)
 _TEXTS = {  # as torch, safetensors, ONNX Runtime, the dynamic loader and Python have them

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from compress.artifact.reading import shown
 from compress.errors import ArtifactError, UsageError
-from compress.reading import shown
 
 EXACT = 1e-8
 """Largest entry by which a form may miss the skip of the rotations that it is made from: far above rounding."""

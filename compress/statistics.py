@@ -19,16 +19,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress.architecture import SUB_BLOCKS, WRITERS, Architecture
+from compress.artifact.ledger import KeptFolder
+from compress.artifact.locking import locked
+from compress.artifact.state import mapped, mapped_anew, save_whole
+from compress.artifact.versions import versions
 from compress.blocks import rms_normalise
 from compress.errors import ArtifactError, UsageError
 from compress.inner import InnerRewrites
 from compress.invariance import FoldedModel, Rotations, Weights
-from compress.kept import KeptFolder
 from compress.linalg import all_finite
-from compress.locking import locked
 from compress.progress import track
-from compress.streams import GramSum, Runner, embed, mapped, mapped_anew, save_whole
-from compress.versions import versions
+from compress.streams import GramSum, Runner, embed
 
 FINAL = "final.safetensors"
 POSITIONS = 128  # whose logits are in memory at a time

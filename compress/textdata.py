@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from compress import hub
+from compress.artifact.reading import shown
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.lazy import require
-from compress.reading import shown
 from compress.textfiles import JsonTexts, Rows, WholeFile, WikitextLines, json_lines
 
 ROW_SEPARATOR = "\n\n"

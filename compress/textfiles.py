@@ -21,9 +21,9 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, overload
 
+from compress.artifact.reading import RefusedError, open_file, shown
 from compress.errors import ArtifactError, UsageError
 from compress.progress import log
-from compress.reading import RefusedError, open_file, shown
 
 _CHUNK = 1 << 20
 _CHECKED_ROWS = 1000

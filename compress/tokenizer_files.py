@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from compress.artifact.reading import RefusedError, fault_of, read_bytes, read_json, reason, refuse_pointer, shown
 from compress.config_values import Check, boolean, fault_of_fields, mapping, optional, text, whole
 from compress.errors import ArtifactError, UsageError
 from compress.lazy import require
-from compress.reading import RefusedError, fault_of, read_bytes, read_json, reason, refuse_pointer, shown
 
 # One of these must be there. Without any, transformers makes up an empty tokenizer instead of failing.
 ANY_OF = ("tokenizer.json", "tokenizer.model", "vocab.json")

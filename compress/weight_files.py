@@ -21,9 +21,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from compress import reading
+from compress.artifact import reading
+from compress.artifact.reading import fault_of, reason, refuse_pointer, shown
 from compress.errors import ArtifactError
-from compress.reading import fault_of, reason, refuse_pointer, shown
 
 # What transformers looks for, in its order: the first that exists is the checkpoint.
 ENTRIES = (

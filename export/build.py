@@ -15,7 +15,7 @@ from compress.options import add_compress_arguments, add_output_arguments, recip
 from compress.progress import log
 
 if TYPE_CHECKING:
-    from compress.artifact import Artifact
+    from compress.artifact.store import Artifact
     from compress.models import ModelSource
     from compress.recipe import Recipe
     from export.engines.tensorrt import Options
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_versions(*CORE, "onnx", purpose="compress and export a model")
     if args.engine == "ort":  # now, and not after hours of work
         require("onnxruntime", pip="'onnxruntime>=1.24'", purpose="prepare --engine ort")
-    from compress.artifact import Artifact
+    from compress.artifact.store import Artifact
 
     if args.resume:
         result = _resume(args, Artifact(args.out))

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.artifact import Artifact
+from compress.artifact.reading import read_artefact_json, shown
+from compress.artifact.store import Artifact
 from compress.errors import ArtifactError
 from compress.progress import log
-from compress.reading import read_artefact_json, shown
 from export.engines.ort import CPU, executed_nodes
 from export.graph import MODEL_NAME, export_onnx
 from export.ops import is_ours

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from compress.artifact import Artifact
+from compress.artifact.store import Artifact
 from compress.errors import UsageError
 from compress.progress import log
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from compress.files import fsync
+from compress.artifact.files import fsync
+from compress.artifact.state import mapped, mapped_anew
 from compress.progress import log
-from compress.streams import mapped, mapped_anew
 
 if TYPE_CHECKING:
     from compress.modeling import ProcrustesForCausalLM

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compress.artifact.reading import read_artefact_json, shown
 from compress.errors import ArtifactError
-from compress.reading import read_artefact_json, shown
 from validate.machine import machine_text
 from validate.markdown import markdown_table
 from validate.reportfiles import write_json

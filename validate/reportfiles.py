@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from compress.artifact import Artifact
-from compress.reading import read_artefact_json
+from compress.artifact.reading import read_artefact_json
+from compress.artifact.store import Artifact
 
 
 def write_json(path: Path, value: Any) -> None:

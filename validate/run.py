@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from validate.baseline import Baseline
 
     if args.gpu:
-        from compress.artifact import Artifact
+        from compress.artifact.store import Artifact
         from export.engines.trt import require as require_tensorrt
         from export.engines.trt_runner import check_engine
 

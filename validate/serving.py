@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for flag in ("tokens", "requests", "rounds"):
         if getattr(args, flag) < 1:
             raise UsageError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
-    from compress.artifact import Artifact
+    from compress.artifact.store import Artifact
     from validate.gates import Gate, failures, parse_batch_sizes, parse_speedup
     from validate.machine import machine_facts
     from validate.reportfiles import add_report

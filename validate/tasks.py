@@ -229,7 +229,7 @@ def load_compressed(target: Path, dtype: str) -> tuple[ProcrustesForCausalLM, An
     import torch
     from transformers import AutoTokenizer
 
-    from compress.artifact import Artifact
+    from compress.artifact.store import Artifact
     from compress.checkpoint import load_model
 
     folder = target
@@ -243,7 +243,7 @@ def _keep(target: Path | None, report: dict[str, Any]) -> None:
     """OUT/reports/tasks.json, where there is an OUT."""
     if target is None:
         return
-    from compress.artifact import Artifact
+    from compress.artifact.store import Artifact
     from validate.reportfiles import add_report
 
     if Artifact(target).exists():

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from compress.architecture import Architecture
+from compress.artifact.reading import shown
 from compress.errors import UsageError
 from compress.families import llama, opt
 from compress.families.base import Family, LayerNames, ParameterNames, TensorNames, expected_shapes
 from compress.families.foreign import refuse_foreign
-from compress.reading import shown
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

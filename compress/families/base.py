@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from compress.architecture import Architecture
+from compress.artifact.reading import shown
 from compress.errors import UsageError
-from compress.reading import shown
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from compress.artifact.reading import shown
 from compress.errors import UsageError
-from compress.reading import shown
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

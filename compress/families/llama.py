@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from compress.architecture import Architecture, check_sizes
+from compress.artifact.reading import shown
 from compress.errors import UsageError
 from compress.families.base import (
     LM_HEAD,
@@ -19,7 +20,6 @@ from compress.families.base import (
     has_source_bias,
     refuse_quantized,
 )
-from compress.reading import shown
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

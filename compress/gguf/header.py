@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from compress.artifact.reading import refuse_pointer
 from compress.errors import ArtifactError
 from compress.lazy import require
-from compress.reading import refuse_pointer
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

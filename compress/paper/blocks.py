@@ -12,10 +12,11 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor, device
 
+from compress.artifact.ledger import KeptFolder
+from compress.artifact.state import save_whole
 from compress.checkpoint import structured_state
 from compress.fitting import FitRecord
 from compress.invariance import FoldedModel, Rotations, rotate_block
-from compress.kept import KeptFolder
 from compress.paper.shapes import Kind, paper_structures
 from compress.paper.solver import (
     ALS_ITERATIONS,
@@ -26,7 +27,6 @@ from compress.paper.solver import (
     paper_positions,
 )
 from compress.progress import log, track
-from compress.streams import save_whole
 from compress.structures import Structure
 
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from compress.artifact.reading import shown
 from compress.errors import ArtifactError, UsageError
-from compress.reading import shown
 
 Side = Literal["in", "out"]  # which side of the matrix lies on the residual stream: "in" reads it, "out" writes it
 

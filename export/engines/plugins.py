@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.artifact import Artifact
+from compress.artifact.files import sha256_of
+from compress.artifact.store import Artifact
 from compress.errors import ArtifactError
-from compress.files import sha256_of
 from compress.progress import log
 from export.stages import BUILD_INFO, build_info, is_current, structured_ops, write_json
 from trt_plugins.build import ARCHITECTURES, AUTOLOAD, PLUGINS, SOURCES, build

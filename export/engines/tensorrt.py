@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
-from compress.artifact import Artifact
+from compress.artifact.store import Artifact
 from export.engines.profiles import Spans
 
 PLAN, LAYERS = "model.plan", "layers.json"

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.artifact import Artifact
+from compress.artifact.files import sha256_of
+from compress.artifact.store import Artifact
 from compress.errors import MissingDependencyError
-from compress.files import sha256_of
 from compress.lazy import LEAST
 from compress.progress import log
 from export.engines.gpu import Gpu, find_gpu

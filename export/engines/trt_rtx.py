@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from compress.artifact import Artifact
+from compress.artifact.files import sha256_of
+from compress.artifact.store import Artifact
 from compress.errors import MissingDependencyError, UsageError
-from compress.files import sha256_of
 from compress.lazy import LEAST, version_of
 from compress.progress import log
 from export.engines.jobs import Job, run_job

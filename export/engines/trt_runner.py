@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.artifact import Artifact
+from compress.artifact.files import sha256_of
+from compress.artifact.store import Artifact
 from compress.errors import ArtifactError, MissingDependencyError
-from compress.files import sha256_of
 from compress.lazy import require
 from compress.progress import log
 from export.engines.device_runner import DeviceRunner

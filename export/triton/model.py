@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import triton_python_backend_utils as pb_utils
 
-from compress.artifact import Artifact
+from compress.artifact.store import Artifact
 from compress.progress import log
 from export.engines.slots import Slots
 from export.triton.answers import Client, Health, Metrics, Refusal, unwell

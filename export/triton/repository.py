@@ -10,7 +10,7 @@ from typing import Any
 import compress
 import export
 import trt_plugins
-from compress.artifact import Artifact
+from compress.artifact.store import Artifact
 from compress.errors import ArtifactError, UsageError
 from compress.progress import log
 from export.engines.tensorrt import PLAN

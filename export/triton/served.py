@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from compress.artifact import MANIFEST, Artifact
-from compress.manifest import Manifest
+from compress.artifact.manifest import Manifest
+from compress.artifact.store import MANIFEST, Artifact
 from export.graph import MODEL_NAME
 
 

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compress.artifact import Artifact
-from compress.kept import KeptFolder
+from compress.artifact.ledger import KeptFolder
+from compress.artifact.store import Artifact
 from compress.models import ModelSource, resolve
 from compress.pipeline import compress_model
 from compress.recipe import Recipe, parse_recipe, read_yaml

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from compress.artifact import Artifact
+from compress.artifact.store import Artifact
 from compress.default_out import default_out, refuse_anothers
 from compress.errors import UsageError, run_cli
 from compress.models import resolve

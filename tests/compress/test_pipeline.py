@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compress.accounting import model_size, overhead_parameters
-from compress.artifact import Artifact
+from compress.artifact.store import Artifact
 from compress.checkpoint import CheckpointReader, load_model
 from compress.errors import ArtifactError, UsageError
 from compress.models import ModelSource

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compress import streams
-from compress.artifact import Artifact
+from compress.artifact.store import Artifact
 from compress.checkpoint import CheckpointReader, load_model
 from compress.errors import UsageError
 from compress.forecast import forecast

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from compress import streams
-from compress.artifact import Artifact
+from compress.artifact.store import Artifact
 from compress.errors import ArtifactError, UsageError
 from compress.models import ModelSource
 from compress.pipeline import compress_model, has_checkpoint

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.artifact import Artifact
+from compress.artifact.store import Artifact
 from compress.errors import run_cli
 from compress.forecast import lines
 from compress.recipe import read_yaml

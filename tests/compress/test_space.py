@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from compress.artifact.ledger import KeptFolder
 from compress.errors import run_cli
 from compress.forecast import forecast, lines, readable
-from compress.kept import KeptFolder
 from compress.pipeline import compress_model
 from compress.run import main
 from tests.compress import helpers

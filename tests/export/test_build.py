@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from compress.artifact import Artifact
+from compress.artifact.store import Artifact
 from compress.checkpoint import load_model
 from compress.errors import run_cli
 from export.build import main

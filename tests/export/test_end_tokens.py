@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from compress.artifact import Artifact
+from compress.artifact.store import Artifact
 from compress.errors import run_cli
 from compress.models import resolve
 from export.build import main

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from compress.artifact import Artifact
+from compress.artifact.store import Artifact
 from compress.errors import run_cli
 from tests import tiny
 from tests.faults.rows import FaultError

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from compress.files import sha256_of
+from compress.artifact.files import sha256_of
 
 
 def sign(out: Path) -> None:
     """Let manifest.json give the sizes and hashes that the files have now, and the digests of each stage's inputs."""
-    from compress.manifest import Manifest
+    from compress.artifact.manifest import Manifest
 
     path = out / "manifest.json"
     values = json.loads(path.read_text())

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from compress.accounting import bias_parameters
-from compress.artifact import Artifact
+from compress.artifact.store import Artifact
 from compress.checkpoint import CheckpointReader
 from tests import tiny
 from tests.roads import figures

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from compress.artifact import Artifact
+from compress.artifact.store import Artifact
 from compress.errors import UsageError, run_cli
 from export.build import main as build
 from tests.validate.damaging import damage

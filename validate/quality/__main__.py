@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.artifact.reading import RefusedError, read_json, shown
 from compress.errors import GateError, UsageError, run_cli
 from compress.progress import log
-from compress.reading import RefusedError, read_json, shown
 
 if TYPE_CHECKING:
     from validate.quality.methods import Line

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from compress.artifact import Artifact
+from compress.artifact.store import Artifact
 from compress.checkpoint import CheckpointReader, load_model
 from compress.errors import INTERRUPTED, ProcrustesError
 from compress.pipeline import has_checkpoint

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.artifact import Artifact
+from compress.artifact.store import Artifact
 from compress.pipeline import compress_model
 from tests.compress import helpers
 from tests.compress.helpers import TinyModel, same_files, text_file, tiny_source

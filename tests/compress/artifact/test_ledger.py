@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from compress.artifact.ledger import LEDGER, KeptFolder, clear, request_of
 from compress.errors import ArtifactError, UsageError
-from compress.kept import LEDGER, KeptFolder, clear, request_of
 from tests.crashing import deaths, died
 
 REQUEST = {"model": "m", "ratio": 0.75}

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-import compress.artifact
-import compress.files
-from compress.artifact import Artifact
+import compress.artifact.files
+import compress.artifact.store
+from compress.artifact.store import Artifact
 from compress.errors import ArtifactError, UsageError, run_cli
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -281,7 +281,7 @@ def test_a_failure_while_publishing_keeps_the_older_stage(tmp_path, monkeypatch,
         rename(source, target)
 
     if failing == "hash":
-        monkeypatch.setattr(compress.files, "sha256_of", refuse)
+        monkeypatch.setattr(compress.artifact.files, "sha256_of", refuse)
     elif failing == "manifest":
         monkeypatch.setattr(compress.artifact.Manifest, "to_json", refuse)
     else:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.artifact import Artifact
+from compress.artifact.store import Artifact
 from compress.blocks import StructuredLinear
 from compress.errors import ArtifactError, run_cli
 from compress.largest import FLOAT16_MAX, Largest, Watch, largest_activations

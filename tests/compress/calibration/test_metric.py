@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from compress.artifact.ledger import Nowhere
 from compress.checkpoint import load_model
-from compress.kept import Nowhere
 from compress.linalg import damped
 from compress.metrics import loss_metric
 from compress.models import ModelSource

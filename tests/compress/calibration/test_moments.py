@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from compress import families
 from compress.architecture import SUB_BLOCKS, WRITERS
+from compress.artifact.state import mapped, mapped_anew, save_whole
 from compress.errors import ArtifactError
 from compress.models import ModelSource
 from compress.pipeline import folded
 from compress.statistics import StatisticsFolder, StreamMoments, collect, sample
-from compress.streams import GramSum, Runner, mapped, mapped_anew, save_whole
+from compress.streams import GramSum, Runner
 from tests import tiny
 from tests.compress.helpers import LENGTH, TinyModel, interrupted_at, kept_in, relative, tiny_source
 

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from compress import textfiles
+from compress.artifact.reading import _NotWaiting
 from compress.calibration import token_sequences
 from compress.errors import ArtifactError, MissingDependencyError, ProcrustesError, UsageError
-from compress.reading import _NotWaiting
 from compress.textdata import TextData, load_text
 from compress.textfiles import Lines
 from tests import tiny

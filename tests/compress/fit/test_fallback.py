@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress import fallback
-from compress.artifact import Artifact
+from compress.artifact.store import Artifact
 from compress.checkpoint import CheckpointReader, load_model
 from compress.errors import UsageError
 from compress.fallback import Linear, fit_linears

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.architecture import SUB_BLOCKS, WRITERS, Architecture
+from compress.artifact.state import mapped
 from compress.calibration import token_sequences
 from compress.checkpoint import load_model, read_rotations
 from compress.fitting import FitRecord, LayerFitter
@@ -21,7 +22,7 @@ from compress.models import ModelSource
 from compress.pipeline import folded
 from compress.planning import make_plan
 from compress.statistics import collect
-from compress.streams import Runner, mapped
+from compress.streams import Runner
 from compress.structures import (
     DenseStructure,
     GroupShuffleStructure,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from compress import pipeline, textdata
-from compress.artifact import Artifact
+from compress.artifact.store import Artifact
 from compress.checkpoint import CheckpointReader, load_model
 from compress.errors import UsageError
 from compress.jrk import energy_structures, jrk_fit_block, jrk_groups, jrk_structures

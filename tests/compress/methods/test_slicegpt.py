@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compress import slicing
 from compress.accounting import model_size
+from compress.artifact.state import save_whole
 from compress.checkpoint import ShardWriter, load_model, write_config, write_rotations
 from compress.errors import UsageError
 from compress.invariance import FoldedModel, Rotations
@@ -28,7 +29,7 @@ from compress.slicing import (
     slice_model,
     sliced_block,
 )
-from compress.streams import Runner, save_whole
+from compress.streams import Runner
 from compress.widths import kept_for_ratio, leading_structures
 from tests import tiny
 from tests.compress.helpers import TinyModel, kept_in, logits_of, relative, tiny_source

@@ -13,9 +13,9 @@ from typing import Any
 import onnx
 import pytest
 
-from compress.artifact import Artifact
+from compress.artifact.files import sha256_of
+from compress.artifact.store import Artifact
 from compress.errors import ArtifactError, MissingDependencyError, UsageError, run_cli
-from compress.files import sha256_of
 from export.build import main, parser
 from export.engines import gpu, jobs, plugins, trt, trt_rtx, trt_runner
 from export.engines.jobs import Job

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.artifact import Artifact
+from compress.artifact.store import Artifact
 from compress.errors import ArtifactError
 from compress.models import ModelSource
 from compress.pipeline import compress_model

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from compress.artifact import Artifact
+from compress.artifact.store import Artifact
 from compress.errors import UsageError
 from export.build import main
 from export.engines.tensorrt import PLAN

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from compress.artifact import Artifact
+from compress.artifact.store import Artifact
 from validate.reportfiles import add_report, read_report
 
 

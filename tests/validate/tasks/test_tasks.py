@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from compress.artifact import Artifact
+from compress.artifact.store import Artifact
 from compress.errors import MissingDependencyError, UsageError, run_cli
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
 from tests import tiny

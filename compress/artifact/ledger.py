@@ -25,8 +25,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.artifact.files import fsync, named, open_to_umask, refuse_links, remove, sha256_of
 from compress.errors import ArtifactError, UsageError
-from compress.files import fsync, named, open_to_umask, refuse_links, remove, sha256_of
 from compress.progress import log
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class KeptFolder:
         """The tensors of the piece `name`, on the CPU; computed by `make` where it is not there yet."""
         from safetensors.torch import load_file
 
-        from compress.streams import save_whole
+        from compress.artifact.state import save_whole
 
         file = f"{name}.safetensors"
         if file not in self:

@@ -11,8 +11,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from compress.artifact.manifest import FileEntry
 from compress.errors import ArtifactError, ProcrustesError
-from compress.manifest import FileEntry
 
 _CHUNK = 1 << 20
 _OS_ERROR = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")

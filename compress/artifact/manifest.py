@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
+from compress.artifact.reading import RefusedError, read_json, shown
 from compress.errors import ArtifactError
-from compress.reading import RefusedError, read_json, shown
 
 SCHEMA = 1
 _REPLACED, _MERGED = ("source", "recipe_sha256", "gates"), ("versions",)

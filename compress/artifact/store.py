@@ -1,7 +1,7 @@
 """The artefact folder OUT: stages that appear whole or not at all, and the manifest that vouches for them.
 
 A stage (`checkpoint`, `onnx`, `engine`, `triton`, `reports`, or the single file `recipe.yaml`) is written
-under `OUT/.tmp-<stage>` and published by renames. One process writes OUT at a time (`compress/locking.py`).
+under `OUT/.tmp-<stage>` and published by renames. One process writes OUT at a time (`compress/artifact/locking.py`).
 
 Publishing keeps a small journal, so that a kill at any moment leaves the old stage or the new one, whole:
 
@@ -26,11 +26,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from compress.artifact.files import files_below, fsync, located, named, refuse_links, remove, seal, sha256_of
+from compress.artifact.ledger import KeptFolder, clear, clear_unused, request_of
+from compress.artifact.locking import locked
+from compress.artifact.manifest import FileEntry, Manifest
 from compress.errors import ArtifactError, UsageError
-from compress.files import files_below, fsync, located, named, refuse_links, remove, seal, sha256_of
-from compress.kept import KeptFolder, clear, clear_unused, request_of
-from compress.locking import locked
-from compress.manifest import FileEntry, Manifest
 
 MANIFEST = "manifest.json"
 _TMP, _OLD, _PENDING, _SCRATCH, _DRAFT = ".tmp-", ".old-", ".pending-", ".scratch-", ".draft"
