@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from compress.errors import run_cli
+from compress.cli.entry import run_cli
 from compress.lazy import CORE, check_versions
 from compress.options import add_compress_arguments, add_output_arguments, recipe_from
 from compress.progress import log

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import ArtifactError, MissingDependencyError, UsageError, run_cli
+from compress.cli.entry import run_cli
+from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.lazy import CORE, check_versions, require
 from compress.options import add_compress_arguments, add_output_arguments, recipe_from
 from compress.progress import log

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.errors import run_cli
+from compress.cli.entry import run_cli
 from export.build import main
 from tests import tiny
 from tests.serve import free_ports, ready, running

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from compress.errors import MissingDependencyError, UsageError, run_cli
+from compress.cli.entry import run_cli
+from compress.errors import MissingDependencyError, UsageError
 from compress.progress import log
 from trt_plugins.toolchain import find
 

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from compress.errors import ArtifactError, MissingDependencyError, run_cli
+from compress.cli.entry import run_cli
+from compress.errors import ArtifactError, MissingDependencyError
 from compress.progress import log
 from trt_plugins.build import ARCHITECTURES, SOURCES
 from trt_plugins.toolchain import find, packages

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from compress.calibration import A_TOKEN, BYTES_A_CHARACTER, CHARACTERS, MARGIN, more_characters
+from compress.cli.shortages import free_memory
 from compress.errors import MissingDependencyError, UsageError
-from compress.shortages import free_memory
 from compress.textdata import TextData
 from compress.vocabulary import check_ids
 

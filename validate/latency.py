@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import UsageError, run_cli
+from compress.cli.entry import run_cli
+from compress.errors import UsageError
 from compress.progress import log, track
 
 if TYPE_CHECKING:

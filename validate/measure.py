@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from compress.errors import run_cli
+from compress.cli.entry import run_cli
 
 
 def main(argv: list[str]) -> int:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from compress.errors import run_cli
+from compress.cli.entry import run_cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import GateError, UsageError, run_cli
+from compress.cli.entry import run_cli
+from compress.errors import GateError, UsageError
 from compress.lazy import CORE, check_versions, require
 from compress.progress import log
 

@@ -21,7 +21,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from compress.errors import ArtifactError, GateError, MissingDependencyError, UsageError, run_cli
+from compress.cli.entry import run_cli
+from compress.errors import ArtifactError, GateError, MissingDependencyError, UsageError
 from compress.progress import log
 
 EXAMPLES = """examples:

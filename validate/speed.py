@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import ArtifactError, MissingDependencyError, UsageError, run_cli
+from compress.cli.entry import run_cli
+from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.lazy import require
 from compress.progress import log
 from validate.graphfacts import GraphFacts

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from compress.artifact.store import Artifact
+from compress.cli.entry import run_cli
 from compress.default_out import default_out, refuse_anothers
-from compress.errors import UsageError, run_cli
+from compress.errors import UsageError
 from compress.models import resolve
 from compress.recipe import parse_recipe, read_yaml
 from compress.run import main

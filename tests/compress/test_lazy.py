@@ -10,7 +10,8 @@ from types import ModuleType
 
 import pytest
 
-from compress.errors import MissingDependencyError, run_cli
+from compress.cli.entry import run_cli
+from compress.errors import MissingDependencyError
 from compress.lazy import CORE, LEAST, check_versions, require, version_of
 from compress.run import main as compress_main
 from export.build import main as build_main

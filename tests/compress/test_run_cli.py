@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from compress.artifact.store import Artifact
-from compress.errors import run_cli
+from compress.cli.entry import run_cli
 from compress.forecast import lines
 from compress.recipe import read_yaml
 from compress.run import main

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from compress.artifact.ledger import KeptFolder
-from compress.errors import run_cli
+from compress.cli.entry import run_cli
 from compress.forecast import forecast, lines, readable
 from compress.pipeline import compress_model
 from compress.run import main

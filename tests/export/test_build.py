@@ -12,7 +12,7 @@ import torch
 
 from compress.artifact.store import Artifact
 from compress.checkpoint import load_model
-from compress.errors import run_cli
+from compress.cli.entry import run_cli
 from export.build import main
 from export.engines.ort import OrtRunner
 from export.stages import build_info

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from compress.artifact.store import Artifact
-from compress.errors import run_cli
+from compress.cli.entry import run_cli
 from compress.models import resolve
 from export.build import main
 from export.engines.ort import OrtRunner

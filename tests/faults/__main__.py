@@ -14,7 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from compress.errors import UsageError, run_cli
+from compress.cli.entry import run_cli
+from compress.errors import UsageError
 from tests.faults.rows import Options, Row
 from validate.machine import machine_facts, machine_text
 from validate.markdown import markdown_table

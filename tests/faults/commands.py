@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.artifact.store import Artifact
-from compress.errors import run_cli
+from compress.cli.entry import run_cli
 from tests import tiny
 from tests.faults.rows import FaultError
 

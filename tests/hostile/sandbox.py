@@ -133,7 +133,7 @@ def _child(module: str, arguments: Sequence[str], out: Path, err: Path) -> int:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    from compress.errors import run_cli
+    from compress.cli.entry import run_cli
 
     code = 1
     with _told():

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compress.errors import run_cli
+from compress.cli.entry import run_cli
 
 ROAD = "processor seconds of a road"
 """Property of the tests that drive one."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from compress.architecture import Architecture
-from compress.errors import run_cli
+from compress.cli.entry import run_cli
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
 from compress.models import resolve
 from compress.pipeline import compress_model

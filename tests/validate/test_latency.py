@@ -13,7 +13,8 @@ import pytest
 
 from compress.architecture import Architecture
 from compress.checkpoint import CheckpointReader
-from compress.errors import UsageError, run_cli
+from compress.cli.entry import run_cli
+from compress.errors import UsageError
 from compress.inner import selection
 from compress.latency import LatencyTable, variant_of
 from compress.planning import check_recipe

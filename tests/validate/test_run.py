@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from compress.artifact.store import Artifact
-from compress.errors import UsageError, run_cli
+from compress.cli.entry import run_cli
+from compress.errors import UsageError
 from export.build import main as build
 from tests.validate.damaging import damage
 from validate import run

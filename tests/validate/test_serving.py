@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from compress.artifact.store import Artifact
-from compress.errors import ArtifactError, UsageError, run_cli
+from compress.cli.entry import run_cli
+from compress.errors import ArtifactError, UsageError
 from export.stages import BUILD_INFO, write_json
 from validate.serving import Answer, Round, case, cut_prompts, http_client, main, one_round, table
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.artifact.reading import RefusedError, read_json, shown
-from compress.errors import GateError, UsageError, run_cli
+from compress.cli.entry import run_cli
+from compress.errors import GateError, UsageError
 from compress.progress import log
 
 if TYPE_CHECKING:

@@ -26,7 +26,8 @@ import yaml
 
 from compress.artifact.store import Artifact
 from compress.checkpoint import CheckpointReader, load_model
-from compress.errors import INTERRUPTED, ProcrustesError
+from compress.cli.entry import INTERRUPTED
+from compress.errors import ProcrustesError
 from compress.pipeline import has_checkpoint
 from compress.progress import log
 from compress.recipe import parse_recipe

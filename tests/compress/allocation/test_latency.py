@@ -11,7 +11,8 @@ import pytest
 from compress.architecture import Architecture
 from compress.budgets import budget_parameters, ratio_of
 from compress.checkpoint import CheckpointReader
-from compress.errors import UsageError, run_cli
+from compress.cli.entry import run_cli
+from compress.errors import UsageError
 from compress.forecast import forecast
 from compress.latency import LatencyTable, variant_of
 from compress.planning import budget_of, check_recipe, cost_of, unit_of

@@ -15,7 +15,8 @@ import pytest
 import compress.artifact.files
 import compress.artifact.store
 from compress.artifact.store import Artifact
-from compress.errors import ArtifactError, UsageError, run_cli
+from compress.cli.entry import run_cli
+from compress.errors import ArtifactError, UsageError
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from compress.artifact.store import Artifact
 from compress.blocks import StructuredLinear
-from compress.errors import ArtifactError, run_cli
+from compress.cli.entry import run_cli
+from compress.errors import ArtifactError
 from compress.largest import FLOAT16_MAX, Largest, Watch, largest_activations
 from compress.models import resolve
 from compress.structures import LowRankStructure

@@ -12,14 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from compress.errors import (
-    ArtifactError,
-    GateError,
-    MissingDependencyError,
-    ProcrustesError,
-    UsageError,
-    run_cli,
-)
+from compress.cli.entry import run_cli
+from compress.errors import ArtifactError, GateError, MissingDependencyError, ProcrustesError, UsageError
 from compress.lazy import require
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.errors import ArtifactError, UsageError, run_cli
-from compress.shortages import shortage_of
+from compress.cli.entry import run_cli
+from compress.cli.shortages import shortage_of
+from compress.errors import ArtifactError, UsageError
 
 
 class LibraryError(Exception):

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from compress.calibration import token_sequences
-from compress.errors import ArtifactError, MissingDependencyError, UsageError, run_cli
+from compress.cli.entry import run_cli
+from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.models import resolve
 from compress.textdata import TextData
 from export.build import main

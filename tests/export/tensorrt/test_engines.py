@@ -15,7 +15,8 @@ import pytest
 
 from compress.artifact.files import sha256_of
 from compress.artifact.store import Artifact
-from compress.errors import ArtifactError, MissingDependencyError, UsageError, run_cli
+from compress.cli.entry import run_cli
+from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from export.build import main, parser
 from export.engines import gpu, jobs, plugins, trt, trt_rtx, trt_runner
 from export.engines.jobs import Job

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from compress.checkpoint import load_model
-from compress.errors import run_cli
+from compress.cli.entry import run_cli
 from export.engines import trt
 from export.engines.device_runner import DeviceRunner
 from export.engines.profiles import Span, Spans

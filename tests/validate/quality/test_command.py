@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from compress.errors import run_cli
+from compress.cli.entry import run_cli
 from tests import tiny
 from tests.validate.perplexity.test_scores import windows_of
 from validate import measure

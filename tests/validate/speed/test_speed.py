@@ -14,7 +14,8 @@ import onnxruntime
 import pytest
 import torch
 
-from compress.errors import ArtifactError, MissingDependencyError, UsageError, run_cli
+from compress.cli.entry import run_cli
+from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.structures import DenseStructure, Structure, structure_from_config
 from export.graph import export_onnx
 from validate import layers, speed

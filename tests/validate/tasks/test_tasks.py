@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from compress.artifact.store import Artifact
-from compress.errors import MissingDependencyError, UsageError, run_cli
+from compress.cli.entry import run_cli
+from compress.errors import MissingDependencyError, UsageError
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
 from tests import tiny
 from tests.validate.conftest import LLAMA, fill

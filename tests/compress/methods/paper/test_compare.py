@@ -11,7 +11,7 @@ from time import perf_counter
 import pytest
 import torch
 
-from compress.errors import run_cli
+from compress.cli.entry import run_cli
 from compress.paper.compare import main
 from compress.paper.comparison import compare_position
 from compress.paper.grams import position_grams
