@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from compress.errors import UsageError
+from compress.source.vocabulary import check_ids
 from compress.textdata import ROW_SEPARATOR, TextData
-from compress.vocabulary import check_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,10 +17,10 @@ from compress.architecture import Architecture
 from compress.artifact.reading import RefusedError, parse_json, read_json, reason, shown
 from compress.blocks import StructuredLinear
 from compress.errors import ArtifactError
-from compress.generation import write_generation_config
 from compress.linalg import all_finite
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
 from compress.skips import SkipForm, skip_from_config
+from compress.source.generation import write_generation_config
 from compress.structures import DenseStructure, Structure
 from compress.structures.joint import leader_of
 

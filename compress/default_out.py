@@ -7,8 +7,8 @@ from pathlib import Path, PurePosixPath
 
 from compress.artifact.store import Artifact
 from compress.errors import UsageError
-from compress.models import ModelSource
 from compress.recipe import Recipe
+from compress.source.model import ModelSource
 
 FOLDER = Path("out")
 _OURS = re.compile(r"state|\..*")  # what an interrupted first run leaves: it may go on there

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from compress.architecture import WRITERS, Architecture
-from compress.families import TensorNames
 from compress.skips import DenseSkip, SkipForm, SliceSkip
-from compress.source import WeightReader
+from compress.source.families import TensorNames
+from compress.source.readers import WeightReader
 
 Weights = dict[str, Tensor]
 

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compress import families
 from compress.architecture import Architecture
 from compress.artifact.files import sha256_of
 from compress.artifact.store import Artifact
@@ -26,11 +25,12 @@ from compress.fitting import summarise
 from compress.invariance import FoldedModel, Rotations, rotate_block
 from compress.largest import largest_activations
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
-from compress.models import ModelSource
 from compress.planning import check_recipe
 from compress.progress import log
-from compress.provenance import identity, record_of
 from compress.recipe import Recipe, read_written
+from compress.source import families
+from compress.source.model import ModelSource
+from compress.source.provenance import identity, record_of
 from compress.strategies import Fitted, fit_model
 from compress.structures import DenseStructure, Structure
 from compress.textdata import load_text

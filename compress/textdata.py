@@ -21,10 +21,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from compress import hub
 from compress.artifact.reading import shown
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.lazy import require
+from compress.source import hub
 from compress.textfiles import JsonTexts, Rows, WholeFile, WikitextLines, json_lines
 
 ROW_SEPARATOR = "\n\n"

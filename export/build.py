@@ -17,8 +17,8 @@ from compress.progress import log
 
 if TYPE_CHECKING:
     from compress.artifact.store import Artifact
-    from compress.models import ModelSource
     from compress.recipe import Recipe
+    from compress.source.model import ModelSource
     from export.engines.tensorrt import Options
 
 EXAMPLES = """\
@@ -124,8 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = _resume(args, Artifact(args.out))
     else:
         from compress.default_out import default_out, refuse_anothers
-        from compress.models import look_up, resolve
         from compress.planning import within_positions
+        from compress.source.resolve import look_up, resolve
 
         recipe = recipe_from(args)
         look_up(args.model)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from compress.aliases import PACKAGED
 from compress.errors import MissingDependencyError
-from compress.models import ModelSource, resolve
+from compress.source.aliases import PACKAGED
+from compress.source.model import ModelSource
+from compress.source.resolve import resolve
 from export.engines.jobs import rtx_environment as environment_of_rtx
 from tests import tiny
 from tests.compress.helpers import once

@@ -16,7 +16,7 @@ from compress.progress import log
 if TYPE_CHECKING:
     from compress.checkpoint import CheckpointReader
     from compress.modeling import ProcrustesForCausalLM
-    from compress.models import ModelSource
+    from compress.source.model import ModelSource
     from validate.cost import ModelCost
 
 
@@ -66,7 +66,7 @@ class Baseline:
     @cached_property
     def source(self) -> ModelSource:
         """The model that OUT was made from, found again and held against the manifest's hashes."""
-        from compress.provenance import find_source
+        from compress.source.provenance import find_source
 
         return find_source(self.manifest["source"], self.artifact.out, self._model, self._trust_remote_code)
 

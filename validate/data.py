@@ -13,8 +13,8 @@ from torch import Tensor
 from compress.calibration import A_TOKEN, BYTES_A_CHARACTER, CHARACTERS, MARGIN, more_characters
 from compress.cli.shortages import free_memory
 from compress.errors import MissingDependencyError, UsageError
+from compress.source.vocabulary import check_ids
 from compress.textdata import TextData
-from compress.vocabulary import check_ids
 
 
 @dataclass(frozen=True)

@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError(f"--seconds must be above 0 and below 3600, not {args.seconds}")
     if args.out.is_dir() or not args.out.absolute().parent.is_dir():
         raise UsageError(f"--out {args.out} must be a file in a folder that exists")
-    from compress.models import resolve
+    from compress.source.resolve import resolve
 
     source = resolve(args.model)
     table = build_table(

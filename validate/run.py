@@ -321,7 +321,7 @@ def _report(
     from dataclasses import asdict
 
     from compress.accounting import model_size
-    from compress.provenance import public
+    from compress.source.provenance import public
     from compress.structures.joint import leader_of
     from validate.machine import machine_facts
     from validate.report import Report, with_shares
@@ -364,7 +364,7 @@ def _report(
 
 def _commands(baseline: Baseline, args: argparse.Namespace) -> list[str]:
     """What makes OUT again from its recipe, and what made this report."""
-    from compress.provenance import stable_name
+    from compress.source.provenance import stable_name
 
     recorded = baseline.manifest["source"]
     name = stable_name(recorded) or str(_portable(Path(recorded.get("location", {}).get("given", recorded["id"]))))

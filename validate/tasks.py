@@ -216,8 +216,8 @@ def _dense(name: str, dtype: str) -> tuple[ProcrustesForCausalLM, Any]:
     import torch
 
     from compress.checkpoint import load_model
-    from compress.models import resolve
     from compress.pipeline import write_dense
+    from compress.source.resolve import resolve
 
     source = resolve(name)
     with tempfile.TemporaryDirectory() as folder:

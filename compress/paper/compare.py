@@ -15,7 +15,7 @@ from compress.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.models import ModelSource
+    from compress.source.model import ModelSource
 
 EXAMPLES = """\
 examples:
@@ -64,12 +64,12 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Collect, solve, print."""
     args = parser().parse_args(argv)
-    from compress.models import resolve
     from compress.paper.comparison import compare_position
     from compress.paper.grams import position_grams
     from compress.paper.shapes import paper_structures
     from compress.paper.solver import position_members
     from compress.pipeline import folded, torch_device
+    from compress.source.resolve import resolve
     from compress.streams import Runner
 
     device = torch_device(args.device)

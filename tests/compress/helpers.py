@@ -15,9 +15,10 @@ from torch import Tensor
 
 from compress.artifact.ledger import KeptFolder
 from compress.artifact.store import Artifact
-from compress.models import ModelSource, resolve
 from compress.pipeline import compress_model
 from compress.recipe import Recipe, parse_recipe, read_yaml
+from compress.source.model import ModelSource
+from compress.source.resolve import resolve
 from tests import tiny
 
 SAMPLES, LENGTH = 8, 32

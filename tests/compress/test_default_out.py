@@ -13,9 +13,9 @@ from compress.artifact.store import Artifact
 from compress.cli.entry import run_cli
 from compress.default_out import default_out, refuse_anothers
 from compress.errors import UsageError
-from compress.models import resolve
 from compress.recipe import parse_recipe, read_yaml
 from compress.run import main
+from compress.source.resolve import resolve
 from export.build import main as build
 from tests.compress import helpers
 from tests.compress.helpers import TinyModel

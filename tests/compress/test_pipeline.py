@@ -17,9 +17,9 @@ from compress.accounting import model_size, overhead_parameters
 from compress.artifact.store import Artifact
 from compress.checkpoint import CheckpointReader, load_model
 from compress.errors import ArtifactError, UsageError
-from compress.models import ModelSource
 from compress.pipeline import compress_model, has_checkpoint, torch_device
 from compress.recipe import parse_recipe, read_yaml
+from compress.source.model import ModelSource
 from compress.streams import GramSum, Runner
 from tests import tiny
 from tests.compress import helpers

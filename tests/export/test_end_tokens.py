@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from compress.artifact.store import Artifact
 from compress.cli.entry import run_cli
-from compress.models import resolve
+from compress.source.resolve import resolve
 from export.build import main
 from export.engines.ort import OrtRunner
 from tests import tiny

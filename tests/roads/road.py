@@ -98,7 +98,7 @@ class Road:
 
     @cached_property
     def architecture(self) -> Any:
-        from compress import families
+        from compress.source import families
 
         return families.architecture(tiny.config(self.cell["model"]))
 
@@ -124,7 +124,7 @@ class Road:
 
     def source(self) -> None:
         """What the project reads is what was written: logits of the tiny model in memory."""
-        from compress.models import resolve
+        from compress.source.resolve import resolve
 
         ids = tiny.token_ids(2, 24)
         read = figures.logits_of(resolve(self.model).reference_model(torch.float32), ids)

@@ -70,10 +70,10 @@ ENTRIES: dict[str, Write] = {
     "pytorch_model.bin": _bin,
     "pytorch_model.bin.index.json": _sharded_bin,
 }
-"""First file of a folder's weights -> what writes such a folder; as compress.weight_files.ENTRIES."""
+"""First file of a folder's weights -> what writes such a folder; as compress.source.weight_files.ENTRIES."""
 
 SOURCES = (*ENTRIES, "gguf", "hub")
-"""Folders by their first file, and the other values of compress.models.Kind."""
+"""Folders by their first file, and the other values of compress.source.model.Kind."""
 
 
 # --- Tokenizers ---
@@ -104,7 +104,7 @@ TOKENIZERS: dict[str, Callable[[Path], None]] = {
     "vocab.json": _vocab_json,
     "tokenizer.model": _tokenizer_model,
 }
-"""First file of a tokenizer -> what writes it; as compress.tokenizer_files.ANY_OF."""
+"""First file of a tokenizer -> what writes it; as compress.source.tokenizer_files.ANY_OF."""
 MODELS_OF = {
     "vocab.json": ("opt", "llama", "qwen2", "qwen3"),
     "tokenizer.model": ("llama", "mistral"),

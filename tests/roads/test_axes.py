@@ -8,10 +8,11 @@ from typing import get_args
 import gguf
 import pytest
 
-from compress import models, tokenizer_files, weight_files
-from compress.families import supported_model_types
 from compress.options import add_compress_arguments
 from compress.recipe import Recipe
+from compress.source import resolve as models
+from compress.source import tokenizer_files, weight_files
+from compress.source.families import supported_model_types
 from tests import tiny
 from tests.roads.arguments import flags_of
 from tests.roads.cells import (

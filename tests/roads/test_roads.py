@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 
-from compress import families
 from compress.budgets import default_unit
 from compress.inner import selection
+from compress.source import families
 from compress.structures import registry
 from tests import tiny
 from tests.roads.cells import PLAIN, Cell, diagonal, label, matrix

@@ -13,9 +13,9 @@ import torch
 from compress.architecture import Architecture
 from compress.cli.entry import run_cli
 from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
-from compress.models import resolve
 from compress.pipeline import compress_model
 from compress.recipe import Calibration, Recipe
+from compress.source.resolve import resolve
 from compress.structures import Structure, structure_from_config
 from export.graph import export_onnx
 from tests import tiny

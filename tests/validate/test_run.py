@@ -241,9 +241,9 @@ def test_a_source_that_has_gone(built: Any, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_without_an_export(built: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from compress.models import resolve
     from compress.pipeline import compress_model
     from compress.recipe import Calibration, Recipe
+    from compress.source.resolve import resolve
 
     compress_model(
         resolve(str(built.source)),

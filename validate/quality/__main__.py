@@ -250,7 +250,7 @@ def _check_now(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> Bench:
     import torch
 
-    from compress.models import resolve
+    from compress.source.resolve import resolve
     from compress.textdata import load_text
     from validate.data import make_windows
     from validate.quality.run import Bench

@@ -37,7 +37,7 @@ from validate.perplexity import Comparison, HiddenLogits, TorchLogits, compare
 from validate.reportfiles import add_report, read_report
 
 if TYPE_CHECKING:
-    from compress.models import ModelSource
+    from compress.source.model import ModelSource
     from validate.data import Windows
     from validate.quality.methods import Line
     from validate.taskdata import Task

@@ -17,10 +17,10 @@ from compress.invariance import rotate_block
 from compress.linalg import damped, weighted_error
 from compress.menus import Linear
 from compress.metrics import loss_metric
-from compress.models import ModelSource
 from compress.pipeline import folded
 from compress.planning import Plan, make_plan
 from compress.recipe import Recipe
+from compress.source.model import ModelSource
 from compress.statistics import StatisticsFolder, collect
 from compress.streams import Runner
 from compress.structures import LowRankStructure, SelectStructure, Structure, structure_from_config

@@ -15,7 +15,7 @@ from compress.blocks import StructuredLinear
 from compress.cli.entry import run_cli
 from compress.errors import ArtifactError
 from compress.largest import FLOAT16_MAX, Largest, Watch, largest_activations
-from compress.models import resolve
+from compress.source.resolve import resolve
 from compress.structures import LowRankStructure
 from export.build import main as build
 from export.halves import at_risk, graph_dtype

@@ -13,10 +13,10 @@ from compress.artifact.ledger import Nowhere
 from compress.checkpoint import load_model
 from compress.linalg import damped
 from compress.metrics import loss_metric
-from compress.models import ModelSource
 from compress.pipeline import folded, write_dense
 from compress.recipe import Recipe
 from compress.sensitivity import measured_losses
+from compress.source.model import ModelSource
 from compress.statistics import StatisticsFolder, StreamMoments, collect
 from compress.streams import Runner
 from tests import tiny

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress import families
 from compress.architecture import SUB_BLOCKS, WRITERS
 from compress.artifact.state import mapped, mapped_anew, save_whole
 from compress.errors import ArtifactError
-from compress.models import ModelSource
 from compress.pipeline import folded
+from compress.source import families
+from compress.source.model import ModelSource
 from compress.statistics import StatisticsFolder, StreamMoments, collect, sample
 from compress.streams import GramSum, Runner
 from tests import tiny

@@ -145,7 +145,7 @@ def test_a_hub_dataset_without_a_network_is_refused_at_once(name: str, monkeypat
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("compress.hub.unreachable", lambda url: "hub.invalid: Name or service not known")
+    monkeypatch.setattr("compress.source.hub.unreachable", lambda url: "hub.invalid: Name or service not known")
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waited {seconds} s"))
     with pytest.raises(MissingDependencyError, match=r"hub\.invalid: Name or service not known.*check the network"):
         load_text(name)

@@ -25,8 +25,8 @@ from compress.embedding import (
 from compress.errors import ArtifactError, UsageError
 from compress.invariance import Rotations, Weights, rotate_block
 from compress.materialize import write_plain
-from compress.models import ModelSource
 from compress.pipeline import config_for, folded
+from compress.source.model import ModelSource
 from compress.statistics import head_logits
 from compress.streams import embed
 from export.engines.ort import OrtRunner

@@ -18,9 +18,9 @@ from compress.checkpoint import load_model, read_rotations
 from compress.fitting import FitRecord, LayerFitter
 from compress.invariance import rotate_block
 from compress.linalg import damped
-from compress.models import ModelSource
 from compress.pipeline import folded
 from compress.planning import make_plan
+from compress.source.model import ModelSource
 from compress.statistics import collect
 from compress.streams import Runner
 from compress.structures import (

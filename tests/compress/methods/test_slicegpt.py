@@ -20,7 +20,6 @@ from compress.errors import UsageError
 from compress.invariance import FoldedModel, Rotations
 from compress.materialize import write_plain
 from compress.modeling import ProcrustesForCausalLM
-from compress.models import ModelSource
 from compress.pipeline import config_for, folded
 from compress.skips import SliceSkip, parameters_of
 from compress.slicing import (
@@ -29,6 +28,7 @@ from compress.slicing import (
     slice_model,
     sliced_block,
 )
+from compress.source.model import ModelSource
 from compress.streams import Runner
 from compress.widths import kept_for_ratio, leading_structures
 from tests import tiny

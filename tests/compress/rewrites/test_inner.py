@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from compress import families
 from compress.accounting import model_size
 from compress.architecture import Architecture, extra_biases
 from compress.blocks import Block, rotary_for
@@ -27,9 +26,10 @@ from compress.inner import (
 )
 from compress.invariance import FoldedModel, Rotations, Weights, rotate_block
 from compress.masks import attention_mask_bool
-from compress.models import resolve
 from compress.pipeline import compress_model
 from compress.selection import neuron_order, value_output_basis
+from compress.source import families
+from compress.source.resolve import resolve
 from compress.streams import GramSum
 from compress.structures import DenseStructure, LowRankStructure, SelectStructure, Structure, structure_from_config
 from export.engines.ort import OrtRunner

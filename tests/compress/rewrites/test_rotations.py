@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from compress.checkpoint import load_model, read_rotations
 from compress.invariance import Rotations, orthogonality_error, unrotate
-from compress.models import resolve
 from compress.pipeline import write_rewritten
+from compress.source.resolve import resolve
 from tests import tiny
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from compress import network
 from compress.errors import MissingDependencyError
-from compress.models import resolve
-from compress.network import unreachable
+from compress.source import network
+from compress.source.network import unreachable
+from compress.source.resolve import resolve
 from tests.fake_hub import FakeHub, serve
 
 VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
@@ -97,7 +97,7 @@ def test_the_cache_is_used_without_a_network(
 def test_a_download_that_was_interrupted(
     hub: FakeHub, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from compress.hub import download_config
+    from compress.source.hub import download_config
 
     hub.repositories["org/model"] = tiny_model("tiny_opt")
     download_config("org/model", None, None)

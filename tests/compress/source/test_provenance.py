@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from compress.errors import ArtifactError, UsageError
-from compress.models import ModelSource, resolve
 from compress.pipeline import has_checkpoint, request_digest
-from compress.provenance import find_source, identity, public, record_of, stable_name
+from compress.source.model import ModelSource
+from compress.source.provenance import find_source, identity, public, record_of, stable_name
+from compress.source.resolve import resolve
 from tests import tiny
 from tests.compress import helpers
 

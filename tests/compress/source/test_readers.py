@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress import families
 from compress.errors import ArtifactError
-from compress.models import resolve
-from compress.source import FileReader, MemoryReader, check_shapes
-from compress.weight_files import weight_files
+from compress.source import families
+from compress.source.readers import FileReader, MemoryReader, check_shapes
+from compress.source.resolve import resolve
+from compress.source.weight_files import weight_files
 from tests import tiny
 
 SINGLE = "model.safetensors"

@@ -13,11 +13,12 @@ from pathlib import Path, PurePosixPath
 import pytest
 import torch
 
-from compress import models
-from compress.aliases import ALIASES, PACKAGED, PackagedModel
 from compress.errors import ArtifactError, ProcrustesError, UsageError
-from compress.hub import REPOSITORY
-from compress.models import ModelSource, resolve
+from compress.source import resolve as models
+from compress.source.aliases import ALIASES, PACKAGED, PackagedModel
+from compress.source.hub import REPOSITORY
+from compress.source.model import ModelSource
+from compress.source.resolve import resolve
 from tests import tiny
 from tests.fake_hub import FakeHub, serve
 
@@ -138,7 +139,7 @@ def test_unknown_names_list_the_nearest(name: str, nearest: str) -> None:
     message = refused(name, 2)
     assert nearest in message
     assert sum(alias in message.split("nearest names are")[1] for alias in ALIASES) < 8
-    assert "python -m compress.aliases" in message
+    assert "python -m compress.source.aliases" in message
 
 
 def test_a_name_like_no_other_does_not_list_all() -> None:

@@ -16,7 +16,7 @@ import torch
 from compress.calibration import token_sequences
 from compress.cli.entry import run_cli
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
-from compress.models import resolve
+from compress.source.resolve import resolve
 from compress.textdata import TextData
 from export.build import main
 from export.engines.ort import OrtRunner

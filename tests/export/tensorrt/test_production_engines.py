@@ -9,9 +9,9 @@ import pytest
 
 from compress.artifact.store import Artifact
 from compress.errors import ArtifactError
-from compress.models import ModelSource
 from compress.pipeline import compress_model
 from compress.recipe import parse_recipe
+from compress.source.model import ModelSource
 from compress.structures import GroupShuffleStructure, KroneckerStructure, PivotedStructure, Structure
 from export.engines.jobs import Job, run_job
 from export.engines.profiles import Spans, graph_axes

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from compress.checkpoint import CheckpointReader, load_model
 from compress.errors import ArtifactError
-from compress.models import resolve
 from compress.pipeline import rewritten_model
+from compress.source.resolve import resolve
 from compress.structures import (
     DenseStructure,
     KroneckerStructure,

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from compress import fallback
-from compress.models import resolve
 from compress.pipeline import compress_model
 from compress.recipe import parse_recipe
+from compress.source.resolve import resolve
 from export.graph import export_onnx
 from tests.validate.conftest import Built
 

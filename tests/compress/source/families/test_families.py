@@ -18,9 +18,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from compress import families
 from compress.errors import ArtifactError, ProcrustesError, UsageError
-from compress.models import resolve
+from compress.source import families
+from compress.source.resolve import resolve
 from tests import tiny
 
 # The published configs, by size. Only shapes are made of them, so any size will do.
@@ -245,7 +245,7 @@ def test_other_model_types_are_refused_with_exit_code_2(model_type: str) -> None
 
 def test_importing_the_registry_is_light() -> None:
     code = (
-        "import sys, compress.families, compress.models\n"
+        "import sys, compress.source.families, compress.source.resolve\n"
         "print([m for m in ('torch', 'transformers', 'huggingface_hub') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

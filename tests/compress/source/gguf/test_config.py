@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from compress.errors import ArtifactError, ProcrustesError, UsageError
-from compress.gguf import GgufHeader, config_of, read_header
-from compress.models import ModelSource, resolve
+from compress.source.gguf import GgufHeader, config_of, read_header
+from compress.source.model import ModelSource
+from compress.source.resolve import resolve
 from tests import tiny
 
 SIZES = (
@@ -55,7 +56,7 @@ def test_the_config_is_the_one_that_was_written(name: str, tmp_path: Path) -> No
 
 
 def resolve_like(source: ModelSource, expected: Any) -> Any:
-    from compress import families
+    from compress.source import families
 
     return replace(families.architecture(expected), max_positions=source.config().max_position_embeddings)
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from compress.errors import ArtifactError
-from compress.gguf import header as module
-from compress.gguf import read_header
-from compress.models import resolve
+from compress.source.gguf import header as module
+from compress.source.gguf import read_header
+from compress.source.resolve import resolve
 from tests import tiny
 
 

@@ -13,9 +13,9 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from compress.errors import UsageError
-from compress.gguf.header import GgufHeader
-from compress.gguf.rope import Llama3, rope_parameters
-from compress.models import resolve
+from compress.source.gguf.header import GgufHeader
+from compress.source.gguf.rope import Llama3, rope_parameters
+from compress.source.resolve import resolve
 from tests import tiny
 
 LLAMA_3_1 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -35,7 +35,7 @@ def header(
     monkeypatch: pytest.MonkeyPatch, divisors: np.ndarray | None, *, context: int = 131072, architecture: str = "llama"
 ) -> GgufHeader:
     """A header with this context length, whose rope_freqs.weight holds `divisors`."""
-    from compress.gguf import weights
+    from compress.source.gguf import weights
 
     monkeypatch.setattr(weights, "read_tensor", lambda header, name: divisors)
     tensors: dict[str, Any] = {} if divisors is None else {"rope_freqs.weight": None}

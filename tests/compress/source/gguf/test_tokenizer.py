@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from compress.errors import ArtifactError, UsageError
-from compress.gguf import GgufHeader, check_tokenizer, read_header
-from compress.models import resolve
+from compress.source.gguf import GgufHeader, check_tokenizer, read_header
+from compress.source.resolve import resolve
 from tests import tiny
 
 

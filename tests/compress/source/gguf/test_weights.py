@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from compress.errors import ArtifactError, UsageError
-from compress.families import tensor_names
-from compress.gguf import GgufReader, read_header, weights
-from compress.models import ModelSource, resolve
+from compress.source.families import tensor_names
+from compress.source.gguf import GgufReader, read_header, weights
+from compress.source.model import ModelSource
+from compress.source.resolve import resolve
 from tests import tiny
 
 TINY = ("tiny_llama", "tiny_llama_tied", "tiny_llama_bias", "tiny_mistral", "tiny_qwen2", "tiny_qwen3")

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from compress import hub
 from compress.artifact.files import sha256_of
 from compress.errors import ArtifactError, UsageError
-from compress.models import ModelSource, resolve
+from compress.source import hub
+from compress.source.model import ModelSource
+from compress.source.resolve import resolve
 
 _SETTINGS = ("config.json", *hub.SETTINGS)
 """Files beside the weights that decide what the model computes, reads or says. A GGUF file has them in itself."""
@@ -75,7 +76,7 @@ def find_source(
 
 def stable_name(recorded: Mapping[str, Any]) -> str | None:
     """A name by which any machine finds the source; None for a local folder or file."""
-    from compress.aliases import PACKAGED
+    from compress.source.aliases import PACKAGED
 
     kind, name = recorded.get("kind"), str(recorded.get("id", ""))
     if kind == "hub":

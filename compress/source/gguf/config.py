@@ -14,8 +14,8 @@ import numpy as np
 
 from compress.config_values import FIELDS, fault_of_fields, rope_fault
 from compress.errors import ArtifactError, UsageError
-from compress.gguf.header import GgufHeader
-from compress.gguf.rope import rope_parameters
+from compress.source.gguf.header import GgufHeader
+from compress.source.gguf.rope import rope_parameters
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -189,7 +189,7 @@ def _vocabulary(header: GgufHeader) -> int | None:
 
 def _tokens(header: GgufHeader, vocab_size: int) -> dict[str, Any]:
     """Ids of special tokens. Generation ends at any of eos, eot (end of turn) and eom (end of message)."""
-    from compress.generation import end_tokens
+    from compress.source.generation import end_tokens
 
     def single(key: str) -> int | None:
         value = header.metadata.get(f"tokenizer.ggml.{key}")

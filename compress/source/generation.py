@@ -41,7 +41,7 @@ def end_tokens(vocab_size: int, said: Mapping[str, Any]) -> int | list[int] | No
 
 def read_generation_config(folder: Path) -> dict[str, Any] | None:
     """The content of generation_config.json, None where `folder` has none. Raises ArtifactError when it is damaged."""
-    from compress.weight_files import read_json
+    from compress.source.weight_files import read_json
 
     path = folder / GENERATION_CONFIG
     return read_json(path) if os.path.lexists(path) else None

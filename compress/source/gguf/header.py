@@ -73,7 +73,7 @@ class GgufHeader:
     """`metadata`: key -> int, float, bool, str, list of str, or array of numbers. `tensors`: name -> where it is.
 
     Raises ArtifactError for a known key of another type than it can have. The model's own keys, under the name of its
-    architecture, are `compress.gguf.config`'s.
+    architecture, are `compress.source.gguf.config`'s.
     """
 
     path: Path

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compress.errors import UsageError
-from compress.gguf.header import GgufHeader
+from compress.source.gguf.header import GgufHeader
 
 FREQUENCIES = "rope_freqs.weight"
 
@@ -91,7 +91,7 @@ def rope_parameters(header: GgufHeader, scaling: dict[str, Any], *, base: float,
 
 def _from_divisors(header: GgufHeader, base: float, head_dim: int, original: int | None) -> dict[str, Any]:
     """The scaling that gives the factors of rope_freqs.weight: default, linear or llama3."""
-    from compress.gguf.weights import read_tensor
+    from compress.source.gguf.weights import read_tensor
 
     divisors = read_tensor(header, FREQUENCIES).astype(np.float64).ravel()
     if divisors.shape != (head_dim // 2,) or not np.isfinite(divisors).all() or divisors.min() <= 0:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from compress.architecture import Architecture, check_sizes
 from compress.errors import UsageError
-from compress.families.base import (
+from compress.source.families.base import (
     LM_HEAD,
     Family,
     LayerNames,

@@ -2,7 +2,7 @@
 
 A revision is here only where several independent public projects record the same commit for that repository;
 where it is None the commit that the hub gives is recorded in the `ModelSource`, and so in the manifest.
-`python -m compress.aliases` prints the names.
+`python -m compress.source.aliases` prints the names.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from compress.architecture import Architecture, check_sizes
 from compress.artifact.reading import shown
 from compress.errors import UsageError
-from compress.families.base import (
+from compress.source.families.base import (
     LM_HEAD,
     Family,
     LayerNames,

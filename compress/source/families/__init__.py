@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from compress.architecture import Architecture
 from compress.artifact.reading import shown
 from compress.errors import UsageError
-from compress.families import llama, opt
-from compress.families.base import Family, LayerNames, ParameterNames, TensorNames, expected_shapes
-from compress.families.foreign import refuse_foreign
+from compress.source.families import llama, opt
+from compress.source.families.base import Family, LayerNames, ParameterNames, TensorNames, expected_shapes
+from compress.source.families.foreign import refuse_foreign
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from compress.architecture import Architecture
 from compress.errors import ArtifactError
-from compress.families.base import LM_HEAD, TensorNames, expected_shapes
-from compress.weight_files import check_index, entry_of, locate, open_file
+from compress.source.families.base import LM_HEAD, TensorNames, expected_shapes
+from compress.source.weight_files import check_index, entry_of, locate, open_file
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from compress.architecture import Architecture
 from compress.errors import UsageError
-from compress.families.base import TensorNames
-from compress.gguf.header import GgufHeader, GgufTensor
-from compress.gguf.rope import FREQUENCIES
 from compress.lazy import require
-from compress.source import Reader, absent
+from compress.source.families.base import TensorNames
+from compress.source.gguf.header import GgufHeader, GgufTensor
+from compress.source.gguf.rope import FREQUENCIES
+from compress.source.readers import Reader, absent
 
 _ROLES = {
     "attn.q": "attn_q",
