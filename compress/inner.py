@@ -16,12 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compress.architecture import WRITERS, Architecture
+from compress.architecture import Architecture
 from compress.artifact.state import save_whole
 from compress.errors import UsageError
 from compress.invariance import FoldedModel, Weights
 from compress.linalg import block_diagonal
-from compress.structures import SelectStructure, Structure
 
 
 def permute_neurons(weights: Weights, arch: Architecture, order: Tensor) -> Weights:
@@ -128,24 +127,6 @@ class RewrittenModel(FoldedModel):
     def block(self, layer: int) -> Weights:
         """See `FoldedModel.block`."""
         return self.rewrites.block(super().block(layer), self.arch, layer)
-
-
-def selection(arch: Architecture, role: str, kept: int, core: Structure | None = None) -> SelectStructure:
-    """The structure of `role` when `kept` neurons (gate, up, down), or coordinates of every value head (v, o), stay.
-
-    `core` is a structure between what is kept (see `SelectStructure.reduced` for its sizes). Raises UsageError for the
-    roles q and k, whose features meet in scores and not in a linear.
-    """
-    groups = {"attn.v": arch.num_kv_heads, "attn.o": arch.num_heads}.get(role, 1)
-    if role in ("attn.q", "attn.k"):
-        raise UsageError(f"{role} has no inner features to select: neurons and value coordinates are others'")
-    n, m = arch.linears()[role]
-    return SelectStructure(m, n, kept, groups, "in" if role in WRITERS.values() else "out", core)
-
-
-def selected_roles(arch: Architecture, sub_block: str) -> tuple[str, ...]:
-    """The linears that one choice of kept neurons ("mlp") or value coordinates ("attn") makes smaller together."""
-    return (*arch.readers("mlp"), "mlp.down") if sub_block == "mlp" else ("attn.v", "attn.o")
 
 
 def bias_correction(weight: Tensor, approximation: Tensor, mean: Tensor, shift: Tensor | None = None) -> Tensor:

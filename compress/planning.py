@@ -25,7 +25,7 @@ from compress.budgets import (
 from compress.errors import ArtifactError, UsageError
 from compress.gauge import with_skips
 from compress.groups import LayerMenus
-from compress.inner import InnerRewrites, selection
+from compress.inner import InnerRewrites
 from compress.invariance import FoldedModel, Rotations
 from compress.jrk import jrk_structures
 from compress.keptmenus import kept_groups
@@ -48,6 +48,7 @@ from compress.structures import (
 )
 from compress.structures.base import Side
 from compress.structures.joint import leader_of
+from compress.structures.select import selection
 from compress.widths import leading_structures
 
 ROUNDS = 2

@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import Self
 
+from compress.architecture import WRITERS, Architecture
 from compress.errors import UsageError
 from compress.linalg import Problem, result_dtype
+from compress.structures import SelectStructure, Structure
 from compress.structures.base import Side, Structure, cast, register
 from compress.structures.dense import DenseStructure
 
@@ -175,3 +177,21 @@ def with_core(structure: SelectStructure, core: Structure) -> SelectStructure:
 def core_of(structure: Structure) -> Structure:
     """Whose factors those of `structure` are: its own, or those of what lies between the features that it keeps."""
     return structure.reduced if isinstance(structure, SelectStructure) else structure
+
+
+def selection(arch: Architecture, role: str, kept: int, core: Structure | None = None) -> SelectStructure:
+    """The structure of `role` when `kept` neurons (gate, up, down), or coordinates of every value head (v, o), stay.
+
+    `core` is a structure between what is kept (see `SelectStructure.reduced` for its sizes). Raises UsageError for the
+    roles q and k, whose features meet in scores and not in a linear.
+    """
+    groups = {"attn.v": arch.num_kv_heads, "attn.o": arch.num_heads}.get(role, 1)
+    if role in ("attn.q", "attn.k"):
+        raise UsageError(f"{role} has no inner features to select: neurons and value coordinates are others'")
+    n, m = arch.linears()[role]
+    return SelectStructure(m, n, kept, groups, "in" if role in WRITERS.values() else "out", core)
+
+
+def selected_roles(arch: Architecture, sub_block: str) -> tuple[str, ...]:
+    """The linears that one choice of kept neurons ("mlp") or value coordinates ("attn") makes smaller together."""
+    return (*arch.readers("mlp"), "mlp.down") if sub_block == "mlp" else ("attn.v", "attn.o")

@@ -12,9 +12,9 @@ import torch
 import yaml
 
 from compress.budgets import default_unit
-from compress.inner import selection
 from compress.source import families
 from compress.structures import registry
+from compress.structures.select import selection
 from tests import tiny
 from tests.roads.cells import PLAIN, Cell, diagonal, label, matrix
 from tests.roads.commands import ROAD

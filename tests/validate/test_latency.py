@@ -15,7 +15,6 @@ from compress.architecture import Architecture
 from compress.checkpoint import CheckpointReader
 from compress.cli.entry import run_cli
 from compress.errors import UsageError
-from compress.inner import selection
 from compress.latency import LatencyTable, variant_of
 from compress.planning import check_recipe
 from compress.structures import (
@@ -27,6 +26,7 @@ from compress.structures import (
     Structure,
     registry,
 )
+from compress.structures.select import selection
 from tests.compress import helpers
 from tests.compress.helpers import compressed, tiny_source
 from tests.validate.conftest import LLAMA, OPT

@@ -14,16 +14,7 @@ from compress.architecture import Architecture, extra_biases
 from compress.blocks import Block, rotary_for
 from compress.checkpoint import load_model
 from compress.errors import UsageError
-from compress.inner import (
-    InnerRewrites,
-    RewrittenModel,
-    bias_correction,
-    centred,
-    change_value_basis,
-    permute_neurons,
-    selected_roles,
-    selection,
-)
+from compress.inner import InnerRewrites, RewrittenModel, bias_correction, centred, change_value_basis, permute_neurons
 from compress.invariance import FoldedModel, Rotations, Weights, rotate_block
 from compress.masks import attention_mask_bool
 from compress.pipeline import compress_model
@@ -32,6 +23,7 @@ from compress.source import families
 from compress.source.resolve import resolve
 from compress.streams import GramSum
 from compress.structures import DenseStructure, LowRankStructure, SelectStructure, Structure, structure_from_config
+from compress.structures.select import selected_roles, selection
 from export.engines.ort import OrtRunner
 from export.graph import export_onnx
 from tests import tiny
