@@ -11,8 +11,8 @@ from compress.architecture import Architecture, extra_biases
 from compress.errors import UsageError
 from compress.latency import LatencyTable
 from compress.menus import Cost
+from compress.model.skips import parameters_of
 from compress.recipe import Recipe
-from compress.skips import parameters_of
 from compress.widths import UNIT, kept_for_ratio
 
 

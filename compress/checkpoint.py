@@ -15,11 +15,12 @@ from torch import Tensor
 
 from compress.architecture import Architecture
 from compress.artifact.reading import RefusedError, parse_json, read_json, reason, shown
-from compress.blocks import StructuredLinear
 from compress.errors import ArtifactError
 from compress.linalg import all_finite
-from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
-from compress.skips import SkipForm, skip_from_config
+from compress.model.blocks import StructuredLinear
+from compress.model.config import ProcrustesConfig
+from compress.model.decoder import ProcrustesForCausalLM
+from compress.model.skips import SkipForm, skip_from_config
 from compress.source.generation import write_generation_config
 from compress.structures import DenseStructure, Structure
 from compress.structures.joint import leader_of
@@ -141,14 +142,6 @@ def read_rotations(folder: Path) -> Rotations:
     if not isinstance(forms, list) or (forms and len(forms) != len(names) - 1):
         raise ArtifactError(f"{path} does not give one skip from each rotation to the next; compress the model again")
     return Rotations(kind, tuple(tensors[name] for name in names), tuple(map(skip_from_config, forms)))
-
-
-def structured_state(linear: str, factors: Mapping[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
-    """State-dict entries of one linear of the checkpoint, e.g. model.layers.0.attn.q.B."""
-    state = {f"model.{linear}.{name}": tensor for name, tensor in factors.items()}
-    if bias is not None:
-        state[f"model.{linear}.bias"] = bias
-    return state
 
 
 class CheckpointReader:

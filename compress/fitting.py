@@ -24,13 +24,12 @@ from torch import Tensor
 from compress.architecture import SUB_BLOCKS, WRITERS, extra_biases, position_of
 from compress.artifact.ledger import KeptFolder
 from compress.artifact.state import mapped, mapped_anew, save_whole
-from compress.blocks import Block, StructuredLinear, rms_normalise
-from compress.checkpoint import structured_state
 from compress.errors import UsageError
 from compress.fallback import Fit, Linear, fit_linears
 from compress.inner import RewrittenModel, bias_correction, centred
 from compress.invariance import FoldedModel, Weights, rotate_block
 from compress.linalg import all_finite, damped, is_singular, noted_damping
+from compress.model.blocks import Block, StructuredLinear, rms_normalise, structured_state
 from compress.planning import Moments, Plan
 from compress.progress import log, track
 from compress.recipe import Recipe

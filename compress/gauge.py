@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compress.errors import UsageError
 from compress.invariance import Rotations
-from compress.skips import CSSkip, HouseholderSkip, SkipForm, nearest_chain
+from compress.model.skips import CSSkip, HouseholderSkip, SkipForm, nearest_chain
 
 
 def transport(q: Tensor, target: Tensor, kept: int, *, near: bool = False) -> Tensor:

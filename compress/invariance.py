@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compress.architecture import WRITERS, Architecture
-from compress.skips import DenseSkip, SkipForm, SliceSkip
+from compress.model.skips import DenseSkip, SkipForm, SliceSkip
 from compress.source.families import TensorNames
 from compress.source.readers import WeightReader
 

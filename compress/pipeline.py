@@ -24,7 +24,8 @@ from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.fitting import summarise
 from compress.invariance import FoldedModel, Rotations, rotate_block
 from compress.largest import largest_activations
-from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
+from compress.model.config import ProcrustesConfig
+from compress.model.decoder import ProcrustesForCausalLM
 from compress.planning import check_recipe
 from compress.progress import log
 from compress.recipe import Recipe, read_written

@@ -21,12 +21,12 @@ from torch import Tensor
 from compress.architecture import SUB_BLOCKS, WRITERS
 from compress.artifact.ledger import KeptFolder
 from compress.artifact.state import mapped, mapped_anew, save_whole
-from compress.blocks import Block, rms_normalise
 from compress.fitting import FitRecord
 from compress.invariance import FoldedModel, Rotations, Weights, rotate_block
 from compress.linalg import damped
+from compress.model.blocks import Block, rms_normalise
+from compress.model.skips import SliceSkip
 from compress.progress import track
-from compress.skips import SliceSkip
 from compress.streams import GramSum, Runner, embed
 from compress.structures import Structure
 from compress.widths import leading_structures

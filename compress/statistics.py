@@ -23,11 +23,11 @@ from compress.artifact.ledger import KeptFolder
 from compress.artifact.locking import locked
 from compress.artifact.state import mapped, mapped_anew, save_whole
 from compress.artifact.versions import versions
-from compress.blocks import rms_normalise
 from compress.errors import ArtifactError, UsageError
 from compress.inner import InnerRewrites
 from compress.invariance import FoldedModel, Rotations, Weights
 from compress.linalg import all_finite
+from compress.model.blocks import rms_normalise
 from compress.progress import track
 from compress.streams import GramSum, Runner, embed
 

@@ -16,7 +16,6 @@ from compress.architecture import Architecture, extra_biases
 from compress.artifact.ledger import KeptFolder
 from compress.artifact.state import save_whole
 from compress.budgets import kept_width, ratio_of, unit_of
-from compress.checkpoint import structured_state
 from compress.embedding import EmbeddingRanks, compress_embedding, token_counts
 from compress.errors import UsageError
 from compress.fallback import FAILURES
@@ -24,10 +23,11 @@ from compress.fitting import FitRecord, LayerFitter
 from compress.inner import InnerRewrites
 from compress.invariance import FoldedModel, Rotations, Weights
 from compress.jrk import frobenius_error, jrk_fit_block
+from compress.model.blocks import structured_state
+from compress.model.skips import skip_from_config
 from compress.planning import Moments, Plan, make_plan, needs_moments, structures_without_text
 from compress.recipe import Recipe
 from compress.sensitivity import measured_losses
-from compress.skips import skip_from_config
 from compress.statistics import StatisticsFolder, collect, shared_folder
 from compress.streams import Runner
 from compress.structures import DenseStructure, Structure, structure_from_config

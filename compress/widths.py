@@ -10,7 +10,7 @@ from math import gcd
 from compress.accounting import overhead_parameters
 from compress.architecture import WRITERS, Architecture
 from compress.errors import UsageError
-from compress.skips import parameters_of
+from compress.model.skips import parameters_of
 from compress.structures import KroneckerStructure, Structure
 
 UNIT = 8

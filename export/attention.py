@@ -9,7 +9,7 @@ import onnx
 import torch
 
 from compress.architecture import Architecture
-from compress.blocks import rope_frequencies
+from compress.model.blocks import rope_frequencies
 from export.external import ONNX_TYPES
 from export.lowering import Fused
 from export.writer import GraphWriter, Weight

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from compress.errors import ArtifactError
-from compress.skips import CSSkip, DenseSkip, HouseholderSkip, SkipForm, SliceSkip
+from compress.model.skips import CSSkip, DenseSkip, HouseholderSkip, SkipForm, SliceSkip
 from export.writer import GraphWriter, Weight
 
 

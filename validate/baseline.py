@@ -15,7 +15,7 @@ from compress.progress import log
 
 if TYPE_CHECKING:
     from compress.checkpoint import CheckpointReader
-    from compress.modeling import ProcrustesForCausalLM
+    from compress.model.decoder import ProcrustesForCausalLM
     from compress.source.model import ModelSource
     from validate.cost import ModelCost
 

@@ -25,7 +25,7 @@ from compress.architecture import Architecture
 from compress.structures import Structure
 
 if TYPE_CHECKING:
-    from compress.modeling import ProcrustesConfig
+    from compress.model.config import ProcrustesConfig
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class ModelCost:
     @classmethod
     def of(cls, config: ProcrustesConfig) -> ModelCost:
         """Count the model of a config.json."""
-        from compress.blocks import StructuredLinear, StructuredSkip
-        from compress.modeling import ProcrustesForCausalLM
+        from compress.model.blocks import StructuredLinear, StructuredSkip
+        from compress.model.decoder import ProcrustesForCausalLM
 
         with torch.device("meta"):
             model = ProcrustesForCausalLM(config)

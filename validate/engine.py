@@ -29,7 +29,7 @@ from validate.parity import (
 )
 
 if TYPE_CHECKING:
-    from compress.modeling import ProcrustesForCausalLM
+    from compress.model.decoder import ProcrustesForCausalLM
     from export.engines.profiles import Spans
     from export.engines.runner import Runner
     from validate.baseline import Baseline

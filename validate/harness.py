@@ -19,7 +19,7 @@ from compress.lazy import require
 from validate.scoring import Item, Score, encode, score
 
 if TYPE_CHECKING:
-    from compress.modeling import ProcrustesForCausalLM
+    from compress.model.decoder import ProcrustesForCausalLM
 
 MOST_NEW_TOKENS = 256
 

@@ -21,7 +21,7 @@ from compress.artifact.state import mapped, mapped_anew
 from compress.progress import log
 
 if TYPE_CHECKING:
-    from compress.modeling import ProcrustesForCausalLM
+    from compress.model.decoder import ProcrustesForCausalLM
     from validate.data import Windows
 
 

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from compress.errors import ArtifactError
-from compress.masks import positions_from_mask
+from compress.model.masks import positions_from_mask
 from compress.progress import track
 from compress.structures import cast
 
 if TYPE_CHECKING:
     from compress.checkpoint import CheckpointReader
-    from compress.modeling import ProcrustesForCausalLM
+    from compress.model.decoder import ProcrustesForCausalLM
     from export.engines.runner import Runner
 
 REWRITE_TOLERANCE = 1e-4

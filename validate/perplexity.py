@@ -26,7 +26,7 @@ from compress.streams import float32_products
 from validate.data import Windows
 
 if TYPE_CHECKING:
-    from compress.modeling import ProcrustesForCausalLM
+    from compress.model.decoder import ProcrustesForCausalLM
 
 POSITIONS_AT_ONCE = 128  # of a head
 SCORED_AT_ONCE = 32  # positions: 6 MB of logits of 49152 tokens, which stay in the cache from step to step

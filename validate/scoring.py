@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
-    from compress.modeling import Decoder, ProcrustesForCausalLM
+    from compress.model.decoder import Decoder, ProcrustesForCausalLM
 
 TOKENS_AT_ONCE = 4096
 ROWS_AT_ONCE = 512

@@ -21,7 +21,7 @@ from compress.errors import UsageError
 from compress.progress import log
 
 if TYPE_CHECKING:
-    from compress.modeling import ProcrustesForCausalLM
+    from compress.model.decoder import ProcrustesForCausalLM
     from validate.scoring import Score
     from validate.taskdata import Example, Task
 

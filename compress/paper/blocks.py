@@ -14,9 +14,9 @@ from torch import Tensor, device
 
 from compress.artifact.ledger import KeptFolder
 from compress.artifact.state import save_whole
-from compress.checkpoint import structured_state
 from compress.fitting import FitRecord
 from compress.invariance import FoldedModel, Rotations, rotate_block
+from compress.model.blocks import structured_state
 from compress.paper.shapes import Kind, paper_structures
 from compress.paper.solver import (
     ALS_ITERATIONS,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from compress.architecture import Architecture
-from compress.skips import CSSkip, HouseholderSkip, SkipForm, SliceSkip
+from compress.model.skips import CSSkip, HouseholderSkip, SkipForm, SliceSkip
 from compress.structures import (
     GroupShuffleStructure,
     KroneckerStructure,

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from compress.architecture import Architecture
 from compress.checkpoint import ShardWriter, load_model, write_config
-from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
+from compress.model.config import ProcrustesConfig
+from compress.model.decoder import ProcrustesForCausalLM
 from compress.structures import CompotStructure, Structure
 from compress.structures.compot import pack
 

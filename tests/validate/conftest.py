@@ -12,7 +12,8 @@ import torch
 
 from compress.architecture import Architecture
 from compress.cli.entry import run_cli
-from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
+from compress.model.config import ProcrustesConfig
+from compress.model.decoder import ProcrustesForCausalLM
 from compress.pipeline import compress_model
 from compress.recipe import Calibration, Recipe
 from compress.source.resolve import resolve

@@ -9,7 +9,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
+from compress.model.config import ProcrustesConfig
+from compress.model.decoder import ProcrustesForCausalLM
 from validate.cost import ModelCost, decode_limit, flops_limit
 
 MakeModel = Callable[..., ProcrustesForCausalLM]

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from compress.accounting import embedding_parameters, model_size
 from compress.architecture import Architecture
-from compress.blocks import rms_normalise
 from compress.checkpoint import ShardWriter, load_model, write_config, write_rotations
 from compress.embedding import (
     EmbeddingRanks,
@@ -25,6 +24,7 @@ from compress.embedding import (
 from compress.errors import ArtifactError, UsageError
 from compress.invariance import Rotations, Weights, rotate_block
 from compress.materialize import write_plain
+from compress.model.blocks import rms_normalise
 from compress.pipeline import config_for, folded
 from compress.source.model import ModelSource
 from compress.statistics import head_logits

@@ -19,9 +19,9 @@ from compress.checkpoint import ShardWriter, load_model, write_config, write_rot
 from compress.errors import UsageError
 from compress.invariance import FoldedModel, Rotations
 from compress.materialize import write_plain
-from compress.modeling import ProcrustesForCausalLM
+from compress.model.decoder import ProcrustesForCausalLM
+from compress.model.skips import SliceSkip, parameters_of
 from compress.pipeline import config_for, folded
-from compress.skips import SliceSkip, parameters_of
 from compress.slicing import (
     Sliced,
     principal_components,

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from compress.errors import ArtifactError, UsageError
 from compress.gauge import chain_rotations, gauge_fix, transport, with_skips
 from compress.invariance import Rotations, orthogonality_error
-from compress.skips import (
+from compress.model.skips import (
     CSSkip,
     DenseSkip,
     HouseholderSkip,

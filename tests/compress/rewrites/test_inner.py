@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from compress.accounting import model_size
 from compress.architecture import Architecture, extra_biases
-from compress.blocks import Block, rotary_for
 from compress.checkpoint import load_model
 from compress.errors import UsageError
 from compress.inner import InnerRewrites, RewrittenModel, bias_correction, centred, change_value_basis, permute_neurons
 from compress.invariance import FoldedModel, Rotations, Weights, rotate_block
-from compress.masks import attention_mask_bool
+from compress.model.blocks import Block, rotary_for
+from compress.model.masks import attention_mask_bool
 from compress.pipeline import compress_model
 from compress.selection import neuron_order, value_output_basis
 from compress.source import families

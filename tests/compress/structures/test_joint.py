@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from compress.blocks import Block, StructuredLinear, rotary_for
 from compress.checkpoint import CheckpointReader, load_model
 from compress.errors import ArtifactError, UsageError
 from compress.linalg import weighted_error
-from compress.masks import attention_mask_bool
+from compress.model.blocks import Block, StructuredLinear, rotary_for
+from compress.model.masks import attention_mask_bool
 from compress.structures import LowRankStructure, Structure, structure_from_config
 from compress.structures.joint import joint_error_by_rank, joint_fit, joint_ranks, joint_structures, leader_of
 from compress.structures.lowrank import error_by_rank

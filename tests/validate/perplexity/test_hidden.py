@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.modeling import ProcrustesForCausalLM
+from compress.model.decoder import ProcrustesForCausalLM
 from tests.validate.perplexity.test_scores import windows_of
 from validate import hidden
 from validate.perplexity import HiddenLogits, TorchLogits, compare

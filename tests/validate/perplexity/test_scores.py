@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import ArtifactError, UsageError
-from compress.modeling import ProcrustesForCausalLM
+from compress.model.decoder import ProcrustesForCausalLM
 from compress.textdata import TextData
 from tests import tiny
 from validate.data import Windows, make_windows

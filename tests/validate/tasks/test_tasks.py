@@ -18,7 +18,8 @@ import torch
 from compress.artifact.store import Artifact
 from compress.cli.entry import run_cli
 from compress.errors import MissingDependencyError, UsageError
-from compress.modeling import ProcrustesConfig, ProcrustesForCausalLM
+from compress.model.config import ProcrustesConfig
+from compress.model.decoder import ProcrustesForCausalLM
 from tests import tiny
 from tests.validate.conftest import LLAMA, fill
 from validate import taskdata, tasks

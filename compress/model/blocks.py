@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -18,9 +19,12 @@ from transformers.cache_utils import Cache
 from compress.architecture import WRITERS, Architecture
 from compress.artifact.reading import reason, shown
 from compress.errors import ArtifactError
-from compress.skips import DenseSkip, SkipForm
+from compress.model.skips import DenseSkip, SkipForm
 from compress.structures import DenseStructure, Structure
 from compress.structures.joint import leader_of
+
+if TYPE_CHECKING:
+    pass
 
 Tap = Callable[[str, Tensor], None]
 """Called while a block runs with a place and the tensor there: "attn.in" and "mlp.in" (the normalised stream that
@@ -312,3 +316,11 @@ def _linear(
             f"{structure.out_features} x {structure.in_features}"
         )
     return StructuredLinear(structure, arch.has_bias(role) or f"layers.{layer}.{role}" in biases)
+
+
+def structured_state(linear: str, factors: Mapping[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
+    """State-dict entries of one linear of the checkpoint, e.g. model.layers.0.attn.q.B."""
+    state = {f"model.{linear}.{name}": tensor for name, tensor in factors.items()}
+    if bias is not None:
+        state[f"model.{linear}.bias"] = bias
+    return state

@@ -1,0 +1,1 @@
+"""The decoder in PyTorch over structured linears: blocks, skips, masks, config."""
