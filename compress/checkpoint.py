@@ -26,7 +26,7 @@ from compress.structures import DenseStructure, Structure
 from compress.structures.joint import leader_of
 
 if TYPE_CHECKING:
-    from compress.invariance import Rotations
+    from compress.rewrites.rotations import Rotations
 
 INDEX = "model.safetensors.index.json"
 ROTATION = "rotation.safetensors"
@@ -125,7 +125,7 @@ def write_rotations(folder: Path, rotations: Rotations) -> None:
 
 def read_rotations(folder: Path) -> Rotations:
     """Inverse of `write_rotations`; raises ArtifactError when the file is missing or damaged."""
-    from compress.invariance import Rotations
+    from compress.rewrites.rotations import Rotations
 
     path = folder / ROTATION
     try:

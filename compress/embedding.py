@@ -28,8 +28,8 @@ from torch import Tensor
 
 from compress.architecture import Architecture
 from compress.errors import UsageError
-from compress.invariance import Weights
 from compress.linalg import Moment, balance
+from compress.rewrites.rotations import Weights
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 ROWS = 8192

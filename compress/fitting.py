@@ -26,13 +26,15 @@ from compress.artifact.ledger import KeptFolder
 from compress.artifact.state import mapped, mapped_anew, save_whole
 from compress.errors import UsageError
 from compress.fallback import Fit, Linear, fit_linears
-from compress.inner import RewrittenModel, bias_correction, centred
-from compress.invariance import FoldedModel, Weights, rotate_block
+from compress.fit.bias import bias_correction, centred
 from compress.linalg import all_finite, damped, is_singular, noted_damping
 from compress.model.blocks import Block, StructuredLinear, rms_normalise, structured_state
 from compress.planning import Moments, Plan
 from compress.progress import log, track
 from compress.recipe import Recipe
+from compress.rewrites.folding import FoldedModel
+from compress.rewrites.inner import RewrittenModel
+from compress.rewrites.rotations import Weights, rotate_block
 from compress.statistics import StreamMoments
 from compress.streams import GramSum, Runner, embed
 from compress.structures import DenseStructure, SelectStructure, Structure, structure_from_config

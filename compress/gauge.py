@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from compress.errors import UsageError
-from compress.invariance import Rotations
 from compress.model.skips import CSSkip, HouseholderSkip, SkipForm, nearest_chain
+from compress.rewrites.rotations import Rotations
 
 
 def transport(q: Tensor, target: Tensor, kept: int, *, near: bool = False) -> Tensor:

@@ -10,8 +10,6 @@ from torch import Tensor
 from compress.allocation import Choice, convex_hull
 from compress.architecture import SUB_BLOCKS, WRITERS, position_of
 from compress.artifact.ledger import Keeper, Nowhere
-from compress.inner import InnerRewrites
-from compress.invariance import FoldedModel
 from compress.linalg import damped
 from compress.menus import (
     CORES,
@@ -31,6 +29,8 @@ from compress.metrics import loss_metric
 from compress.nested import Nested
 from compress.procrustes import StreamTerm
 from compress.recipe import Recipe
+from compress.rewrites.folding import FoldedModel
+from compress.rewrites.inner import InnerRewrites
 from compress.rotating import StreamRotations
 from compress.selection import neuron_order, value_output_basis
 from compress.statistics import StreamMoments

@@ -13,8 +13,9 @@ from compress.architecture import SUB_BLOCKS, WRITERS, Architecture, extra_biase
 from compress.budgets import kinds_of
 from compress.checkpoint import CheckpointReader, ShardWriter, read_rotations
 from compress.errors import UsageError
-from compress.invariance import FoldedModel, Rotations, unrotate
 from compress.recipe import Recipe
+from compress.rewrites.folding import FoldedModel
+from compress.rewrites.rotations import Rotations, unrotate
 from compress.source.families import TensorNames, tensor_names
 from compress.source.generation import write_generation_config
 from compress.source.model import ModelSource

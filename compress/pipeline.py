@@ -22,14 +22,14 @@ from compress.calibration import token_sequences
 from compress.checkpoint import ShardWriter, load_model, read_rotations, write_config, write_rotations
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.fitting import summarise
-from compress.invariance import FoldedModel, Rotations, rotate_block
 from compress.largest import largest_activations
 from compress.model.config import ProcrustesConfig
 from compress.model.decoder import ProcrustesForCausalLM
 from compress.planning import check_recipe
 from compress.progress import log
 from compress.recipe import Recipe, read_written
-from compress.source import families
+from compress.rewrites.folding import folded
+from compress.rewrites.rotations import Rotations, rotate_block
 from compress.source.model import ModelSource
 from compress.source.provenance import identity, record_of
 from compress.strategies import Fitted, fit_model
@@ -52,12 +52,6 @@ def torch_device(name: str) -> torch.device:
             f"a CUDA build"
         )
     return device
-
-
-def folded(source: ModelSource, dtype: torch.dtype = torch.float32) -> FoldedModel:
-    """The source with its norms folded, read lazily."""
-    arch = source.architecture()
-    return FoldedModel(source.reader(), arch, families.tensor_names(arch), dtype)
 
 
 def config_for(

@@ -25,8 +25,6 @@ from compress.budgets import (
 from compress.errors import ArtifactError, UsageError
 from compress.gauge import with_skips
 from compress.groups import LayerMenus
-from compress.inner import InnerRewrites
-from compress.invariance import FoldedModel, Rotations
 from compress.jrk import jrk_structures
 from compress.keptmenus import kept_groups
 from compress.menus import CORES
@@ -36,6 +34,9 @@ from compress.pooled import normalised_spectrum, pooled_allocation
 from compress.procrustes import StreamTerm
 from compress.progress import log, track
 from compress.recipe import Recipe
+from compress.rewrites.folding import FoldedModel
+from compress.rewrites.inner import InnerRewrites
+from compress.rewrites.rotations import Rotations
 from compress.rotating import StreamRotations, rotate_members
 from compress.statistics import StreamMoments
 from compress.structures import (

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from compress.architecture import SUB_BLOCKS, WRITERS, Architecture
 from compress.artifact.ledger import Keeper
-from compress.invariance import FoldedModel, Rotations
 from compress.linalg import damped
 from compress.procrustes import (
     Member,
@@ -24,6 +23,8 @@ from compress.procrustes import (
 )
 from compress.progress import log
 from compress.recipe import Recipe
+from compress.rewrites.folding import FoldedModel
+from compress.rewrites.rotations import Rotations
 from compress.statistics import StreamMoments
 from compress.structures import Structure
 

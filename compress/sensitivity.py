@@ -10,10 +10,11 @@ from torch import Tensor
 
 from compress.architecture import WRITERS
 from compress.artifact.ledger import Keeper
-from compress.invariance import FoldedModel, Rotations
 from compress.linalg import damped
 from compress.progress import log, track
 from compress.recipe import Recipe
+from compress.rewrites.folding import FoldedModel
+from compress.rewrites.rotations import Rotations
 from compress.statistics import StreamMoments, head_logits
 from compress.streams import Runner, embed
 from compress.structures import LowRankStructure

@@ -22,11 +22,12 @@ from compress.architecture import SUB_BLOCKS, WRITERS
 from compress.artifact.ledger import KeptFolder
 from compress.artifact.state import mapped, mapped_anew, save_whole
 from compress.fitting import FitRecord
-from compress.invariance import FoldedModel, Rotations, Weights, rotate_block
 from compress.linalg import damped
 from compress.model.blocks import Block, rms_normalise
 from compress.model.skips import SliceSkip
 from compress.progress import track
+from compress.rewrites.folding import FoldedModel
+from compress.rewrites.rotations import Rotations, Weights, rotate_block
 from compress.streams import GramSum, Runner, embed
 from compress.structures import Structure
 from compress.widths import leading_structures

@@ -24,11 +24,12 @@ from compress.artifact.locking import locked
 from compress.artifact.state import mapped, mapped_anew, save_whole
 from compress.artifact.versions import versions
 from compress.errors import ArtifactError, UsageError
-from compress.inner import InnerRewrites
-from compress.invariance import FoldedModel, Rotations, Weights
 from compress.linalg import all_finite
 from compress.model.blocks import rms_normalise
 from compress.progress import track
+from compress.rewrites.folding import FoldedModel
+from compress.rewrites.inner import InnerRewrites
+from compress.rewrites.rotations import Rotations, Weights
 from compress.streams import GramSum, Runner, embed
 
 FINAL = "final.safetensors"

@@ -20,13 +20,14 @@ from compress.embedding import EmbeddingRanks, compress_embedding, token_counts
 from compress.errors import UsageError
 from compress.fallback import FAILURES
 from compress.fitting import FitRecord, LayerFitter
-from compress.inner import InnerRewrites
-from compress.invariance import FoldedModel, Rotations, Weights
 from compress.jrk import frobenius_error, jrk_fit_block
 from compress.model.blocks import structured_state
 from compress.model.skips import skip_from_config
 from compress.planning import Moments, Plan, make_plan, needs_moments, structures_without_text
 from compress.recipe import Recipe
+from compress.rewrites.folding import FoldedModel
+from compress.rewrites.inner import InnerRewrites
+from compress.rewrites.rotations import Rotations, Weights
 from compress.sensitivity import measured_losses
 from compress.statistics import StatisticsFolder, collect, shared_folder
 from compress.streams import Runner

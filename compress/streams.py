@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from compress.architecture import Architecture
-from compress.invariance import Weights
 from compress.model.blocks import Block, Rotary, rotary_for
 from compress.model.masks import mask_unless_causal
 from compress.model.skips import SkipForm
+from compress.rewrites.rotations import Weights
 from compress.structures import Structure
 
 

@@ -93,8 +93,8 @@ class Baseline:
 
     def costs(self) -> tuple[ModelCost, ModelCost]:
         """Sizes of the dense and of the compressed model."""
-        from compress.invariance import Rotations
         from compress.pipeline import config_for
+        from compress.rewrites.rotations import Rotations
         from validate.cost import ModelCost
 
         config = self.reader.config

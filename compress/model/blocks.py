@@ -1,7 +1,7 @@
 """One pre-norm decoder block for every family: attention and feed-forward over structured linears in factors.
 
 Normalisation is parameter-free RMS everywhere: scales, biases and LayerNorm's mean subtraction have been
-folded into the neighbouring weights (compress/invariance.py), which leaves the output unchanged.
+folded into the neighbouring weights (compress/rewrites/rotations.py), which leaves the output unchanged.
 """
 
 from __future__ import annotations

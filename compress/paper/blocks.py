@@ -15,7 +15,6 @@ from torch import Tensor, device
 from compress.artifact.ledger import KeptFolder
 from compress.artifact.state import save_whole
 from compress.fitting import FitRecord
-from compress.invariance import FoldedModel, Rotations, rotate_block
 from compress.model.blocks import structured_state
 from compress.paper.shapes import Kind, paper_structures
 from compress.paper.solver import (
@@ -27,6 +26,8 @@ from compress.paper.solver import (
     paper_positions,
 )
 from compress.progress import log, track
+from compress.rewrites.folding import FoldedModel
+from compress.rewrites.rotations import Rotations, rotate_block
 from compress.structures import Structure
 
 

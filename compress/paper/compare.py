@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from compress.paper.grams import position_grams
     from compress.paper.shapes import paper_structures
     from compress.paper.solver import position_members
-    from compress.pipeline import folded, torch_device
+    from compress.pipeline import torch_device
+    from compress.rewrites.folding import folded
     from compress.source.resolve import resolve
     from compress.streams import Runner
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from compress.architecture import SUB_BLOCKS, WRITERS
 from compress.errors import UsageError
-from compress.invariance import FoldedModel, Rotations
 from compress.progress import track
+from compress.rewrites.folding import FoldedModel
+from compress.rewrites.rotations import Rotations
 from compress.streams import GramSum, Runner, embed
 
 

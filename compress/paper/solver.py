@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from compress.architecture import SUB_BLOCKS, WRITERS
-from compress.invariance import FoldedModel, Rotations
 from compress.linalg import polar
 from compress.paper.descent import Norm, weighted_rotation
 from compress.paper.projections import frobenius_factors, weighted_factors
 from compress.paper.shapes import Kind, paper_structures
+from compress.rewrites.folding import FoldedModel
+from compress.rewrites.rotations import Rotations
 from compress.structures import KroneckerStructure, Structure, cast
 
 ALS_ITERATIONS = 10

@@ -2,7 +2,7 @@
 
 The inner side is the one that does not lie on the residual stream: the outputs of v, gate and up, the inputs of o and
 down. It is cut into `groups` equal groups (heads, or 1 for neurons) of which the first `kept` features stay. An exact
-rewrite (compress/inner.py) has brought those that matter to the front. Dropped features are exact zeros: a head's zero
+rewrite (compress/rewrites/inner.py) has brought those that matter to the front. Dropped features are exact zeros: a head's zero
 coordinate stays zero through attention, and what reads the others does not read it.
 """
 

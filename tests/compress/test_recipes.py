@@ -16,8 +16,9 @@ from compress.checkpoint import CheckpointReader, load_model
 from compress.errors import UsageError
 from compress.forecast import forecast
 from compress.materialize import write_plain
-from compress.pipeline import compress_model, folded, rewritten_model
+from compress.pipeline import compress_model, rewritten_model
 from compress.recipe import parse_recipe, read_yaml
+from compress.rewrites.folding import folded
 from compress.source.model import ModelSource
 from compress.streams import Runner
 from tests import tiny

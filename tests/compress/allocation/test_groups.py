@@ -12,14 +12,14 @@ from torch import Tensor
 from compress.architecture import SUB_BLOCKS, WRITERS, position_of
 from compress.budgets import cost_of, kinds_of, unit_of
 from compress.groups import LayerMenus
-from compress.inner import InnerRewrites, RewrittenModel
-from compress.invariance import rotate_block
 from compress.linalg import damped, weighted_error
 from compress.menus import Linear
 from compress.metrics import loss_metric
-from compress.pipeline import folded
 from compress.planning import Plan, make_plan
 from compress.recipe import Recipe
+from compress.rewrites.folding import folded
+from compress.rewrites.inner import InnerRewrites, RewrittenModel
+from compress.rewrites.rotations import rotate_block
 from compress.source.model import ModelSource
 from compress.statistics import StatisticsFolder, collect
 from compress.streams import Runner

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from compress.allocation import Choice, convex_hull
 from compress.errors import UsageError
-from compress.inner import permute_neurons
 from compress.linalg import weighted_error
 from compress.menus import (
     Linear,
@@ -24,6 +23,7 @@ from compress.menus import (
     reduced,
     selected_menu,
 )
+from compress.rewrites.inner import permute_neurons
 from compress.selection import neuron_order, value_output_basis
 from compress.structures import (
     DenseStructure,

@@ -13,8 +13,9 @@ from compress.artifact.ledger import Nowhere
 from compress.checkpoint import load_model
 from compress.linalg import damped
 from compress.metrics import loss_metric
-from compress.pipeline import folded, write_dense
+from compress.pipeline import write_dense
 from compress.recipe import Recipe
+from compress.rewrites.folding import folded
 from compress.sensitivity import measured_losses
 from compress.source.model import ModelSource
 from compress.statistics import StatisticsFolder, StreamMoments, collect

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compress.architecture import SUB_BLOCKS, WRITERS
 from compress.artifact.state import mapped, mapped_anew, save_whole
 from compress.errors import ArtifactError
-from compress.pipeline import folded
+from compress.rewrites.folding import folded
 from compress.source import families
 from compress.source.model import ModelSource
 from compress.statistics import StatisticsFolder, StreamMoments, collect, sample

@@ -22,7 +22,7 @@ from compress.checkpoint import (
     write_rotations,
 )
 from compress.errors import ArtifactError
-from compress.invariance import Rotations
+from compress.rewrites.rotations import Rotations
 from compress.structures import DenseStructure, KroneckerStructure
 from tests import tiny
 from tests.compress.helpers import TinyModel, compressed, logits_of, tiny_source

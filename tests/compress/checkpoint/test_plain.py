@@ -16,7 +16,8 @@ from compress.artifact.store import Artifact
 from compress.checkpoint import CheckpointReader, load_model
 from compress.errors import UsageError
 from compress.materialize import write_plain
-from compress.pipeline import compress_model, folded
+from compress.pipeline import compress_model
+from compress.rewrites.folding import folded
 from compress.structures import cast
 from tests import tiny
 from tests.compress import helpers

@@ -22,10 +22,11 @@ from compress.embedding import (
     token_counts,
 )
 from compress.errors import ArtifactError, UsageError
-from compress.invariance import Rotations, Weights, rotate_block
 from compress.materialize import write_plain
 from compress.model.blocks import rms_normalise
-from compress.pipeline import config_for, folded
+from compress.pipeline import config_for
+from compress.rewrites.folding import folded
+from compress.rewrites.rotations import Rotations, Weights, rotate_block
 from compress.source.model import ModelSource
 from compress.statistics import head_logits
 from compress.streams import embed

@@ -21,8 +21,9 @@ from compress.errors import UsageError
 from compress.fallback import Linear, fit_linears
 from compress.fitting import LayerFitter
 from compress.linalg import Moment, NumericalError, is_singular, noted_damping, weighted_error
-from compress.pipeline import compress_model, folded
+from compress.pipeline import compress_model
 from compress.recipe import parse_recipe, read_yaml
+from compress.rewrites.folding import folded
 from compress.source.model import ModelSource
 from compress.source.resolve import resolve
 from compress.structures import (

@@ -16,10 +16,10 @@ from compress.artifact.state import mapped
 from compress.calibration import token_sequences
 from compress.checkpoint import load_model, read_rotations
 from compress.fitting import FitRecord, LayerFitter
-from compress.invariance import rotate_block
 from compress.linalg import damped
-from compress.pipeline import folded
 from compress.planning import make_plan
+from compress.rewrites.folding import folded
+from compress.rewrites.rotations import rotate_block
 from compress.source.model import ModelSource
 from compress.statistics import collect
 from compress.streams import Runner

@@ -14,8 +14,9 @@ from compress.artifact.store import Artifact
 from compress.checkpoint import CheckpointReader, load_model
 from compress.errors import UsageError
 from compress.jrk import energy_structures, jrk_fit_block, jrk_groups, jrk_structures
-from compress.pipeline import compress_model, folded, has_checkpoint
+from compress.pipeline import compress_model, has_checkpoint
 from compress.recipe import Recipe, parse_recipe, read_yaml
+from compress.rewrites.folding import folded
 from compress.structures import KroneckerStructure, LowRankStructure, Structure
 from tests import tiny
 from tests.compress.helpers import TinyModel, logits_of, relative, tiny_source

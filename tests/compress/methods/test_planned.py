@@ -13,10 +13,10 @@ from compress.accounting import model_size, overhead_parameters
 from compress.architecture import SUB_BLOCKS, WRITERS
 from compress.budgets import budget_parameters, default_unit
 from compress.errors import UsageError
-from compress.invariance import orthogonality_error
-from compress.pipeline import folded
 from compress.planning import Plan, check_recipe, make_plan
 from compress.recipe import Recipe
+from compress.rewrites.folding import folded
+from compress.rewrites.rotations import orthogonality_error
 from compress.source.model import ModelSource
 from compress.statistics import StreamMoments
 from compress.structures import KroneckerStructure

@@ -17,11 +17,12 @@ from compress.accounting import model_size
 from compress.artifact.state import save_whole
 from compress.checkpoint import ShardWriter, load_model, write_config, write_rotations
 from compress.errors import UsageError
-from compress.invariance import FoldedModel, Rotations
 from compress.materialize import write_plain
 from compress.model.decoder import ProcrustesForCausalLM
 from compress.model.skips import SliceSkip, parameters_of
-from compress.pipeline import config_for, folded
+from compress.pipeline import config_for
+from compress.rewrites.folding import FoldedModel, folded
+from compress.rewrites.rotations import Rotations
 from compress.slicing import (
     Sliced,
     principal_components,

@@ -11,9 +11,9 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from compress.checkpoint import load_model
 from compress.errors import UsageError
-from compress.invariance import Rotations
 from compress.model.masks import mask_unless_causal
 from compress.pipeline import write_rewritten
+from compress.rewrites.rotations import Rotations
 from tests import tiny
 from tests.compress.helpers import TinyModel, relative, tiny_source
 

@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compress.errors import ArtifactError, UsageError
 from compress.gauge import chain_rotations, gauge_fix, transport, with_skips
-from compress.invariance import Rotations, orthogonality_error
 from compress.model.skips import (
     CSSkip,
     DenseSkip,
@@ -23,6 +22,7 @@ from compress.model.skips import (
     skip_from_config,
     skips_from_config,
 )
+from compress.rewrites.rotations import Rotations, orthogonality_error
 
 D = 12
 

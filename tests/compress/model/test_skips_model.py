@@ -25,9 +25,10 @@ from compress.checkpoint import (
 )
 from compress.errors import ArtifactError
 from compress.gauge import with_skips
-from compress.invariance import Rotations, rotate_block
 from compress.model.skips import SliceSkip, parameters_of
-from compress.pipeline import config_for, folded
+from compress.pipeline import config_for
+from compress.rewrites.folding import folded
+from compress.rewrites.rotations import Rotations, rotate_block
 from compress.source.model import ModelSource
 from tests import tiny
 from tests.compress.helpers import TinyModel, logits_of, relative, tiny_source

@@ -13,11 +13,13 @@ from compress.accounting import model_size
 from compress.architecture import Architecture, extra_biases
 from compress.checkpoint import load_model
 from compress.errors import UsageError
-from compress.inner import InnerRewrites, RewrittenModel, bias_correction, centred, change_value_basis, permute_neurons
-from compress.invariance import FoldedModel, Rotations, Weights, rotate_block
+from compress.fit.bias import bias_correction, centred
 from compress.model.blocks import Block, rotary_for
 from compress.model.masks import attention_mask_bool
 from compress.pipeline import compress_model
+from compress.rewrites.folding import FoldedModel
+from compress.rewrites.inner import InnerRewrites, RewrittenModel, change_value_basis, permute_neurons
+from compress.rewrites.rotations import Rotations, Weights, rotate_block
 from compress.selection import neuron_order, value_output_basis
 from compress.source import families
 from compress.source.resolve import resolve

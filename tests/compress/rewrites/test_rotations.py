@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.checkpoint import load_model, read_rotations
-from compress.invariance import Rotations, orthogonality_error, unrotate
 from compress.pipeline import write_rewritten
+from compress.rewrites.rotations import Rotations, orthogonality_error, unrotate
 from compress.source.resolve import resolve
 from tests import tiny
 

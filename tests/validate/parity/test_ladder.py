@@ -83,8 +83,8 @@ def reference(folder: Path) -> Any:
 
 def test_rung_1_passes_for_every_tiny_model(tiny_model_dir: Path, tmp_path: Path) -> None:
     """Unrotated here; the rotated one is the built artefact's, below."""
-    from compress.invariance import Rotations
     from compress.pipeline import write_rewritten
+    from compress.rewrites.rotations import Rotations
 
     source = resolve(str(tiny_model_dir))
     write_rewritten(source, Rotations.none(), tmp_path)

@@ -17,7 +17,7 @@ from compress.paper.comparison import compare_position
 from compress.paper.grams import position_grams
 from compress.paper.shapes import Kind, paper_structures
 from compress.paper.solver import position_members
-from compress.pipeline import folded
+from compress.rewrites.folding import folded
 from compress.streams import Runner
 from tests import tiny
 from tests.compress.helpers import TinyModel, text_file, tiny_source

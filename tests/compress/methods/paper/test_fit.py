@@ -12,13 +12,14 @@ from torch import Tensor
 from compress.architecture import SUB_BLOCKS
 from compress.checkpoint import ShardWriter, load_model, write_config, write_rotations
 from compress.errors import UsageError
-from compress.invariance import FoldedModel, Rotations
 from compress.paper import solver
 from compress.paper.blocks import PaperFit, fit_paper
 from compress.paper.grams import position_grams
 from compress.paper.shapes import Kind
 from compress.paper.solver import PaperMember, PaperPosition, position_members
-from compress.pipeline import config_for, folded
+from compress.pipeline import config_for
+from compress.rewrites.folding import FoldedModel, folded
+from compress.rewrites.rotations import Rotations
 from compress.streams import Runner
 from tests import tiny
 from tests.compress.helpers import TinyModel, kept_in, logits_of, tiny_source

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from compress.architecture import SUB_BLOCKS, WRITERS
-from compress.invariance import orthogonality_error, rotate_block
 from compress.paper.descent import total_norm
 from compress.paper.projections import frobenius_factors
 from compress.paper.shapes import Kind, paper_structures
@@ -27,7 +26,8 @@ from compress.paper.solver import (
     project,
     solve_position,
 )
-from compress.pipeline import folded
+from compress.rewrites.folding import folded
+from compress.rewrites.rotations import orthogonality_error, rotate_block
 from compress.structures import KroneckerStructure, Structure
 from compress.structures.gs import GroupShuffleStructure
 from tests import tiny
