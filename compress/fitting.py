@@ -24,19 +24,20 @@ from torch import Tensor
 from compress.architecture import SUB_BLOCKS, WRITERS, extra_biases, position_of
 from compress.artifact.ledger import KeptFolder
 from compress.artifact.state import mapped, mapped_anew, save_whole
+from compress.calibration.gram import GramSum
+from compress.calibration.moments import Moments, StreamMoments
+from compress.calibration.streams import Runner, embed
 from compress.errors import UsageError
 from compress.fallback import Fit, Linear, fit_linears
 from compress.fit.bias import bias_correction, centred
 from compress.linalg import all_finite, damped, is_singular, noted_damping
 from compress.model.blocks import Block, StructuredLinear, rms_normalise, structured_state
-from compress.planning import Moments, Plan
+from compress.planning import Plan
 from compress.progress import log, track
 from compress.recipe import Recipe
 from compress.rewrites.folding import FoldedModel
 from compress.rewrites.inner import RewrittenModel
 from compress.rewrites.rotations import Weights, rotate_block
-from compress.statistics import StreamMoments
-from compress.streams import GramSum, Runner, embed
 from compress.structures import DenseStructure, SelectStructure, Structure, structure_from_config
 from compress.structures.joint import leader_of
 

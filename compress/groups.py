@@ -10,6 +10,8 @@ from torch import Tensor
 from compress.allocation import Choice, convex_hull
 from compress.architecture import SUB_BLOCKS, WRITERS, position_of
 from compress.artifact.ledger import Keeper, Nowhere
+from compress.calibration.metric import loss_metric
+from compress.calibration.moments import StreamMoments
 from compress.linalg import damped
 from compress.menus import (
     CORES,
@@ -25,7 +27,6 @@ from compress.menus import (
     reduced,
     selected_menu,
 )
-from compress.metrics import loss_metric
 from compress.nested import Nested
 from compress.procrustes import StreamTerm
 from compress.recipe import Recipe
@@ -33,7 +34,6 @@ from compress.rewrites.folding import FoldedModel
 from compress.rewrites.inner import InnerRewrites
 from compress.rotating import StreamRotations
 from compress.selection import neuron_order, value_output_basis
-from compress.statistics import StreamMoments
 from compress.structures import KroneckerStructure, SelectStructure, Structure, core_of
 
 CORE_SIZES = 12

@@ -18,11 +18,14 @@ from compress.artifact.files import sha256_of
 from compress.artifact.store import Artifact
 from compress.artifact.versions import versions
 from compress.budgets import ratio_of
-from compress.calibration import token_sequences
+from compress.calibration.largest import largest_activations
+from compress.calibration.streams import torch_device
+from compress.calibration.text import load_text
+from compress.calibration.text_files import text_sha256
+from compress.calibration.tokens import token_sequences
 from compress.checkpoint import ShardWriter, load_model, read_rotations, write_config, write_rotations
-from compress.errors import ArtifactError, MissingDependencyError, UsageError
+from compress.errors import ArtifactError, UsageError
 from compress.fitting import summarise
-from compress.largest import largest_activations
 from compress.model.config import ProcrustesConfig
 from compress.model.decoder import ProcrustesForCausalLM
 from compress.planning import check_recipe
@@ -34,24 +37,6 @@ from compress.source.model import ModelSource
 from compress.source.provenance import identity, record_of
 from compress.strategies import Fitted, fit_model
 from compress.structures import DenseStructure, Structure
-from compress.textdata import load_text
-from compress.textfiles import text_sha256
-
-
-def torch_device(name: str) -> torch.device:
-    """The device called `name`; exit 4 when this machine lacks it, exit 2 when there is no such name."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name!r} is no device: cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name!r} is not supported: cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise MissingDependencyError(
-            f"--device {name}: this PyTorch sees {torch.cuda.device_count()} CUDA GPUs; use --device cpu, or install "
-            f"a CUDA build"
-        )
-    return device
 
 
 def config_for(

@@ -22,6 +22,7 @@ from compress.budgets import (
     unit_of,
     uses_leading_mix,
 )
+from compress.calibration.moments import Moments
 from compress.errors import ArtifactError, UsageError
 from compress.gauge import with_skips
 from compress.groups import LayerMenus
@@ -38,7 +39,6 @@ from compress.rewrites.folding import FoldedModel
 from compress.rewrites.inner import InnerRewrites
 from compress.rewrites.rotations import Rotations
 from compress.rotating import StreamRotations, rotate_members
-from compress.statistics import StreamMoments
 from compress.structures import (
     CompotStructure,
     DenseStructure,
@@ -57,8 +57,6 @@ ROUNDS = 2
 
 TOLD = ("predicted_loss", "bytes", "macs")
 """What a written recipe says of each choice beside the choice itself."""
-
-Moments = Mapping[tuple[int, str], StreamMoments]
 
 
 @dataclass(frozen=True)

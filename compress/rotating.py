@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compress.architecture import SUB_BLOCKS, WRITERS, Architecture
 from compress.artifact.ledger import Keeper
+from compress.calibration.moments import StreamMoments
 from compress.linalg import damped
 from compress.procrustes import (
     Member,
@@ -25,7 +26,6 @@ from compress.progress import log
 from compress.recipe import Recipe
 from compress.rewrites.folding import FoldedModel
 from compress.rewrites.rotations import Rotations
-from compress.statistics import StreamMoments
 from compress.structures import Structure
 
 

@@ -21,6 +21,8 @@ from torch import Tensor
 from compress.architecture import SUB_BLOCKS, WRITERS
 from compress.artifact.ledger import KeptFolder
 from compress.artifact.state import mapped, mapped_anew, save_whole
+from compress.calibration.gram import GramSum
+from compress.calibration.streams import Runner, embed
 from compress.fitting import FitRecord
 from compress.linalg import damped
 from compress.model.blocks import Block, rms_normalise
@@ -28,7 +30,6 @@ from compress.model.skips import SliceSkip
 from compress.progress import track
 from compress.rewrites.folding import FoldedModel
 from compress.rewrites.rotations import Rotations, Weights, rotate_block
-from compress.streams import GramSum, Runner, embed
 from compress.structures import Structure
 from compress.widths import leading_structures
 

@@ -16,6 +16,9 @@ from compress.architecture import Architecture, extra_biases
 from compress.artifact.ledger import KeptFolder
 from compress.artifact.state import save_whole
 from compress.budgets import kept_width, ratio_of, unit_of
+from compress.calibration.measured import measured_losses
+from compress.calibration.moments import Moments, StatisticsFolder, collect, shared_folder
+from compress.calibration.streams import Runner
 from compress.embedding import EmbeddingRanks, compress_embedding, token_counts
 from compress.errors import UsageError
 from compress.fallback import FAILURES
@@ -23,14 +26,11 @@ from compress.fitting import FitRecord, LayerFitter
 from compress.jrk import frobenius_error, jrk_fit_block
 from compress.model.blocks import structured_state
 from compress.model.skips import skip_from_config
-from compress.planning import Moments, Plan, make_plan, needs_moments, structures_without_text
+from compress.planning import Plan, make_plan, needs_moments, structures_without_text
 from compress.recipe import Recipe
 from compress.rewrites.folding import FoldedModel
 from compress.rewrites.inner import InnerRewrites
 from compress.rewrites.rotations import Rotations, Weights
-from compress.sensitivity import measured_losses
-from compress.statistics import StatisticsFolder, collect, shared_folder
-from compress.streams import Runner
 from compress.structures import DenseStructure, Structure, structure_from_config
 from compress.structures.joint import leader_of
 

@@ -1,12 +1,12 @@
-"""float16 or bfloat16: chosen by the largest activations that the compression watched (compress/largest.py)."""
+"""float16 or bfloat16: chosen by the largest activations that the compression watched (compress/calibration/largest.py)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from compress.calibration.largest import FLOAT16_MAX, SAFE
 from compress.errors import ArtifactError
-from compress.largest import FLOAT16_MAX, SAFE
 from compress.progress import log
 
 

@@ -1,4 +1,4 @@
-"""Text -> tokens -> windows, for perplexity. The texts themselves are in compress/textdata.py."""
+"""Text -> tokens -> windows, for perplexity. The texts themselves are in compress/calibration/text.py."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.calibration import A_TOKEN, BYTES_A_CHARACTER, CHARACTERS, MARGIN, more_characters
+from compress.calibration.text import TextData
+from compress.calibration.tokens import A_TOKEN, BYTES_A_CHARACTER, CHARACTERS, MARGIN, more_characters
 from compress.cli.shortages import free_memory
 from compress.errors import MissingDependencyError, UsageError
 from compress.source.vocabulary import check_ids
-from compress.textdata import TextData
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from compress.errors import ArtifactError, UsageError
 from compress.progress import log
 
 if TYPE_CHECKING:
-    from compress.textdata import TextData
+    from compress.calibration.text import TextData
     from validate.baseline import Baseline
 
 
@@ -31,7 +31,7 @@ def look_first(baseline: Baseline, args: argparse.Namespace) -> TextData | None:
         baseline.dense_given()
     if "perplexity" not in parts:
         return None
-    from compress.textdata import load_text
+    from compress.calibration.text import load_text
 
     return load_text(args.data)
 

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from compress.calibration.gram import float32_products
 from compress.errors import ArtifactError
 from compress.progress import log
-from compress.streams import float32_products
 from validate.data import Windows
 
 if TYPE_CHECKING:

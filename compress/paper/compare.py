@@ -64,14 +64,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Collect, solve, print."""
     args = parser().parse_args(argv)
+    from compress.calibration.streams import Runner, torch_device
     from compress.paper.comparison import compare_position
     from compress.paper.grams import position_grams
     from compress.paper.shapes import paper_structures
     from compress.paper.solver import position_members
-    from compress.pipeline import torch_device
     from compress.rewrites.folding import folded
     from compress.source.resolve import resolve
-    from compress.streams import Runner
 
     device = torch_device(args.device)
     source = resolve(args.model, revision=args.revision)
@@ -110,8 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _tokens(args: argparse.Namespace, source: ModelSource) -> Tensor:
-    from compress.calibration import token_sequences
-    from compress.textdata import load_text
+    from compress.calibration.text import load_text
+    from compress.calibration.tokens import token_sequences
 
     arch = source.architecture()
     if args.sequence_length > arch.max_positions:

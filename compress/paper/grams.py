@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from compress.architecture import SUB_BLOCKS, WRITERS
+from compress.calibration.gram import GramSum
+from compress.calibration.streams import Runner, embed
 from compress.errors import UsageError
 from compress.progress import track
 from compress.rewrites.folding import FoldedModel
 from compress.rewrites.rotations import Rotations
-from compress.streams import GramSum, Runner, embed
 
 
 @dataclass(frozen=True)

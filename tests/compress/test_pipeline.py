@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compress.accounting import model_size, overhead_parameters
 from compress.artifact.store import Artifact
+from compress.calibration.gram import GramSum
+from compress.calibration.streams import Runner, torch_device
 from compress.checkpoint import CheckpointReader, load_model
 from compress.errors import ArtifactError, UsageError
-from compress.pipeline import compress_model, has_checkpoint, torch_device
+from compress.pipeline import compress_model, has_checkpoint
 from compress.recipe import parse_recipe, read_yaml
 from compress.source.model import ModelSource
-from compress.streams import GramSum, Runner
 from tests import tiny
 from tests.compress import helpers
 from tests.compress.helpers import (

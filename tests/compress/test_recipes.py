@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from compress import streams
 from compress.artifact.store import Artifact
+from compress.calibration import streams
+from compress.calibration.streams import Runner
 from compress.checkpoint import CheckpointReader, load_model
 from compress.errors import UsageError
 from compress.forecast import forecast
@@ -20,7 +21,6 @@ from compress.pipeline import compress_model, rewritten_model
 from compress.recipe import parse_recipe, read_yaml
 from compress.rewrites.folding import folded
 from compress.source.model import ModelSource
-from compress.streams import Runner
 from tests import tiny
 from tests.compress import helpers
 from tests.compress.helpers import (

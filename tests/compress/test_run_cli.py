@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from compress.artifact.store import Artifact
+from compress.calibration.streams import Runner
 from compress.cli.entry import run_cli
 from compress.forecast import lines
 from compress.recipe import read_yaml
 from compress.run import main
-from compress.streams import Runner
 from tests import tiny
 from tests.compress.helpers import TinyModel, text_file
 

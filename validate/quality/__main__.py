@@ -250,8 +250,8 @@ def _check_now(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> Bench:
     import torch
 
+    from compress.calibration.text import load_text
     from compress.source.resolve import resolve
-    from compress.textdata import load_text
     from validate.data import make_windows
     from validate.quality.run import Bench
 

@@ -11,18 +11,18 @@ from torch import Tensor
 
 from compress.architecture import SUB_BLOCKS, WRITERS, position_of
 from compress.budgets import cost_of, kinds_of, unit_of
+from compress.calibration.metric import loss_metric
+from compress.calibration.moments import StatisticsFolder, collect
+from compress.calibration.streams import Runner
 from compress.groups import LayerMenus
 from compress.linalg import damped, weighted_error
 from compress.menus import Linear
-from compress.metrics import loss_metric
 from compress.planning import Plan, make_plan
 from compress.recipe import Recipe
 from compress.rewrites.folding import folded
 from compress.rewrites.inner import InnerRewrites, RewrittenModel
 from compress.rewrites.rotations import rotate_block
 from compress.source.model import ModelSource
-from compress.statistics import StatisticsFolder, collect
-from compress.streams import Runner
 from compress.structures import LowRankStructure, SelectStructure, Structure, structure_from_config
 from compress.structures.joint import joint_fit, leader_of
 from tests import tiny

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress import statistics
-from compress.statistics import sample
+from compress.calibration import moments as statistics
+from compress.calibration.gradients import sample
 
 PROBABILITIES = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from compress.artifact.store import Artifact
+from compress.calibration.largest import FLOAT16_MAX, Largest, Watch, largest_activations
 from compress.cli.entry import run_cli
 from compress.errors import ArtifactError
-from compress.largest import FLOAT16_MAX, Largest, Watch, largest_activations
 from compress.model.blocks import StructuredLinear
 from compress.source.resolve import resolve
 from compress.structures import LowRankStructure

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from compress.artifact.ledger import Nowhere
+from compress.calibration.measured import measured_losses
+from compress.calibration.metric import loss_metric
+from compress.calibration.moments import StatisticsFolder, StreamMoments, collect
+from compress.calibration.streams import Runner
 from compress.checkpoint import load_model
 from compress.linalg import damped
-from compress.metrics import loss_metric
 from compress.pipeline import write_dense
 from compress.recipe import Recipe
 from compress.rewrites.folding import folded
-from compress.sensitivity import measured_losses
 from compress.source.model import ModelSource
-from compress.statistics import StatisticsFolder, StreamMoments, collect
-from compress.streams import Runner
 from tests import tiny
 from tests.compress import helpers
 from tests.compress.helpers import LENGTH, TinyModel, kept_in, logits_of, tiny_source, with_weights

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from compress.architecture import SUB_BLOCKS, WRITERS
 from compress.artifact.state import mapped, mapped_anew, save_whole
+from compress.calibration.gradients import sample
+from compress.calibration.gram import GramSum
+from compress.calibration.moments import StatisticsFolder, StreamMoments, collect
+from compress.calibration.streams import Runner
 from compress.errors import ArtifactError
 from compress.rewrites.folding import folded
 from compress.source import families
 from compress.source.model import ModelSource
-from compress.statistics import StatisticsFolder, StreamMoments, collect, sample
-from compress.streams import GramSum, Runner
 from tests import tiny
 from tests.compress.helpers import LENGTH, TinyModel, interrupted_at, kept_in, relative, tiny_source
 

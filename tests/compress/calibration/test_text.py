@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from compress import textdata
+from compress.calibration import text as textdata
+from compress.calibration.text import is_held_out, load_text
 from compress.errors import ArtifactError, MissingDependencyError, ProcrustesError, UsageError
-from compress.textdata import is_held_out, load_text
 
 
 def write(path: Path, content: bytes | str) -> str:

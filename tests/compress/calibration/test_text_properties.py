@@ -14,12 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from compress import textfiles
 from compress.artifact.reading import _NotWaiting
-from compress.calibration import token_sequences
+from compress.calibration import text_files as textfiles
+from compress.calibration.text import TextData, load_text
+from compress.calibration.text_files import Lines
+from compress.calibration.tokens import token_sequences
 from compress.errors import ArtifactError, MissingDependencyError, ProcrustesError, UsageError
-from compress.textdata import TextData, load_text
-from compress.textfiles import Lines
 from tests import tiny
 from validate.data import make_windows
 from validate.taskdata import TASKS
@@ -157,7 +157,7 @@ def test_a_long_text_is_read_as_far_as_it_is_used(tmp_path: Path, tokenizer: Any
         seen.append(len(text))
         return tokenizer(text, **options)
 
-    monkeypatch.setattr("compress.calibration.CHARACTERS", 1 << 12)
+    monkeypatch.setattr("compress.calibration.tokens.CHARACTERS", 1 << 12)
     monkeypatch.setattr("validate.data.CHARACTERS", 1 << 12)
     data = load_text(str(path))
     tokens = token_sequences(data, counting, samples=2, length=32, seed=0, vocab_size=320)  # type: ignore[arg-type]
@@ -172,7 +172,7 @@ def test_a_long_text_is_read_as_far_as_it_is_used(tmp_path: Path, tokenizer: Any
 
 def test_long_runs_of_one_character(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tokenizer whose tokens are longer than the estimate: more of the text is read until there are enough."""
-    monkeypatch.setattr("compress.calibration.CHARACTERS", 64)
+    monkeypatch.setattr("compress.calibration.tokens.CHARACTERS", 64)
     (tmp_path / "a.txt").write_text("a" * 100_000)
     pairs = [0]
 
@@ -263,7 +263,7 @@ def test_the_lines_of_a_file(
     lines: list[bytes], end: bytes, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Read in pieces of any size, blank lines passed over or not."""
-    monkeypatch.setattr("compress.textfiles._CHUNK", chunk)
+    monkeypatch.setattr("compress.calibration.text_files._CHUNK", chunk)
 
     class Plain(Lines):
         def row(self, index: int) -> str:
@@ -301,10 +301,10 @@ def test_blank_lines_are_passed_over_many_at_a_time(tmp_path: Path, monkeypatch:
 def test_rows_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines beyond number, and lines of white space in JSON, are told before all of them are gone through."""
     (tmp_path / "a.jsonl").write_text('{"text": " "}\n' * 50)
-    monkeypatch.setattr("compress.textdata.LOOKED_AT", 49)
+    monkeypatch.setattr("compress.calibration.text.LOOKED_AT", 49)
     with pytest.raises(UsageError, match="is empty: its first 49 rows are white space"):
         load_text(str(tmp_path / "a.jsonl"))
-    monkeypatch.setattr("compress.textfiles.MOST_ROWS", 49)
+    monkeypatch.setattr("compress.calibration.text_files.MOST_ROWS", 49)
     with pytest.raises(UsageError, match="more than 49 lines"):
         load_text(str(tmp_path / "a.jsonl"))
 

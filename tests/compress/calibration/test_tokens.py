@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.calibration import token_sequences
+from compress.calibration.text import TextData
+from compress.calibration.tokens import token_sequences
 from compress.errors import UsageError
-from compress.textdata import TextData
 from tests import tiny
 
 ROWS = tuple(row for row in tiny.TEXT.split("\n\n") if row)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from compress.accounting import embedding_parameters, model_size
 from compress.architecture import Architecture
+from compress.calibration.gradients import head_logits
+from compress.calibration.streams import embed
 from compress.checkpoint import ShardWriter, load_model, write_config, write_rotations
 from compress.embedding import (
     EmbeddingRanks,
@@ -28,8 +30,6 @@ from compress.pipeline import config_for
 from compress.rewrites.folding import folded
 from compress.rewrites.rotations import Rotations, Weights, rotate_block
 from compress.source.model import ModelSource
-from compress.statistics import head_logits
-from compress.streams import embed
 from export.engines.ort import OrtRunner
 from export.graph import export_onnx
 from tests import tiny

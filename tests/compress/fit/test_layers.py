@@ -13,7 +13,10 @@ from torch import Tensor
 
 from compress.architecture import SUB_BLOCKS, WRITERS, Architecture
 from compress.artifact.state import mapped
-from compress.calibration import token_sequences
+from compress.calibration.moments import collect
+from compress.calibration.streams import Runner
+from compress.calibration.text import load_text
+from compress.calibration.tokens import token_sequences
 from compress.checkpoint import load_model, read_rotations
 from compress.fitting import FitRecord, LayerFitter
 from compress.linalg import damped
@@ -21,8 +24,6 @@ from compress.planning import make_plan
 from compress.rewrites.folding import folded
 from compress.rewrites.rotations import rotate_block
 from compress.source.model import ModelSource
-from compress.statistics import collect
-from compress.streams import Runner
 from compress.structures import (
     DenseStructure,
     GroupShuffleStructure,
@@ -30,7 +31,6 @@ from compress.structures import (
     LowRankStructure,
     Structure,
 )
-from compress.textdata import load_text
 from tests import tiny
 from tests.compress import helpers
 from tests.compress.helpers import (

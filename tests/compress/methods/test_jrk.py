@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from compress import pipeline, textdata
+from compress import pipeline
 from compress.artifact.store import Artifact
+from compress.calibration import text as textdata
 from compress.checkpoint import CheckpointReader, load_model
 from compress.errors import UsageError
 from compress.jrk import energy_structures, jrk_fit_block, jrk_groups, jrk_structures

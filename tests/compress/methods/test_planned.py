@@ -12,13 +12,13 @@ from torch import Tensor
 from compress.accounting import model_size, overhead_parameters
 from compress.architecture import SUB_BLOCKS, WRITERS
 from compress.budgets import budget_parameters, default_unit
+from compress.calibration.moments import StreamMoments
 from compress.errors import UsageError
 from compress.planning import Plan, check_recipe, make_plan
 from compress.recipe import Recipe
 from compress.rewrites.folding import folded
 from compress.rewrites.rotations import orthogonality_error
 from compress.source.model import ModelSource
-from compress.statistics import StreamMoments
 from compress.structures import KroneckerStructure
 from tests.compress import helpers
 from tests.compress.helpers import TinyModel, tiny_source

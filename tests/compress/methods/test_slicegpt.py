@@ -15,6 +15,7 @@ from torch import Tensor
 from compress import slicing
 from compress.accounting import model_size
 from compress.artifact.state import save_whole
+from compress.calibration.streams import Runner
 from compress.checkpoint import ShardWriter, load_model, write_config, write_rotations
 from compress.errors import UsageError
 from compress.materialize import write_plain
@@ -30,7 +31,6 @@ from compress.slicing import (
     sliced_block,
 )
 from compress.source.model import ModelSource
-from compress.streams import Runner
 from compress.widths import kept_for_ratio, leading_structures
 from tests import tiny
 from tests.compress.helpers import TinyModel, kept_in, logits_of, relative, tiny_source

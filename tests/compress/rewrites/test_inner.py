@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from compress.accounting import model_size
 from compress.architecture import Architecture, extra_biases
+from compress.calibration.gram import GramSum
 from compress.checkpoint import load_model
 from compress.errors import UsageError
 from compress.fit.bias import bias_correction, centred
@@ -23,7 +24,6 @@ from compress.rewrites.rotations import Rotations, Weights, rotate_block
 from compress.selection import neuron_order, value_output_basis
 from compress.source import families
 from compress.source.resolve import resolve
-from compress.streams import GramSum
 from compress.structures import DenseStructure, LowRankStructure, SelectStructure, Structure, structure_from_config
 from compress.structures.select import selected_roles, selection
 from export.engines.ort import OrtRunner

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from compress.calibration import token_sequences
+from compress.calibration.text import TextData
+from compress.calibration.tokens import token_sequences
 from compress.cli.entry import run_cli
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.source.resolve import resolve
-from compress.textdata import TextData
 from export.build import main
 from export.engines.ort import OrtRunner
 from tests import tiny

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from compress.calibration.text import TextData
 from compress.errors import ArtifactError, UsageError
 from compress.model.decoder import ProcrustesForCausalLM
-from compress.textdata import TextData
 from tests import tiny
 from validate.data import Windows, make_windows
 from validate.perplexity import Comparison, TorchLogits, compare

@@ -11,6 +11,7 @@ from time import perf_counter
 import pytest
 import torch
 
+from compress.calibration.streams import Runner
 from compress.cli.entry import run_cli
 from compress.paper.compare import main
 from compress.paper.comparison import compare_position
@@ -18,7 +19,6 @@ from compress.paper.grams import position_grams
 from compress.paper.shapes import Kind, paper_structures
 from compress.paper.solver import position_members
 from compress.rewrites.folding import folded
-from compress.streams import Runner
 from tests import tiny
 from tests.compress.helpers import TinyModel, text_file, tiny_source
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.architecture import SUB_BLOCKS
+from compress.calibration.streams import Runner
 from compress.checkpoint import ShardWriter, load_model, write_config, write_rotations
 from compress.errors import UsageError
 from compress.paper import solver
@@ -20,7 +21,6 @@ from compress.paper.solver import PaperMember, PaperPosition, position_members
 from compress.pipeline import config_for
 from compress.rewrites.folding import FoldedModel, folded
 from compress.rewrites.rotations import Rotations
-from compress.streams import Runner
 from tests import tiny
 from tests.compress.helpers import TinyModel, kept_in, logits_of, tiny_source
 

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from compress.artifact.reading import shown
+from compress.calibration.text_files import JsonTexts, Rows, WholeFile, WikitextLines, json_lines
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.lazy import require
 from compress.source import hub
-from compress.textfiles import JsonTexts, Rows, WholeFile, WikitextLines, json_lines
 
 ROW_SEPARATOR = "\n\n"
 

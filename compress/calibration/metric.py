@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from compress.calibration.moments import StreamMoments
 from compress.linalg import damped
 from compress.recipe import Recipe
-from compress.statistics import StreamMoments
 
 
 def loss_metric(

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from compress.architecture import WRITERS
 from compress.artifact.ledger import Keeper
+from compress.calibration.gradients import head_logits
+from compress.calibration.moments import StreamMoments
+from compress.calibration.streams import Runner, embed
 from compress.linalg import damped
 from compress.progress import log, track
 from compress.recipe import Recipe
 from compress.rewrites.folding import FoldedModel
 from compress.rewrites.rotations import Rotations
-from compress.statistics import StreamMoments, head_logits
-from compress.streams import Runner, embed
 from compress.structures import LowRankStructure
 
 SEQUENCES = 8

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from compress.calibration.text import ROW_SEPARATOR, TextData
 from compress.errors import UsageError
 from compress.source.vocabulary import check_ids
-from compress.textdata import ROW_SEPARATOR, TextData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

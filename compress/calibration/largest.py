@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from compress.calibration.streams import Runner, embed
 from compress.checkpoint import CheckpointReader
 from compress.model.blocks import Block, rms_normalise
 from compress.model.decoder import Decoder, ProcrustesForCausalLM
 from compress.progress import track
-from compress.streams import Runner, embed
 from compress.structures import cast
 
 SEQUENCES = 4

@@ -1,0 +1,1 @@
+"""From text to tokens, streams, second moments and the loss metric."""
