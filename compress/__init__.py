@@ -12,7 +12,7 @@ import wrapt
 
 
 def _register(module: ModuleType) -> None:
-    from compress.checkpoint import register
+    from compress.checkpoint.loading import register
 
     register()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,38 +22,17 @@ from compress.calibration.streams import torch_device
 from compress.calibration.text import load_text
 from compress.calibration.text_files import text_sha256
 from compress.calibration.tokens import token_sequences
-from compress.checkpoint import ShardWriter, load_model, read_rotations, write_config, write_rotations
+from compress.checkpoint.writer import ShardWriter, config_for, write_config, write_rotations
 from compress.errors import ArtifactError, UsageError
 from compress.fitting import summarise
-from compress.model.config import ProcrustesConfig
-from compress.model.decoder import ProcrustesForCausalLM
 from compress.planning import check_recipe
 from compress.progress import log
 from compress.recipe import Recipe, read_written
 from compress.rewrites.folding import folded
-from compress.rewrites.rotations import Rotations, rotate_block
 from compress.source.model import ModelSource
 from compress.source.provenance import identity, record_of
 from compress.strategies import Fitted, fit_model
-from compress.structures import DenseStructure, Structure
-
-
-def config_for(
-    arch: Any, structures: Mapping[str, Structure], rotations: Rotations, **choices: Any
-) -> ProcrustesConfig:
-    """config.json of a checkpoint with these structures and rotations; choices: extra_biases, embedding ranks."""
-    layer_norm = arch.norm == "layernorm"
-    return ProcrustesConfig.from_architecture(
-        arch,
-        structures,
-        rotation=rotations.kind,
-        **rotations.skip_choices(),
-        center_embedding=arch.tied and layer_norm,
-        head_map=arch.tied,
-        head_bias=layer_norm and not arch.tied,
-        tie_word_embeddings=arch.tied,
-        **choices,
-    )
+from compress.structures import DenseStructure
 
 
 def request_digest(source: ModelSource, recipe: Recipe) -> dict[str, Any]:
@@ -98,7 +76,7 @@ def compress_model(
     arch = source.architecture()
     check_recipe(arch, recipe)
     if materialize_dense:
-        from compress.materialize import check_plain, write_plain
+        from compress.checkpoint.plain import check_plain, write_plain
 
         check_plain(source.name, arch, recipe)
     runner_device = torch_device(device)
@@ -203,34 +181,3 @@ def _resolved(recipe: Recipe, fitted: Fitted, arch: Architecture) -> Recipe:
         told = {"predicted_loss": record.predicted_loss, "bytes": bytes_, "macs": structure.macs(1)}
         explicit[record.name] = {**structure.to_config(), **told}
     return recipe.model_copy(update={"layers": explicit})
-
-
-def write_dense(source: ModelSource, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """The dense, norm-folded, unrotated model in the format of OUT/checkpoint: the baseline for speed."""
-    write_rewritten(source, Rotations.none(), folder, dtype)
-
-
-def write_rewritten(
-    source: ModelSource, rotations: Rotations, folder: Path, dtype: torch.dtype = torch.float32
-) -> None:
-    """The dense model folded and rotated, nothing approximated, in the format of OUT/checkpoint."""
-    model = folded(source, dtype)
-    arch = model.arch
-    with ShardWriter(folder, dtype) as shards:
-        for name, tensor in model.ends(rotations).items():
-            shards.add(name, tensor)
-        for layer in range(arch.num_layers):
-            for name, tensor in rotate_block(model.block(layer), arch, layer, rotations).items():
-                shards.add(f"model.layers.{layer}.{name}", tensor)
-    write_config(folder, config_for(arch, {}, rotations), dtype, source.generation_config())
-    write_rotations(folder, rotations)
-    source.tokenizer().save_pretrained(folder)
-
-
-def rewritten_model(source: ModelSource, checkpoint: Path, folder: Path) -> ProcrustesForCausalLM:
-    """The source folded and rotated exactly as `checkpoint` was before its weights were approximated (rung 1).
-
-    Written to `folder`, an empty one, which may go once this has returned.
-    """
-    write_rewritten(source, read_rotations(checkpoint).exact(), folder)
-    return load_model(folder)

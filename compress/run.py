@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from compress.forecast import forecast, lines
 
         if args.materialize_dense:
-            from compress.materialize import check_plain
+            from compress.checkpoint.plain import check_plain
 
             check_plain(source.name, source.architecture(), recipe)
         plan = forecast(source.architecture(), recipe, materialize_dense=args.materialize_dense)

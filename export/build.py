@@ -240,7 +240,7 @@ def _written(args: argparse.Namespace) -> list[str]:
 
 
 def _resume(args: argparse.Namespace, artifact: Artifact) -> dict[str, Any]:
-    from compress.checkpoint import CheckpointReader
+    from compress.checkpoint.reader import CheckpointReader
     from export.stages import build_info
 
     with artifact.lock():
@@ -326,7 +326,7 @@ def _serve(args: argparse.Namespace, artifact: Artifact, most: int | None) -> di
     """OUT/triton, and what the result says of it. `most`: sequences that the engine takes, None for any number."""
     import re
 
-    from compress.checkpoint import CheckpointReader
+    from compress.checkpoint.reader import CheckpointReader
     from export.stages import build_info
     from export.triton.repository import SEQUENCES, write_repository
 
@@ -373,7 +373,7 @@ def _dry_run(args: argparse.Namespace, artifact: Artifact, source: ModelSource, 
 
     kept = _has_checkpoint(args, artifact, source, recipe)
     if args.materialize_dense:
-        from compress.materialize import check_plain
+        from compress.checkpoint.plain import check_plain
 
         check_plain(source.name, source.architecture(), recipe)
     plan = forecast(source.architecture(), recipe, materialize_dense=args.materialize_dense)

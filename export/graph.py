@@ -23,7 +23,7 @@ import onnx
 import torch
 from torch import Tensor
 
-from compress.checkpoint import CheckpointReader
+from compress.checkpoint.reader import CheckpointReader
 from compress.errors import ArtifactError, UsageError
 from compress.structures import CompotStructure, PivotedStructure, SelectStructure, Structure, core_of
 from export.attention import Shared, attend, shared_values, split_heads

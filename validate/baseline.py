@@ -14,7 +14,7 @@ from compress.errors import UsageError
 from compress.progress import log
 
 if TYPE_CHECKING:
-    from compress.checkpoint import CheckpointReader
+    from compress.checkpoint.reader import CheckpointReader
     from compress.model.decoder import ProcrustesForCausalLM
     from compress.source.model import ModelSource
     from validate.cost import ModelCost
@@ -59,7 +59,7 @@ class Baseline:
     @cached_property
     def reader(self) -> CheckpointReader:
         """OUT's checkpoint."""
-        from compress.checkpoint import CheckpointReader
+        from compress.checkpoint.reader import CheckpointReader
 
         return CheckpointReader(self.checkpoint)
 
@@ -73,7 +73,7 @@ class Baseline:
     @cached_property
     def dense(self) -> ProcrustesForCausalLM:
         """The source in PyTorch, float32, folded and rotated as OUT's checkpoint is, nothing approximated."""
-        from compress.pipeline import rewritten_model
+        from compress.checkpoint.rewritten import rewritten_model
 
         log("folding and rotating the source")
         with self.artifact.scratch("dense") as folder:
@@ -82,7 +82,7 @@ class Baseline:
     @cached_property
     def compressed(self) -> ProcrustesForCausalLM:
         """OUT's checkpoint in PyTorch, float32."""
-        from compress.checkpoint import load_model
+        from compress.checkpoint.loading import load_model
 
         return load_model(self.checkpoint)
 
@@ -93,7 +93,7 @@ class Baseline:
 
     def costs(self) -> tuple[ModelCost, ModelCost]:
         """Sizes of the dense and of the compressed model."""
-        from compress.pipeline import config_for
+        from compress.checkpoint.writer import config_for
         from compress.rewrites.rotations import Rotations
         from validate.cost import ModelCost
 
@@ -118,7 +118,7 @@ class Baseline:
         given = self.dense_given()
         if given is not None:
             return given
-        from compress.pipeline import write_dense
+        from compress.checkpoint.rewritten import write_dense
         from export.graph import export_onnx
         from validate.graphfacts import GraphFacts
 

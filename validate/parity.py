@@ -26,7 +26,7 @@ from compress.progress import track
 from compress.structures import cast
 
 if TYPE_CHECKING:
-    from compress.checkpoint import CheckpointReader
+    from compress.checkpoint.reader import CheckpointReader
     from compress.model.decoder import ProcrustesForCausalLM
     from export.engines.runner import Runner
 

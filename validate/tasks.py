@@ -215,8 +215,8 @@ def _dense(name: str, dtype: str) -> tuple[ProcrustesForCausalLM, Any]:
 
     import torch
 
-    from compress.checkpoint import load_model
-    from compress.pipeline import write_dense
+    from compress.checkpoint.loading import load_model
+    from compress.checkpoint.rewritten import write_dense
     from compress.source.resolve import resolve
 
     source = resolve(name)
@@ -231,7 +231,7 @@ def load_compressed(target: Path, dtype: str) -> tuple[ProcrustesForCausalLM, An
     from transformers import AutoTokenizer
 
     from compress.artifact.store import Artifact
-    from compress.checkpoint import load_model
+    from compress.checkpoint.loading import load_model
 
     folder = target
     if Artifact(target).exists():

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.calibration.streams import Runner, embed
-from compress.checkpoint import CheckpointReader
+from compress.checkpoint.reader import CheckpointReader
 from compress.model.blocks import Block, rms_normalise
 from compress.model.decoder import Decoder, ProcrustesForCausalLM
 from compress.progress import track

@@ -17,7 +17,8 @@ from compress.accounting import model_size, overhead_parameters
 from compress.artifact.store import Artifact
 from compress.calibration.gram import GramSum
 from compress.calibration.streams import Runner, torch_device
-from compress.checkpoint import CheckpointReader, load_model
+from compress.checkpoint.loading import load_model
+from compress.checkpoint.reader import CheckpointReader
 from compress.errors import ArtifactError, UsageError
 from compress.pipeline import compress_model, has_checkpoint
 from compress.recipe import parse_recipe, read_yaml

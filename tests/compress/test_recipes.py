@@ -13,11 +13,13 @@ from transformers import AutoModelForCausalLM
 from compress.artifact.store import Artifact
 from compress.calibration import streams
 from compress.calibration.streams import Runner
-from compress.checkpoint import CheckpointReader, load_model
+from compress.checkpoint.loading import load_model
+from compress.checkpoint.plain import write_plain
+from compress.checkpoint.reader import CheckpointReader
+from compress.checkpoint.rewritten import rewritten_model
 from compress.errors import UsageError
 from compress.forecast import forecast
-from compress.materialize import write_plain
-from compress.pipeline import compress_model, rewritten_model
+from compress.pipeline import compress_model
 from compress.recipe import parse_recipe, read_yaml
 from compress.rewrites.folding import folded
 from compress.source.model import ModelSource

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from compress.architecture import Architecture
-from compress.checkpoint import ShardWriter, load_model, write_config
+from compress.checkpoint.loading import load_model
+from compress.checkpoint.writer import ShardWriter, write_config
 from compress.model.config import ProcrustesConfig
 from compress.model.decoder import ProcrustesForCausalLM
 from compress.structures import CompotStructure, Structure

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from compress.artifact.store import Artifact
-from compress.checkpoint import load_model
+from compress.checkpoint.loading import load_model
 from compress.cli.entry import run_cli
 from export.build import main
 from export.engines.ort import OrtRunner

@@ -29,7 +29,7 @@ HEAVY = (
     "onnx",
     "compress.pipeline",
     "compress.forecast",
-    "compress.materialize",
+    "compress.checkpoint.plain",
 )
 CPU_SECONDS = 20
 EXTRA_BYTES = 1 << 30

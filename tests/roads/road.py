@@ -13,7 +13,7 @@ import torch
 
 from compress.accounting import bias_parameters
 from compress.artifact.store import Artifact
-from compress.checkpoint import CheckpointReader
+from compress.checkpoint.reader import CheckpointReader
 from tests import tiny
 from tests.roads import figures
 from tests.roads.arguments import SMALL, counted_table, flags_of

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from compress.architecture import Architecture
-from compress.checkpoint import CheckpointReader
+from compress.checkpoint.reader import CheckpointReader
 from compress.cli.entry import run_cli
 from compress.errors import UsageError
 from compress.latency import LatencyTable, variant_of

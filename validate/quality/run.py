@@ -25,7 +25,8 @@ import torch
 import yaml
 
 from compress.artifact.store import Artifact
-from compress.checkpoint import CheckpointReader, load_model
+from compress.checkpoint.loading import load_model
+from compress.checkpoint.reader import CheckpointReader
 from compress.cli.entry import INTERRUPTED
 from compress.errors import ProcrustesError
 from compress.pipeline import has_checkpoint

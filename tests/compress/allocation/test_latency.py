@@ -10,7 +10,7 @@ import pytest
 
 from compress.architecture import Architecture
 from compress.budgets import budget_parameters, ratio_of
-from compress.checkpoint import CheckpointReader
+from compress.checkpoint.reader import CheckpointReader
 from compress.cli.entry import run_cli
 from compress.errors import UsageError
 from compress.forecast import forecast

@@ -66,7 +66,7 @@ def test_what_is_watched_is_what_the_model_computes(
     name: str, changes: dict[str, Any], tiny_model: TinyModel, tmp_path: Path
 ) -> None:
     """The figures of every linear are those of hooks on the whole model."""
-    from compress.checkpoint import load_model
+    from compress.checkpoint.loading import load_model
 
     artifact = helpers.compressed(tiny_source(tiny_model, name), tmp_path, **changes)
     model, tokens = load_model(artifact.path("checkpoint")), tiny.token_ids(4, 24)

@@ -14,9 +14,9 @@ from compress.calibration.measured import measured_losses
 from compress.calibration.metric import loss_metric
 from compress.calibration.moments import StatisticsFolder, StreamMoments, collect
 from compress.calibration.streams import Runner
-from compress.checkpoint import load_model
+from compress.checkpoint.loading import load_model
+from compress.checkpoint.rewritten import write_dense
 from compress.linalg import damped
-from compress.pipeline import write_dense
 from compress.recipe import Recipe
 from compress.rewrites.folding import folded
 from compress.source.model import ModelSource

@@ -12,15 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.checkpoint import (
-    INDEX,
-    ROTATION,
-    CheckpointReader,
-    ShardWriter,
-    load_model,
-    read_rotations,
-    write_rotations,
-)
+from compress.checkpoint.loading import load_model
+from compress.checkpoint.reader import INDEX, ROTATION, CheckpointReader, read_rotations
+from compress.checkpoint.writer import ShardWriter, write_rotations
 from compress.errors import ArtifactError
 from compress.rewrites.rotations import Rotations
 from compress.structures import DenseStructure, KroneckerStructure

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from compress.artifact.store import Artifact
-from compress.checkpoint import CheckpointReader, load_model
+from compress.checkpoint.loading import load_model
+from compress.checkpoint.plain import write_plain
+from compress.checkpoint.reader import CheckpointReader
 from compress.errors import UsageError
-from compress.materialize import write_plain
 from compress.pipeline import compress_model
 from compress.rewrites.folding import folded
 from compress.structures import cast

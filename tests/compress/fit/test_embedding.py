@@ -15,7 +15,9 @@ from compress.accounting import embedding_parameters, model_size
 from compress.architecture import Architecture
 from compress.calibration.gradients import head_logits
 from compress.calibration.streams import embed
-from compress.checkpoint import ShardWriter, load_model, write_config, write_rotations
+from compress.checkpoint.loading import load_model
+from compress.checkpoint.plain import write_plain
+from compress.checkpoint.writer import ShardWriter, config_for, write_config, write_rotations
 from compress.embedding import (
     EmbeddingRanks,
     WeightedTable,
@@ -24,9 +26,7 @@ from compress.embedding import (
     token_counts,
 )
 from compress.errors import ArtifactError, UsageError
-from compress.materialize import write_plain
 from compress.model.blocks import rms_normalise
-from compress.pipeline import config_for
 from compress.rewrites.folding import folded
 from compress.rewrites.rotations import Rotations, Weights, rotate_block
 from compress.source.model import ModelSource

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from compress import fallback
 from compress.artifact.store import Artifact
-from compress.checkpoint import CheckpointReader, load_model
+from compress.checkpoint.loading import load_model
+from compress.checkpoint.reader import CheckpointReader
 from compress.errors import UsageError
 from compress.fallback import Linear, fit_linears
 from compress.fitting import LayerFitter

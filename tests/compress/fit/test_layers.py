@@ -17,7 +17,8 @@ from compress.calibration.moments import collect
 from compress.calibration.streams import Runner
 from compress.calibration.text import load_text
 from compress.calibration.tokens import token_sequences
-from compress.checkpoint import load_model, read_rotations
+from compress.checkpoint.loading import load_model
+from compress.checkpoint.reader import read_rotations
 from compress.fitting import FitRecord, LayerFitter
 from compress.linalg import damped
 from compress.planning import make_plan

@@ -12,7 +12,8 @@ import torch
 from compress import pipeline
 from compress.artifact.store import Artifact
 from compress.calibration import text as textdata
-from compress.checkpoint import CheckpointReader, load_model
+from compress.checkpoint.loading import load_model
+from compress.checkpoint.reader import CheckpointReader
 from compress.errors import UsageError
 from compress.jrk import energy_structures, jrk_fit_block, jrk_groups, jrk_structures
 from compress.pipeline import compress_model, has_checkpoint

@@ -16,12 +16,12 @@ from compress import slicing
 from compress.accounting import model_size
 from compress.artifact.state import save_whole
 from compress.calibration.streams import Runner
-from compress.checkpoint import ShardWriter, load_model, write_config, write_rotations
+from compress.checkpoint.loading import load_model
+from compress.checkpoint.plain import write_plain
+from compress.checkpoint.writer import ShardWriter, config_for, write_config, write_rotations
 from compress.errors import UsageError
-from compress.materialize import write_plain
 from compress.model.decoder import ProcrustesForCausalLM
 from compress.model.skips import SliceSkip, parameters_of
-from compress.pipeline import config_for
 from compress.rewrites.folding import FoldedModel, folded
 from compress.rewrites.rotations import Rotations
 from compress.slicing import (

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from compress.checkpoint import load_model
+from compress.checkpoint.loading import load_model
+from compress.checkpoint.rewritten import write_rewritten
 from compress.errors import UsageError
 from compress.model.masks import mask_unless_causal
-from compress.pipeline import write_rewritten
 from compress.rewrites.rotations import Rotations
 from tests import tiny
 from tests.compress.helpers import TinyModel, relative, tiny_source

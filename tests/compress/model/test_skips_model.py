@@ -13,20 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from compress.accounting import model_size, overhead_parameters
-from compress.checkpoint import (
-    INDEX,
-    ROTATION,
-    CheckpointReader,
-    ShardWriter,
-    load_model,
-    read_rotations,
-    write_config,
-    write_rotations,
-)
+from compress.checkpoint.loading import load_model
+from compress.checkpoint.reader import INDEX, ROTATION, CheckpointReader, read_rotations
+from compress.checkpoint.writer import ShardWriter, config_for, write_config, write_rotations
 from compress.errors import ArtifactError
 from compress.gauge import with_skips
 from compress.model.skips import SliceSkip, parameters_of
-from compress.pipeline import config_for
 from compress.rewrites.folding import folded
 from compress.rewrites.rotations import Rotations, rotate_block
 from compress.source.model import ModelSource

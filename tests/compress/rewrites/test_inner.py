@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from compress.accounting import model_size
 from compress.architecture import Architecture, extra_biases
 from compress.calibration.gram import GramSum
-from compress.checkpoint import load_model
+from compress.checkpoint.loading import load_model
 from compress.errors import UsageError
 from compress.fit.bias import bias_correction, centred
 from compress.model.blocks import Block, rotary_for

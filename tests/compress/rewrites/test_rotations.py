@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.checkpoint import load_model, read_rotations
-from compress.pipeline import write_rewritten
+from compress.checkpoint.loading import load_model
+from compress.checkpoint.reader import read_rotations
+from compress.checkpoint.rewritten import write_rewritten
 from compress.rewrites.rotations import Rotations, orthogonality_error, unrotate
 from compress.source.resolve import resolve
 from tests import tiny

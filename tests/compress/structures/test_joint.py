@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from compress.checkpoint import CheckpointReader, load_model
+from compress.checkpoint.loading import load_model
+from compress.checkpoint.reader import CheckpointReader
 from compress.errors import ArtifactError, UsageError
 from compress.linalg import weighted_error
 from compress.model.blocks import Block, StructuredLinear, rotary_for

@@ -14,7 +14,9 @@ from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compress.checkpoint import CheckpointReader, ShardWriter, load_model
+from compress.checkpoint.loading import load_model
+from compress.checkpoint.reader import CheckpointReader
+from compress.checkpoint.writer import ShardWriter
 from compress.errors import ArtifactError
 from compress.structures import Compot24Structure, CompotStructure, SelectStructure, Structure
 from export.engines.ort import OrtRunner

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from compress.accounting import model_size
-from compress.checkpoint import CheckpointReader
+from compress.checkpoint.reader import CheckpointReader
 from compress.errors import ArtifactError
 from compress.structures import KroneckerStructure, LowRankStructure, Structure
 from export.engines.ort import OrtRunner

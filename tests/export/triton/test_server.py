@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from compress.artifact.store import Artifact
-from compress.checkpoint import load_model
+from compress.checkpoint.loading import load_model
 from compress.errors import ArtifactError
 from export.triton.batching import DEAD
 from export.triton.served import sound_tokenizer

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from compress.checkpoint import load_model
+from compress.checkpoint.loading import load_model
 from compress.cli.entry import run_cli
 from export.engines import trt
 from export.engines.device_runner import DeviceRunner

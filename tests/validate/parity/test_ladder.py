@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compress.checkpoint import CheckpointReader, load_model
+from compress.checkpoint.loading import load_model
+from compress.checkpoint.reader import CheckpointReader
+from compress.checkpoint.rewritten import rewritten_model
 from compress.errors import ArtifactError
-from compress.pipeline import rewritten_model
 from compress.source.resolve import resolve
 from compress.structures import (
     DenseStructure,
@@ -83,7 +84,7 @@ def reference(folder: Path) -> Any:
 
 def test_rung_1_passes_for_every_tiny_model(tiny_model_dir: Path, tmp_path: Path) -> None:
     """Unrotated here; the rotated one is the built artefact's, below."""
-    from compress.pipeline import write_rewritten
+    from compress.checkpoint.rewritten import write_rewritten
     from compress.rewrites.rotations import Rotations
 
     source = resolve(str(tiny_model_dir))

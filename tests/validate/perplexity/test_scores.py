@@ -189,7 +189,7 @@ def test_max_windows() -> None:
 
 
 def test_a_wide_head_leaves_the_tied_embedding_alone(built: Any) -> None:
-    from compress.checkpoint import load_model
+    from compress.checkpoint.loading import load_model
 
     model = load_model(built.out / "checkpoint", torch.bfloat16)
     wide = TorchLogits(model, wide_head=True)

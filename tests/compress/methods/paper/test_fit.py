@@ -11,14 +11,14 @@ from torch import Tensor
 
 from compress.architecture import SUB_BLOCKS
 from compress.calibration.streams import Runner
-from compress.checkpoint import ShardWriter, load_model, write_config, write_rotations
+from compress.checkpoint.loading import load_model
+from compress.checkpoint.writer import ShardWriter, config_for, write_config, write_rotations
 from compress.errors import UsageError
 from compress.paper import solver
 from compress.paper.blocks import PaperFit, fit_paper
 from compress.paper.grams import position_grams
 from compress.paper.shapes import Kind
 from compress.paper.solver import PaperMember, PaperPosition, position_members
-from compress.pipeline import config_for
 from compress.rewrites.folding import FoldedModel, folded
 from compress.rewrites.rotations import Rotations
 from tests import tiny

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from compress.architecture import SUB_BLOCKS, WRITERS, Architecture, extra_biases
 from compress.budgets import kinds_of
-from compress.checkpoint import CheckpointReader, ShardWriter, read_rotations
+from compress.checkpoint.reader import CheckpointReader, read_rotations
+from compress.checkpoint.writer import ShardWriter
 from compress.errors import UsageError
 from compress.recipe import Recipe
 from compress.rewrites.folding import FoldedModel

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.architecture import Architecture
 from compress.artifact.reading import RefusedError, parse_json, read_json, reason, shown
 from compress.errors import ArtifactError
 from compress.linalg import all_finite
-from compress.model.blocks import StructuredLinear
 from compress.model.config import ProcrustesConfig
-from compress.model.decoder import ProcrustesForCausalLM
 from compress.model.skips import SkipForm, skip_from_config
-from compress.source.generation import write_generation_config
 from compress.structures import DenseStructure, Structure
 from compress.structures.joint import leader_of
 
@@ -31,96 +24,6 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 ROTATION = "rotation.safetensors"
 FORMAT = 1
-
-
-class ShardWriter:
-    """Writes tensors to numbered safetensors shards as they come; memory is bounded by one shard.
-
-    with ShardWriter(folder) as writer: writer.add(name, tensor). The index is written on a clean exit only.
-    """
-
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, max_shard_bytes: int = 2 << 30) -> None:
-        self.folder, self.dtype, self.max_shard_bytes = folder, dtype, max_shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = self._total = 0
-        self._shards: list[list[str]] = []
-        self._seen: set[str] = set()
-
-    def __enter__(self) -> ShardWriter:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return self
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Queue one tensor. Raises ArtifactError when it is not finite: a broken weight is never written."""
-        if name in self._seen:
-            raise ValueError(f"{name} was already written")
-        if not all_finite(tensor):
-            raise ArtifactError(f"{name} came out with NaN or infinite values; it was not written. Please report this")
-        tensor = tensor.detach().to("cpu", self._stored_dtype(name, tensor)).contiguous().clone()
-        if not all_finite(tensor):
-            raise ArtifactError(
-                f"{name} has values beyond the range of {str(self.dtype).removeprefix('torch.')}; it was not written. "
-                f"Use --checkpoint-dtype bfloat16 or float32"
-            )
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self.max_shard_bytes:
-            self._flush()
-        self._seen.add(name)
-        self._pending[name] = tensor
-        self._pending_bytes += size
-        self._total += size
-
-    def _stored_dtype(self, name: str, tensor: Tensor) -> torch.dtype:
-        # The float32 mix of a Kronecker structure is tiny and stays float32 (op contract).
-        if name.endswith(".A") and tensor.dtype == torch.float32:
-            return torch.float32
-        # Integers stay what they are, and the bits of a sparsity mask bytes, even where the factors were cast together
-        # on their way here.
-        if name.endswith(".mask"):
-            return torch.uint8
-        return self.dtype if tensor.is_floating_point() else tensor.dtype
-
-    def _flush(self) -> None:
-        number = len(self._shards) + 1
-        save_file(self._pending, self.folder / f"shard-{number}.safetensors", metadata={"format": "pt"})
-        self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            return
-        if self._pending:
-            self._flush()
-        weight_map, count = {}, len(self._shards)
-        for number, names in enumerate(self._shards, start=1):
-            final = f"model-{number:05d}-of-{count:05d}.safetensors"
-            (self.folder / f"shard-{number}.safetensors").rename(self.folder / final)
-            weight_map.update(dict.fromkeys(names, final))
-        index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
-        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def write_config(
-    folder: Path, config: ProcrustesConfig, dtype: torch.dtype, generation: Mapping[str, Any] | None = None
-) -> None:
-    """config.json, and generation_config.json with the content `generation`, None where the source has none."""
-    config.architectures = ["ProcrustesForCausalLM"]
-    config.dtype = dtype
-    config.save_pretrained(folder)
-    write_generation_config(folder, generation)
-
-
-def write_rotations(folder: Path, rotations: Rotations) -> None:
-    """rotation.safetensors: float64 (d, d) matrices "q.{position}", none for an unrotated stream; its metadata name the
-    kind, or the forms of the skips where they are not dense, which only kind "block" has."""
-    tensors = {f"q.{i}": q.contiguous() for i, q in enumerate(rotations.matrices)}
-    # One entry only: safetensors writes several in random order, and equal requests give equal bytes.
-    metadata = {"kind": rotations.kind}
-    if rotations.skips:
-        metadata = {"skips": json.dumps([form.to_config() for form in rotations.skips])}
-    save_file(tensors, folder / ROTATION, metadata=metadata)
 
 
 def read_rotations(folder: Path) -> Rotations:
@@ -306,35 +209,3 @@ def _check_copies(config: ProcrustesConfig, arch: Architecture) -> None:
             )
     if config.rotation not in ("none", "shared", "block"):
         raise ArtifactError(f"config.json has the rotation {shown(config.rotation)}; compress the model again")
-
-
-def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> ProcrustesForCausalLM:
-    """The whole checkpoint as a PyTorch model in eval mode. Raises ArtifactError on missing or surplus tensors."""
-    reader = CheckpointReader(folder)
-    with torch.device("meta"):
-        model = ProcrustesForCausalLM(reader.config)
-    state = {name: reader.get(name) for name in reader.names()}
-    state = {n: t.to(dtype) if t.is_floating_point() and not n.endswith(".A") else t for n, t in state.items()}
-    if reader.config.tie_word_embeddings:
-        tied = {n: t for n, t in state.items() if n.startswith("model.embed_tokens.")}
-        state |= {n.replace("model.embed_tokens", "lm_head"): t for n, t in tied.items()}
-    try:
-        model.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise ArtifactError(f"{folder} does not hold the model its config.json describes: {error}") from error
-    for linear in model.modules():
-        if isinstance(linear, StructuredLinear):
-            linear.structure.check_factors({name: getattr(linear, name) for name in linear.factor_names})
-    if reader.config.tie_word_embeddings:
-        model.tie_weights()
-    model.requires_grad_(False)
-    model.eval()  # type: ignore[no-untyped-call]
-    return model
-
-
-def register() -> None:
-    """Make `AutoConfig` and `AutoModelForCausalLM` know the model type procrustes. Safe to call again."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    AutoConfig.register(ProcrustesConfig.model_type, ProcrustesConfig, exist_ok=True)
-    AutoModelForCausalLM.register(ProcrustesConfig, ProcrustesForCausalLM, exist_ok=True)
