@@ -28,11 +28,11 @@ from compress.menus import (
     selected_menu,
 )
 from compress.nested import Nested
-from compress.procrustes import StreamTerm
 from compress.recipe import Recipe
 from compress.rewrites.folding import FoldedModel
 from compress.rewrites.inner import InnerRewrites
-from compress.rotating import StreamRotations
+from compress.rotation.nested import StreamTerm
+from compress.rotation.stream import StreamRotations
 from compress.selection import neuron_order, value_output_basis
 from compress.structures import KroneckerStructure, SelectStructure, Structure, core_of
 

@@ -7,7 +7,7 @@ from typing import Any
 from compress.allocation import Choice
 from compress.artifact.ledger import Keeper
 from compress.groups import LayerMenus
-from compress.rotating import StreamRotations
+from compress.rotation.stream import StreamRotations
 from compress.structures import structure_from_config
 
 Groups = list[tuple[tuple[int, str], list[Choice]]]

@@ -18,7 +18,7 @@ from torch import Tensor
 from compress.allocation import Choice, convex_hull
 from compress.errors import UsageError
 from compress.linalg import tails, whitened_spectrum
-from compress.procrustes import StreamTerm
+from compress.rotation.nested import StreamTerm
 from compress.structures import (
     DenseStructure,
     GroupShuffleStructure,

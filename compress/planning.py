@@ -24,7 +24,6 @@ from compress.budgets import (
 )
 from compress.calibration.moments import Moments
 from compress.errors import ArtifactError, UsageError
-from compress.gauge import with_skips
 from compress.groups import LayerMenus
 from compress.jrk import jrk_structures
 from compress.keptmenus import kept_groups
@@ -32,13 +31,14 @@ from compress.menus import CORES
 from compress.paper.accounting import largest_kept
 from compress.paper.shapes import Kind, paper_structures
 from compress.pooled import normalised_spectrum, pooled_allocation
-from compress.procrustes import StreamTerm
 from compress.progress import log, track
 from compress.recipe import Recipe
 from compress.rewrites.folding import FoldedModel
 from compress.rewrites.inner import InnerRewrites
 from compress.rewrites.rotations import Rotations
-from compress.rotating import StreamRotations, rotate_members
+from compress.rotation.gauge import with_skips
+from compress.rotation.nested import StreamTerm
+from compress.rotation.stream import StreamRotations, rotate_members
 from compress.structures import (
     CompotStructure,
     DenseStructure,

@@ -1,6 +1,6 @@
 """One kept width for the whole stream: every linear keeps the same leading coordinates at every position.
 
-What SliceGPT does, and what the gauge-fixed skips (compress/gauge.py) ask for.
+What SliceGPT does, and what the gauge-fixed skips (compress/rotation/gauge.py) ask for.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The skips of `--rotation block`: x -> x S, S = Q_p^T Q_{p+1}, from one basis of the residual stream to the next.
 
 dense        S itself, d x d (ProcrustesGPT section 3)
-cs           exact, for rotations in a common gauge (compress/gauge.py): only the dropped subspace turns
+cs           exact, for rotations in a common gauge (compress/rotation/gauge.py): only the dropped subspace turns
 householder  exact, for rotations that differ by a chain of r reflections: S = I - V T V^T
 slice        the leading coordinates alone, the others are lost (SliceGPT): the one form that approximates
 
@@ -82,7 +82,7 @@ class SkipForm(ABC):
         if not gap <= EXACT:
             raise UsageError(
                 f"these rotations have no {self.name} skip of sizes {asdict(self)}: it misses the dense skip by "
-                f"{gap:.1e}. Make the rotations with compress.gauge.with_skips"
+                f"{gap:.1e}. Make the rotations with compress.rotation.gauge.with_skips"
             )
         return found
 

@@ -20,14 +20,8 @@ from compress.paper.solver import (
     output_norms,
     solve_position,
 )
-from compress.procrustes import (
-    Member,
-    StreamTerm,
-    frobenius_rotation,
-    majorised_rotation,
-    nested_rotation,
-    nested_start,
-)
+from compress.rotation.majorised import Member, frobenius_rotation, majorised_rotation
+from compress.rotation.nested import StreamTerm, nested_rotation, nested_start
 from compress.structures import KroneckerStructure, Structure
 
 GRAM_DAMPING = 1e-3

@@ -13,8 +13,8 @@ from compress.architecture import Architecture
 from compress.linalg import descending_eigenvalues, whitened_spectrum
 from compress.menus import Linear, reduced
 from compress.nested import Nested
-from compress.procrustes import StreamTerm
-from compress.rotating import StreamRotations
+from compress.rotation.nested import StreamTerm
+from compress.rotation.stream import StreamRotations
 from compress.structures import SelectStructure
 from compress.structures.base import Side
 from tests.compress.helpers import TinyModel, tiny_source

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress.errors import ArtifactError, UsageError
-from compress.gauge import chain_rotations, gauge_fix, transport, with_skips
 from compress.model.skips import (
     CSSkip,
     DenseSkip,
@@ -23,6 +22,7 @@ from compress.model.skips import (
     skips_from_config,
 )
 from compress.rewrites.rotations import Rotations, orthogonality_error
+from compress.rotation.gauge import chain_rotations, gauge_fix, transport, with_skips
 
 D = 12
 

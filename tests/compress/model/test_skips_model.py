@@ -17,10 +17,10 @@ from compress.checkpoint.loading import load_model
 from compress.checkpoint.reader import INDEX, ROTATION, CheckpointReader, read_rotations
 from compress.checkpoint.writer import ShardWriter, config_for, write_config, write_rotations
 from compress.errors import ArtifactError
-from compress.gauge import with_skips
 from compress.model.skips import SliceSkip, parameters_of
 from compress.rewrites.folding import folded
 from compress.rewrites.rotations import Rotations, rotate_block
+from compress.rotation.gauge import with_skips
 from compress.source.model import ModelSource
 from tests import tiny
 from tests.compress.helpers import TinyModel, logits_of, relative, tiny_source

@@ -10,16 +10,8 @@ import torch
 from torch import Tensor
 
 from compress.linalg import damped, geometric_mean, polar
-from compress.procrustes import (
-    Dropped,
-    Member,
-    StreamTerm,
-    dropped_loss,
-    frobenius_rotation,
-    majorised_rotation,
-    nested_rotation,
-    nested_start,
-)
+from compress.rotation.majorised import Member, frobenius_rotation, majorised_rotation
+from compress.rotation.nested import Dropped, StreamTerm, dropped_loss, nested_rotation, nested_start
 from compress.structures import GroupShuffleStructure, KroneckerStructure, LowRankStructure, Structure
 
 D = 12

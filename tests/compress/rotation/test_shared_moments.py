@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.procrustes import Dropped, StreamTerm, dropped_loss, plane_curvatures, summed_loss
-from compress.rotating import StreamRotations
+from compress.rotation.nested import Dropped, StreamTerm, dropped_loss, plane_curvatures, summed_loss
+from compress.rotation.stream import StreamRotations
 from tests.compress.helpers import F64, TinyModel, normal, tiny_source
 
 KEPT = [3, 3, 5, 3, 0]

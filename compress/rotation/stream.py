@@ -12,20 +12,12 @@ from compress.architecture import SUB_BLOCKS, WRITERS, Architecture
 from compress.artifact.ledger import Keeper
 from compress.calibration.moments import StreamMoments
 from compress.linalg import damped
-from compress.procrustes import (
-    Member,
-    StreamTerm,
-    curve_of,
-    frobenius_rotation,
-    majorised_rotation,
-    nested_rotation,
-    nested_start,
-    whitened_columns,
-)
 from compress.progress import log
 from compress.recipe import Recipe
 from compress.rewrites.folding import FoldedModel
 from compress.rewrites.rotations import Rotations
+from compress.rotation.majorised import Member, frobenius_rotation, majorised_rotation
+from compress.rotation.nested import StreamTerm, curve_of, nested_rotation, nested_start, whitened_columns
 from compress.structures import Structure
 
 

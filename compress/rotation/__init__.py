@@ -1,0 +1,1 @@
+"""Which rotation the residual stream gets."""
