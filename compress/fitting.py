@@ -21,6 +21,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from compress.allocation.plan import Plan
 from compress.architecture import SUB_BLOCKS, WRITERS, extra_biases, position_of
 from compress.artifact.ledger import KeptFolder
 from compress.artifact.state import mapped, mapped_anew, save_whole
@@ -32,7 +33,6 @@ from compress.fallback import Fit, Linear, fit_linears
 from compress.fit.bias import bias_correction, centred
 from compress.linalg import all_finite, damped, is_singular, noted_damping
 from compress.model.blocks import Block, StructuredLinear, rms_normalise, structured_state
-from compress.planning import Plan
 from compress.progress import log, track
 from compress.recipe import Recipe
 from compress.rewrites.folding import FoldedModel

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from compress.allocation.budget import ratio_of
 from compress.architecture import Architecture
 from compress.artifact.files import sha256_of
 from compress.artifact.store import Artifact
 from compress.artifact.versions import versions
-from compress.budgets import ratio_of
 from compress.calibration.largest import largest_activations
 from compress.calibration.streams import torch_device
 from compress.calibration.text import load_text

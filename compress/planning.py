@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 
 from torch import Tensor
 
-from compress.allocation import allocate, allocate_uniformly
-from compress.architecture import WRITERS, Architecture, position_of
-from compress.artifact.ledger import Keeper, Nowhere
-from compress.budgets import (
+from compress.allocation.budget import (
     budget_of,
     budget_parameters,
     cost_of,
     kept_width,
-    kinds_of,
     latency_table,
     ratio_of,
     unit_of,
     uses_leading_mix,
 )
+from compress.allocation.choose import allocate, allocate_uniformly
+from compress.allocation.explicit import explicit_layers
+from compress.allocation.groups import LayerMenus
+from compress.allocation.kept_menus import kept_groups
+from compress.allocation.menus import CORES
+from compress.allocation.plan import Plan
+from compress.allocation.uniform import uniform_structures
+from compress.allocation.width import leading_structures
+from compress.architecture import WRITERS, Architecture, position_of
+from compress.artifact.ledger import Keeper, Nowhere
 from compress.calibration.moments import Moments
 from compress.errors import ArtifactError, UsageError
-from compress.groups import LayerMenus
 from compress.jrk import jrk_structures
-from compress.keptmenus import kept_groups
-from compress.menus import CORES
 from compress.paper.accounting import largest_kept
 from compress.paper.shapes import Kind, paper_structures
 from compress.pooled import normalised_spectrum, pooled_allocation
 from compress.progress import log, track
-from compress.recipe import Recipe
+from compress.recipe import Recipe, kinds_of
 from compress.rewrites.folding import FoldedModel
-from compress.rewrites.inner import InnerRewrites
 from compress.rewrites.rotations import Rotations
 from compress.rotation.gauge import with_skips
 from compress.rotation.nested import StreamTerm
@@ -42,32 +43,14 @@ from compress.rotation.stream import StreamRotations, rotate_members
 from compress.structures import (
     CompotStructure,
     DenseStructure,
-    KroneckerStructure,
     Structure,
     registry,
-    structure_from_config,
 )
-from compress.structures.base import Side
 from compress.structures.joint import leader_of
 from compress.structures.select import selection
-from compress.widths import leading_structures
 
 ROUNDS = 2
 """Of rotation and allocation, after the closed-form start. The second took the predicted loss from 0.494 to 0.483."""
-
-TOLD = ("predicted_loss", "bytes", "macs")
-"""What a written recipe says of each choice beside the choice itself."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Rotations, the structure of every linear that is not dense, the predicted loss (nats per token) of each linear
-    that was allocated a size, and the exact rewrites of the inner side that `select` structures ask for."""
-
-    rotations: Rotations
-    structures: dict[str, Structure]
-    predicted: dict[str, float]
-    rewrites: InnerRewrites = field(default_factory=InnerRewrites)
 
 
 def needs_moments(recipe: Recipe) -> bool:
@@ -272,55 +255,6 @@ def structures_without_text(arch: Architecture, recipe: Recipe) -> dict[str, Str
     except ArtifactError as error:
         raise UsageError(f"recipe layers: {error}") from error
     return chosen
-
-
-def explicit_layers(arch: Architecture, recipe: Recipe) -> dict[str, Structure]:
-    """The structures that the recipe gives by name, dense ones included. Raises UsageError naming a wrong entry."""
-    names = {f"layers.{i}.{role}": shape for i in range(arch.num_layers) for role, shape in arch.linears().items()}
-    explicit = {}
-    for name, config in recipe.layers.items():
-        if name not in names:
-            raise UsageError(f"recipe layers: {name!r} is no linear of this model; names are like layers.0.attn.q")
-        try:
-            structure = structure_from_config({k: v for k, v in config.items() if k not in TOLD})
-        except ArtifactError as error:
-            raise UsageError(f"recipe layers: {name}: {error}") from error
-        seen = (structure.out_features, structure.in_features)
-        if seen != names[name]:
-            n, m = names[name]
-            raise UsageError(f"recipe layers: {name} is {n} x {m}, the recipe gives {seen[0]} x {seen[1]}")
-        explicit[name] = structure
-    return explicit
-
-
-def uniform_structures(arch: Architecture, recipe: Recipe, unit: int) -> dict[str, Structure]:
-    """The same kept fraction for every linear. One that no aligned size makes smaller stays dense, and the others pay
-    for it; all stay dense where the budget is that of the dense model."""
-    kind, budget = registry()[recipe.structure], budget_parameters(arch, recipe) / arch.num_layers
-    open_roles, chosen = dict(arch.linears()), dict[str, Structure]()
-    while len(chosen) < len(open_roles):
-        share = budget / sum(n * m for n, m in open_roles.values())
-        if share >= 1:
-            return {}
-        chosen, asked = {}, dict(open_roles)
-        for role, (n, m) in asked.items():
-            side: Side = "out" if role in WRITERS.values() else "in"
-            try:
-                if issubclass(kind, KroneckerStructure):  # no rotation has brought what matters to the front
-                    chosen[role] = kind.for_ratio(m, n, side, share, unit, mix="explicit")
-                else:
-                    chosen[role] = kind.for_ratio(m, n, side, share, unit)
-            except UsageError:
-                budget -= n * m
-                del open_roles[role]
-        if len(open_roles) < len(asked):
-            chosen = {}
-    if not chosen:
-        raise UsageError(
-            f"no linear of this model has an aligned {recipe.structure} of ratio {ratio_of(arch, recipe):g}: "
-            f"lower --unit or raise --ratio"
-        )
-    return {f"layers.{i}.{role}": structure for i in range(arch.num_layers) for role, structure in chosen.items()}
 
 
 def _plan_one_width(menus: LayerMenus, recipe: Recipe, keeper: Keeper) -> Plan:

@@ -273,3 +273,10 @@ def put(values: dict[str, Any], key: str, value: object, where: str) -> None:
         if not isinstance(values, dict):
             raise UsageError(f"{where}: {part} is {shown(values)}, not a group of fields")
     values[last] = value
+
+
+def kinds_of(recipe: Recipe) -> tuple[str, ...]:
+    """The structures that each linear may choose from."""
+    if recipe.structure == "auto":
+        return recipe.menu or (("pifa",) if recipe.rotation == "none" else ("pifa", "kron"))
+    return (recipe.structure,)

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = {"out": str(args.out), **plan}
         print(json.dumps(result) if args.json else "\n".join(lines(result)))
         return 0
-    from compress.budgets import shortfall
+    from compress.allocation.budget import shortfall
     from compress.pipeline import compress_model
 
     artifact = compress_model(

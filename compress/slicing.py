@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from compress.allocation.width import leading_structures
 from compress.architecture import SUB_BLOCKS, WRITERS
 from compress.artifact.ledger import KeptFolder
 from compress.artifact.state import mapped, mapped_anew, save_whole
@@ -31,7 +32,6 @@ from compress.progress import track
 from compress.rewrites.folding import FoldedModel
 from compress.rewrites.rotations import Rotations, Weights, rotate_block
 from compress.structures import Structure
-from compress.widths import leading_structures
 
 DAMPING = 0.01
 """Of the mean diagonal, as published; it moves no eigenvector."""

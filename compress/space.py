@@ -10,10 +10,10 @@ The resume files in OUT/state are of three phases; what a phase leaves stays unt
 
 from __future__ import annotations
 
+from compress.allocation.budget import most_parameters, overhead_of
 from compress.architecture import Architecture
-from compress.budgets import kinds_of, most_parameters, overhead_of
 from compress.planning import ROUNDS, needs_moments
-from compress.recipe import Recipe
+from compress.recipe import Recipe, kinds_of
 
 FLOAT, DOUBLE = 4, 8
 

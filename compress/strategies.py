@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from compress.accounting import ModelSize, model_size
+from compress.allocation.budget import kept_width, ratio_of, unit_of
+from compress.allocation.plan import save_plan, saved_plan
+from compress.allocation.size import ModelSize, model_size
 from compress.architecture import Architecture, extra_biases
 from compress.artifact.ledger import KeptFolder
 from compress.artifact.state import save_whole
-from compress.budgets import kept_width, ratio_of, unit_of
 from compress.calibration.measured import measured_losses
 from compress.calibration.moments import Moments, StatisticsFolder, collect, shared_folder
 from compress.calibration.streams import Runner
@@ -25,13 +25,11 @@ from compress.fallback import FAILURES
 from compress.fitting import FitRecord, LayerFitter
 from compress.jrk import frobenius_error, jrk_fit_block
 from compress.model.blocks import structured_state
-from compress.model.skips import skip_from_config
-from compress.planning import Plan, make_plan, needs_moments, structures_without_text
+from compress.planning import make_plan, needs_moments, structures_without_text
 from compress.recipe import Recipe
 from compress.rewrites.folding import FoldedModel
-from compress.rewrites.inner import InnerRewrites
 from compress.rewrites.rotations import Rotations, Weights
-from compress.structures import DenseStructure, Structure, structure_from_config
+from compress.structures import DenseStructure, Structure
 from compress.structures.joint import leader_of
 
 
@@ -187,27 +185,3 @@ def _block_without_text(
             error = frobenius_error(weight, structure, shared | fitted[role])
         records.append(FitRecord(name, structure.name, structure.parameter_count(), n * m, error, None))
     return tensors, records
-
-
-def save_plan(state: KeptFolder, plan: Plan) -> None:
-    """Keep the plan, in place of what it was made from."""
-    matrices = {f"q.{i}": q for i, q in enumerate(plan.rotations.matrices)}
-    save_whole(matrices, state.path("plan.safetensors"))
-    plan.rewrites.save(state.path("rewrites.safetensors"))
-    record = {
-        "kind": plan.rotations.kind,
-        "skips": [form.to_config() for form in plan.rotations.skips],
-        "structures": {name: s.to_config() for name, s in plan.structures.items()},
-        "predicted": plan.predicted,
-    }
-    state.write_value("plan", record)
-    pieces = [name for name in state.names() if name.startswith("plan-")]
-    state.keep("plan.safetensors", "rewrites.safetensors", "plan.json", drop=pieces)
-
-
-def saved_plan(state: KeptFolder) -> Plan:
-    record, tensors = state.read_value("plan"), load_file(state.path("plan.safetensors"))
-    matrices = tuple(tensors[f"q.{i}"] for i in range(len(tensors)))
-    rotations = Rotations(record["kind"], matrices, tuple(skip_from_config(c) for c in record["skips"]))
-    structures = {name: structure_from_config(c) for name, c in record["structures"].items()}
-    return Plan(rotations, structures, record["predicted"], InnerRewrites.load(state.path("rewrites.safetensors")))

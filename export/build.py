@@ -181,7 +181,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _build(args: argparse.Namespace, artifact: Artifact, source: ModelSource, recipe: Recipe) -> dict[str, Any]:
-    from compress.budgets import shortfall
+    from compress.allocation.budget import shortfall
     from compress.pipeline import compress_model
     from export.halves import graph_dtype
     from export.stages import build_onnx

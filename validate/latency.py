@@ -64,7 +64,7 @@ def jobs_of(arch: Architecture, structures: Sequence[str], inner: Sequence[str],
     That is every linear, the parts that selections (`inner`) leave of it, and the d x d matrices that rotations add.
     Raises UsageError for a unit that a structure cannot use.
     """
-    from compress.menus import CORES
+    from compress.allocation.menus import CORES
     from validate.layers import Shape
 
     whole, parts = dict[Shape, None](), dict[Shape, None]()
@@ -77,7 +77,7 @@ def jobs_of(arch: Architecture, structures: Sequence[str], inner: Sequence[str],
     found: dict[tuple[int, int], tuple[Shape, dict[Structure, None]]] = {}
     for shape in (*whole, *parts, Shape("", "rotation", d, d, "in")):
         _, chosen = found.setdefault((shape.in_features, shape.out_features), (shape, {}))
-        # What is left of a selection stays dense, or becomes one of these (compress/groups.py).
+        # What is left of a selection stays dense, or becomes one of these (compress/allocation/groups.py).
         kinds = structures if shape in whole else [k for k in structures if k in (*CORES, "kron") and shape in parts]
         for kind in kinds:
             chosen.update(dict.fromkeys(sizes_of(kind, shape, unit)))
@@ -103,7 +103,7 @@ def sizes_of(kind: str, shape: Shape, unit: int) -> list[Structure]:
 
     A variant with fewer entries gives all; none where no aligned size saves parameters.
     """
-    from compress.latency import variant_of
+    from compress.allocation.latency import variant_of
     from compress.structures import registry
 
     side: Any = shape.side
@@ -128,7 +128,7 @@ class Timed:
 
     def entry(self, anchor: float, call: float) -> dict[str, Any]:
         """For the table; anchor: seconds of the largest dense matrix; call: of a session's call, paid once a model."""
-        from compress.latency import variant_of
+        from compress.allocation.latency import variant_of
 
         return {
             "structure": self.structure.name,
@@ -209,7 +209,7 @@ def build_table(
     working_set: int | None = None,
 ) -> dict[str, Any]:
     """What the command writes; `model` names the model in it. unit: alignment of sizes, None for the default one."""
-    from compress.budgets import default_unit
+    from compress.allocation.budget import default_unit
     from validate.machine import machine_facts
 
     aligned = unit or default_unit(arch)

@@ -320,7 +320,7 @@ def _report(
 ) -> Report:
     from dataclasses import asdict
 
-    from compress.accounting import model_size
+    from compress.allocation.size import model_size
     from compress.source.provenance import public
     from compress.structures.joint import leader_of
     from validate.machine import machine_facts

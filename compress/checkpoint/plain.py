@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from compress.architecture import SUB_BLOCKS, WRITERS, Architecture, extra_biases
-from compress.budgets import kinds_of
 from compress.checkpoint.reader import CheckpointReader, read_rotations
 from compress.checkpoint.writer import ShardWriter
 from compress.errors import UsageError
-from compress.recipe import Recipe
+from compress.recipe import Recipe, kinds_of
 from compress.rewrites.folding import FoldedModel
 from compress.rewrites.rotations import Rotations, unrotate
 from compress.source.families import TensorNames, tensor_names

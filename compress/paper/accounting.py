@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compress.accounting import model_size
+from compress.allocation.size import model_size
 from compress.architecture import Architecture
 from compress.errors import UsageError
 from compress.paper.shapes import DENSE_ROLES, KRON, Kind, check_kept, grid, paper_structures, rounded_inner_size

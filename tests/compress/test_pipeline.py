@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compress.accounting import model_size, overhead_parameters
+from compress.allocation.size import model_size, overhead_parameters
 from compress.artifact.store import Artifact
 from compress.calibration.gram import GramSum
 from compress.calibration.streams import Runner, torch_device

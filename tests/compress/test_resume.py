@@ -79,7 +79,7 @@ def test_a_plan_is_resumed_layer_by_layer(
     structure: str, source: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed again and again, at each further menu or rotation, it still comes to an end, and to the same bytes."""
-    from compress import groups
+    from compress.allocation import groups
 
     recipe = helpers.recipe(text_file(tmp_path), structure=structure, ratio=0.7)
     with monkeypatch.context() as patch:

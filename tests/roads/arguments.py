@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from compress.allocation.budget import default_unit
+from compress.allocation.latency import variant_of
 from compress.architecture import Architecture
-from compress.budgets import default_unit
-from compress.latency import variant_of
 from compress.options import _FLAGS
 from compress.structures import DenseStructure
 from tests.roads.cells import METHOD, OPTIONS, UNSET

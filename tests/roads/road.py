@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from compress.accounting import bias_parameters
+from compress.allocation.size import bias_parameters
 from compress.artifact.store import Artifact
 from compress.checkpoint.reader import CheckpointReader
 from tests import tiny

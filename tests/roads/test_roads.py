@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from compress.budgets import default_unit
+from compress.allocation.budget import default_unit
 from compress.source import families
 from compress.structures import registry
 from compress.structures.select import selection

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from compress.allocation.latency import LatencyTable, variant_of
 from compress.architecture import Architecture
 from compress.checkpoint.reader import CheckpointReader
 from compress.cli.entry import run_cli
 from compress.errors import UsageError
-from compress.latency import LatencyTable, variant_of
 from compress.planning import check_recipe
 from compress.structures import (
     Compot24Structure,

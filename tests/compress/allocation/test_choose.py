@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.allocation import Choice, allocate, allocate_uniformly, convex_hull
+from compress.allocation.choose import Choice, allocate, allocate_uniformly, convex_hull
 from compress.errors import UsageError
 
 Menus = list[list[Choice]]

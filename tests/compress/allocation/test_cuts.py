@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from compress.allocation.cuts import Nested
+from compress.allocation.menus import Linear, reduced
 from compress.architecture import Architecture
 from compress.linalg import descending_eigenvalues, whitened_spectrum
-from compress.menus import Linear, reduced
-from compress.nested import Nested
 from compress.rotation.nested import StreamTerm
 from compress.rotation.stream import StreamRotations
 from compress.structures import SelectStructure

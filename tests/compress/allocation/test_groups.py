@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from compress.allocation.budget import cost_of, unit_of
+from compress.allocation.groups import LayerMenus
+from compress.allocation.menus import Linear
+from compress.allocation.plan import Plan
 from compress.architecture import SUB_BLOCKS, WRITERS, position_of
-from compress.budgets import cost_of, kinds_of, unit_of
 from compress.calibration.metric import loss_metric
 from compress.calibration.moments import StatisticsFolder, collect
 from compress.calibration.streams import Runner
-from compress.groups import LayerMenus
 from compress.linalg import damped, weighted_error
-from compress.menus import Linear
-from compress.planning import Plan, make_plan
-from compress.recipe import Recipe
+from compress.planning import make_plan
+from compress.recipe import Recipe, kinds_of
 from compress.rewrites.folding import folded
 from compress.rewrites.inner import InnerRewrites, RewrittenModel
 from compress.rewrites.rotations import rotate_block

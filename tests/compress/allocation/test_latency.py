@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from compress.allocation.budget import budget_parameters, ratio_of
+from compress.allocation.latency import LatencyTable, variant_of
 from compress.architecture import Architecture
-from compress.budgets import budget_parameters, ratio_of
 from compress.checkpoint.reader import CheckpointReader
 from compress.cli.entry import run_cli
 from compress.errors import UsageError
 from compress.forecast import forecast
-from compress.latency import LatencyTable, variant_of
 from compress.planning import budget_of, check_recipe, cost_of, unit_of
 from compress.run import main
 from compress.structures import (

@@ -10,10 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.allocation import Choice, convex_hull
-from compress.errors import UsageError
-from compress.linalg import weighted_error
-from compress.menus import (
+from compress.allocation.choose import Choice, convex_hull
+from compress.allocation.menus import (
     Linear,
     dense_choice,
     joint_menu,
@@ -23,8 +21,10 @@ from compress.menus import (
     reduced,
     selected_menu,
 )
+from compress.allocation.selection import neuron_order, value_output_basis
+from compress.errors import UsageError
+from compress.linalg import weighted_error
 from compress.rewrites.inner import permute_neurons
-from compress.selection import neuron_order, value_output_basis
 from compress.structures import (
     DenseStructure,
     GroupShuffleStructure,

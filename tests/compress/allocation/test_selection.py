@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from compress.allocation.selection import BLOCKS, POOL, _cheapest, _Remaining, neuron_order, value_output_basis
 from compress.errors import UsageError
 from compress.linalg import weighted_error
-from compress.selection import BLOCKS, POOL, _cheapest, _Remaining, neuron_order, value_output_basis
 from compress.structures import SelectStructure
 from compress.structures.lowrank import error_by_rank
 from compress.structures.select import refit

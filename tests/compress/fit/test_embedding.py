@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compress.accounting import embedding_parameters, model_size
+from compress.allocation.size import embedding_parameters, model_size
 from compress.architecture import Architecture
 from compress.calibration.gradients import head_logits
 from compress.calibration.streams import embed

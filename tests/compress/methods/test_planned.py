@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.accounting import model_size, overhead_parameters
+from compress.allocation.budget import budget_parameters, default_unit
+from compress.allocation.plan import Plan
+from compress.allocation.size import model_size, overhead_parameters
 from compress.architecture import SUB_BLOCKS, WRITERS
-from compress.budgets import budget_parameters, default_unit
 from compress.calibration.moments import StreamMoments
 from compress.errors import UsageError
-from compress.planning import Plan, check_recipe, make_plan
+from compress.planning import check_recipe, make_plan
 from compress.recipe import Recipe
 from compress.rewrites.folding import folded
 from compress.rewrites.rotations import orthogonality_error

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compress import slicing
-from compress.accounting import model_size
+from compress.allocation.size import model_size
+from compress.allocation.width import kept_for_ratio, leading_structures
 from compress.artifact.state import save_whole
 from compress.calibration.streams import Runner
 from compress.checkpoint.loading import load_model
@@ -31,7 +32,6 @@ from compress.slicing import (
     sliced_block,
 )
 from compress.source.model import ModelSource
-from compress.widths import kept_for_ratio, leading_structures
 from tests import tiny
 from tests.compress.helpers import TinyModel, kept_in, logits_of, relative, tiny_source
 

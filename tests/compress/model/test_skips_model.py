@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from compress.accounting import model_size, overhead_parameters
+from compress.allocation.size import model_size, overhead_parameters
 from compress.checkpoint.loading import load_model
 from compress.checkpoint.reader import INDEX, ROTATION, CheckpointReader, read_rotations
 from compress.checkpoint.writer import ShardWriter, config_for, write_config, write_rotations

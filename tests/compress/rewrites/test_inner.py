@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from compress.accounting import model_size
+from compress.allocation.selection import neuron_order, value_output_basis
+from compress.allocation.size import model_size
 from compress.architecture import Architecture, extra_biases
 from compress.calibration.gram import GramSum
 from compress.checkpoint.loading import load_model
@@ -21,7 +22,6 @@ from compress.pipeline import compress_model
 from compress.rewrites.folding import FoldedModel
 from compress.rewrites.inner import InnerRewrites, RewrittenModel, change_value_basis, permute_neurons
 from compress.rewrites.rotations import Rotations, Weights, rotate_block
-from compress.selection import neuron_order, value_output_basis
 from compress.source import families
 from compress.source.resolve import resolve
 from compress.structures import DenseStructure, LowRankStructure, SelectStructure, Structure, structure_from_config

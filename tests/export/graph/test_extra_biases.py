@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from compress.accounting import model_size
+from compress.allocation.size import model_size
 from compress.checkpoint.reader import CheckpointReader
 from compress.errors import ArtifactError
 from compress.structures import KroneckerStructure, LowRankStructure, Structure

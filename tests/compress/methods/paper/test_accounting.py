@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import LlamaConfig, OPTConfig, PretrainedConfig
 
-from compress.accounting import model_size
+from compress.allocation.size import model_size
 from compress.architecture import Architecture
 from compress.errors import UsageError
 from compress.paper.accounting import largest_kept, paper_size

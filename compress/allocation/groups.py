@@ -7,15 +7,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from compress.allocation import Choice, convex_hull
-from compress.architecture import SUB_BLOCKS, WRITERS, position_of
-from compress.artifact.ledger import Keeper, Nowhere
-from compress.calibration.metric import loss_metric
-from compress.calibration.moments import StreamMoments
-from compress.linalg import damped
-from compress.menus import (
+from compress.allocation.choose import Choice, Cost, convex_hull
+from compress.allocation.cuts import Nested
+from compress.allocation.menus import (
     CORES,
-    Cost,
     Linear,
     core_menu,
     dense_choice,
@@ -27,13 +22,17 @@ from compress.menus import (
     reduced,
     selected_menu,
 )
-from compress.nested import Nested
+from compress.allocation.selection import neuron_order, value_output_basis
+from compress.architecture import SUB_BLOCKS, WRITERS, position_of
+from compress.artifact.ledger import Keeper, Nowhere
+from compress.calibration.metric import loss_metric
+from compress.calibration.moments import StreamMoments
+from compress.linalg import damped
 from compress.recipe import Recipe
 from compress.rewrites.folding import FoldedModel
 from compress.rewrites.inner import InnerRewrites
 from compress.rotation.nested import StreamTerm
 from compress.rotation.stream import StreamRotations
-from compress.selection import neuron_order, value_output_basis
 from compress.structures import KroneckerStructure, SelectStructure, Structure, core_of
 
 CORE_SIZES = 12

@@ -22,8 +22,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from compress.allocation.menus import Linear
 from compress.linalg import descending_eigenvalues
-from compress.menus import Linear
 
 
 class Nested:

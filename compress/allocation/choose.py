@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import Any
 
 from compress.errors import UsageError
+from compress.structures import (
+    Structure,
+)
 
 
 @dataclass(frozen=True)
@@ -98,3 +101,6 @@ def _within(menu: Sequence[Choice], share: float) -> Choice:
     """The least loss at no more than `share` of the largest cost; the cheapest where all cost more."""
     limit = share * max(c.cost for c in menu)
     return min((c for c in menu if c.cost <= limit), key=lambda c: c.loss, default=min(menu, key=lambda c: c.cost))
+
+
+Cost = Callable[[Structure], float]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from compress.allocation import Choice
+from compress.allocation.choose import Choice
+from compress.allocation.groups import LayerMenus
 from compress.artifact.ledger import Keeper
-from compress.groups import LayerMenus
 from compress.rotation.stream import StreamRotations
 from compress.structures import structure_from_config
 

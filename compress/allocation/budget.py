@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from compress.accounting import bias_parameters, overhead_parameters
+from compress.allocation.choose import Cost
+from compress.allocation.latency import LatencyTable
+from compress.allocation.size import bias_parameters, overhead_parameters
+from compress.allocation.width import UNIT, kept_for_ratio
 from compress.architecture import Architecture, extra_biases
 from compress.errors import UsageError
-from compress.latency import LatencyTable
-from compress.menus import Cost
 from compress.model.skips import parameters_of
-from compress.recipe import Recipe
-from compress.widths import UNIT, kept_for_ratio
+from compress.recipe import Recipe, kinds_of
 
 
 def default_unit(arch: Architecture) -> int:
@@ -156,10 +156,3 @@ def latency_table(recipe: Recipe) -> LatencyTable:
 def uses_leading_mix(recipe: Recipe) -> bool:
     """Whether the mix of each Kronecker sum is absorbed in the rotation, so that only kept widths are to choose."""
     return "kron" in kinds_of(recipe) and recipe.rotation != "none" and recipe.ties
-
-
-def kinds_of(recipe: Recipe) -> tuple[str, ...]:
-    """The structures that each linear may choose from."""
-    if recipe.structure == "auto":
-        return recipe.menu or (("pifa",) if recipe.rotation == "none" else ("pifa", "kron"))
-    return (recipe.structure,)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from math import gcd
 
-from compress.accounting import overhead_parameters
+from compress.allocation.size import overhead_parameters
 from compress.architecture import WRITERS, Architecture
 from compress.errors import UsageError
 from compress.model.skips import parameters_of

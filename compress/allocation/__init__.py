@@ -1,0 +1,1 @@
+"""From a budget and menus to one structure a linear."""
