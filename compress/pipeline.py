@@ -24,7 +24,7 @@ from compress.calibration.text_files import text_sha256
 from compress.calibration.tokens import token_sequences
 from compress.checkpoint.writer import ShardWriter, config_for, write_config, write_rotations
 from compress.errors import ArtifactError, UsageError
-from compress.fitting import summarise
+from compress.fit.record import summarise
 from compress.planning import check_recipe
 from compress.progress import log
 from compress.recipe import Recipe, read_written

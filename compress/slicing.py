@@ -24,7 +24,7 @@ from compress.artifact.ledger import KeptFolder
 from compress.artifact.state import mapped, mapped_anew, save_whole
 from compress.calibration.gram import GramSum
 from compress.calibration.streams import Runner, embed
-from compress.fitting import FitRecord
+from compress.fit.record import FitRecord
 from compress.linalg import damped
 from compress.model.blocks import Block, rms_normalise
 from compress.model.skips import SliceSkip

@@ -17,12 +17,14 @@ from compress.architecture import Architecture, extra_biases
 from compress.artifact.ledger import KeptFolder
 from compress.artifact.state import save_whole
 from compress.calibration.measured import measured_losses
-from compress.calibration.moments import Moments, StatisticsFolder, collect, shared_folder
+from compress.calibration.moments import Moments, collect, shared_folder
 from compress.calibration.streams import Runner
-from compress.embedding import EmbeddingRanks, compress_embedding, token_counts
 from compress.errors import UsageError
-from compress.fallback import FAILURES
-from compress.fitting import FitRecord, LayerFitter
+from compress.fit.embedding import EmbeddingRanks, compress_embedding, token_counts
+from compress.fit.ends import fitted_ends
+from compress.fit.fallback import FAILURES
+from compress.fit.layers import LayerFitter
+from compress.fit.record import FitRecord
 from compress.jrk import frobenius_error, jrk_fit_block
 from compress.model.blocks import structured_state
 from compress.planning import make_plan, needs_moments, structures_without_text
@@ -106,21 +108,6 @@ def fit_model(
     files, records = LayerFitter(model, plan, recipe, moments, tokens, runner, state, ends).run()
     biases = extra_biases(model.arch, tuple(model.arch.linears())) if "bias" in recipe.inner else []
     return Fitted(plan.rotations, plan.structures, ends, files, records, ranks, biases)
-
-
-def fitted_ends(
-    model: FoldedModel, recipe: Recipe, rotations: Rotations, tokens: Tensor, moments: Moments
-) -> tuple[Weights, EmbeddingRanks]:
-    """Embeddings and head in the rotated stream, compressed where the recipe asks for it."""
-    ends = model.ends(rotations)
-    if recipe.embedding >= 1:
-        return ends, EmbeddingRanks()
-    gram = None
-    if isinstance(moments, StatisticsFolder):
-        gram, q = moments.final(), rotations.at(2 * model.arch.num_layers)
-        gram = gram if q is None else q.T @ gram @ q
-    counts = token_counts(tokens, model.arch.vocab_size)
-    return compress_embedding(ends, model.arch, counts, gram, recipe.embedding, unit_of(model.arch, recipe))
 
 
 def fit_sliced(model: FoldedModel, recipe: Recipe, tokens: Tensor, runner: Runner, state: KeptFolder) -> Fitted:

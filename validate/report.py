@@ -171,7 +171,7 @@ def _dense_layers(report: Report) -> str:
 
 
 def _failed_fits(report: Report) -> str:
-    """What fell back (compress/fallback.py), and how often damping was needed; nothing where all went well."""
+    """What fell back (compress/fit/fallback.py), and how often damping was needed; nothing where all went well."""
     notes = [(r["name"], r["note"]) for r in report.fit if r.get("failed")]
     parts = []
     if notes:

@@ -74,7 +74,7 @@ class Runner:
 
 def embed(ends: Weights, arch: Architecture, tokens: Tensor) -> Tensor:
     """The residual stream at the first block, (samples, length, d) float32, from folded (and rotated) embeddings."""
-    if "model.embed_tokens.U" in ends:  # compressed, see compress/embedding.py
+    if "model.embed_tokens.U" in ends:  # compressed, see compress/fit/embedding.py
         x = ends["model.embed_tokens.U"][tokens].float() @ ends["model.embed_tokens.R"].float()
     else:
         x = ends["model.embed_tokens.weight"][tokens].float()

@@ -14,7 +14,7 @@ from torch import Tensor, device
 
 from compress.artifact.ledger import KeptFolder
 from compress.artifact.state import save_whole
-from compress.fitting import FitRecord
+from compress.fit.record import FitRecord
 from compress.model.blocks import structured_state
 from compress.paper.shapes import Kind, paper_structures
 from compress.paper.solver import (

@@ -18,14 +18,8 @@ from compress.calibration.streams import embed
 from compress.checkpoint.loading import load_model
 from compress.checkpoint.plain import write_plain
 from compress.checkpoint.writer import ShardWriter, config_for, write_config, write_rotations
-from compress.embedding import (
-    EmbeddingRanks,
-    WeightedTable,
-    compress_embedding,
-    head_gram,
-    token_counts,
-)
 from compress.errors import ArtifactError, UsageError
+from compress.fit.embedding import EmbeddingRanks, WeightedTable, compress_embedding, head_gram, token_counts
 from compress.model.blocks import rms_normalise
 from compress.rewrites.folding import folded
 from compress.rewrites.rotations import Rotations, Weights, rotate_block
@@ -111,7 +105,7 @@ def test_frequent_tokens_are_kept_better() -> None:
 def test_large_vocabularies_go_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     E, counts = table()
     whole = WeightedTable(E, counts.double() + 1, [second_moment(WIDTH, 1)])
-    monkeypatch.setattr("compress.embedding.ROWS", 3)
+    monkeypatch.setattr("compress.fit.embedding.ROWS", 3)
     pieces = WeightedTable(E, counts.double() + 1, [second_moment(WIDTH, 1)])
     torch.testing.assert_close(pieces.errors, whole.errors)
     torch.testing.assert_close(torch.mm(*pieces.factors(2)), torch.mm(*whole.factors(2)))

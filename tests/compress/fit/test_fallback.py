@@ -14,13 +14,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compress import fallback
 from compress.artifact.store import Artifact
 from compress.checkpoint.loading import load_model
 from compress.checkpoint.reader import CheckpointReader
 from compress.errors import UsageError
-from compress.fallback import Linear, fit_linears
-from compress.fitting import LayerFitter
+from compress.fit import fallback
+from compress.fit.fallback import Linear, fit_linears
+from compress.fit.layers import LayerFitter
 from compress.linalg import Moment, NumericalError, is_singular, noted_damping, weighted_error
 from compress.pipeline import compress_model
 from compress.recipe import parse_recipe, read_yaml

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.fallback import Linear, fit_linears
+from compress.fit.fallback import Linear, fit_linears
 from compress.linalg import Problem, weighted_error
 from compress.structures import (
     GroupShuffleStructure,

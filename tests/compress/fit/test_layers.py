@@ -19,7 +19,8 @@ from compress.calibration.text import load_text
 from compress.calibration.tokens import token_sequences
 from compress.checkpoint.loading import load_model
 from compress.checkpoint.reader import read_rotations
-from compress.fitting import FitRecord, LayerFitter
+from compress.fit.layers import LayerFitter
+from compress.fit.record import FitRecord
 from compress.linalg import damped
 from compress.planning import make_plan
 from compress.rewrites.folding import folded

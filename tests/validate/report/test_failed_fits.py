@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from compress import fallback
+from compress.fit import fallback
 from compress.pipeline import compress_model
 from compress.recipe import parse_recipe
 from compress.source.resolve import resolve

@@ -13,8 +13,7 @@ With bias correction the moments are centred, and a bias makes up for what the m
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeGuard
 
@@ -25,12 +24,13 @@ from compress.allocation.plan import Plan
 from compress.architecture import SUB_BLOCKS, WRITERS, extra_biases, position_of
 from compress.artifact.ledger import KeptFolder
 from compress.artifact.state import mapped, mapped_anew, save_whole
-from compress.calibration.gram import GramSum
 from compress.calibration.moments import Moments, StreamMoments
 from compress.calibration.streams import Runner, embed
 from compress.errors import UsageError
-from compress.fallback import Fit, Linear, fit_linears
 from compress.fit.bias import bias_correction, centred
+from compress.fit.fallback import Fit, Linear, fit_linears
+from compress.fit.record import FitRecord
+from compress.fit.targets import FitMoments
 from compress.linalg import all_finite, damped, is_singular, noted_damping
 from compress.model.blocks import Block, StructuredLinear, rms_normalise, structured_state
 from compress.progress import log, track
@@ -40,47 +40,6 @@ from compress.rewrites.inner import RewrittenModel
 from compress.rewrites.rotations import Weights, rotate_block
 from compress.structures import DenseStructure, SelectStructure, Structure, structure_from_config
 from compress.structures.joint import leader_of
-
-
-@dataclass(frozen=True)
-class FitRecord:
-    """What one linear became. relative_error = ||X(W - What)|| / ||XW|| on the inputs it was fitted on.
-
-    failed: the fit failed and the linear was left as it is. note: why, or what else was unusual. damped: the moments
-    that were singular ("Gram matrix", "metric"), so that the fit rests on their damping.
-    """
-
-    name: str
-    structure: str
-    parameters: int
-    dense_parameters: int
-    relative_error: float
-    predicted_loss: float | None
-    failed: bool = False
-    note: str | None = None
-    damped: str | None = None
-
-
-@dataclass(frozen=True)
-class FitMoments:
-    """What a fit sees, float64: G = E[x x^T] (in, in), E[x] (in,) of the inputs x of the compressed model; and of the
-    error r made so far, E[r x^T] (rows, in) and E[r] (rows,): r = h_f - h_c for readers, y_f - W a_c + s_f - s_c for
-    writers."""
-
-    gram: Tensor
-    mean: Tensor
-    gap: Tensor
-    gap_mean: Tensor
-
-    @cached_property
-    def singular(self) -> bool:
-        """Whether G is, before any damping."""
-        return is_singular(self.gram)
-
-    @classmethod
-    def of(cls, gram: GramSum, gap: GramSum) -> FitMoments:
-        """From the sums over all batches."""
-        return cls(gram.mean(), gram.first(), gap.mean(), gap.first())
 
 
 class LayerFitter:
@@ -113,7 +72,7 @@ class LayerFitter:
     def run(self) -> tuple[list[Path], list[FitRecord]]:
         """Fits all blocks; returns one safetensors file per block, in order, and all records.
 
-        Where a fit fails the linear is left as it is (compress/fallback.py) and its entry in `plan.structures` changed.
+        Where a fit fails the linear is left as it is (compress/fit/fallback.py) and its entry in `plan.structures` changed.
         Raises UsageError when weights or activations are not finite.
         """
         files: list[Path] = []
@@ -389,22 +348,3 @@ def _relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> floa
     if whole <= 1e-20 * lost:
         return 1.0
     return (max(lost, 0.0) / whole) ** 0.5 if lost > 0 else 0.0
-
-
-def summarise(records: list[FitRecord]) -> None:
-    """One line for the log."""
-    structured = [r for r in records if r.structure != "dense"]
-    alone = sum(r.parameters for r in records) / sum(r.dense_parameters for r in records)
-    log(
-        f"{len(records)} linears, {len(records) - len(structured)} left dense: their own parameters, with nothing that "
-        f"goes with them, are {alone:.4f} of the dense ones"
-    )
-    grams, metrics = (sum(what in (r.damped or "") for r in structured) for what in ("Gram matrix", "metric"))
-    if grams or metrics:
-        log(
-            f"singular and therefore damped: the Gram matrices of {grams} structured linears, the metrics of {metrics} "
-            f"(fit.json)"
-        )
-    failed = [r.name for r in records if r.failed]
-    if failed:
-        log(f"warning: the fits of {len(failed)} linears failed, they are as they were: {', '.join(failed)} (fit.json)")
