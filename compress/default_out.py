@@ -37,7 +37,7 @@ def refuse_anothers(artifact: Artifact, source: ModelSource, recipe: Recipe) -> 
 
     The same request, finished or interrupted, is welcome there: it is used again or goes on.
     """
-    from compress.pipeline import has_checkpoint, request_digest
+    from compress.requests import has_checkpoint, request_digest
 
     out = artifact.out
     advice = f"name another folder with --out, or say --out {out} to replace it"

@@ -7,7 +7,7 @@ from typing import Any
 from compress.allocation.budget import most_parameters, overhead_of, ratio_of, unit_of
 from compress.allocation.size import model_size
 from compress.architecture import Architecture
-from compress.planning import check_recipe
+from compress.methods.checks import check_recipe
 from compress.recipe import Recipe
 from compress.space import FLOAT, memory_parts, rotation_bytes, state_parts
 

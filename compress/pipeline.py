@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -14,45 +13,25 @@ from torch import Tensor
 
 from compress.allocation.budget import ratio_of
 from compress.architecture import Architecture
-from compress.artifact.files import sha256_of
 from compress.artifact.store import Artifact
 from compress.artifact.versions import versions
 from compress.calibration.largest import largest_activations
 from compress.calibration.streams import torch_device
 from compress.calibration.text import load_text
-from compress.calibration.text_files import text_sha256
 from compress.calibration.tokens import token_sequences
 from compress.checkpoint.writer import ShardWriter, config_for, write_config, write_rotations
-from compress.errors import ArtifactError, UsageError
+from compress.errors import UsageError
 from compress.fit.record import summarise
-from compress.planning import check_recipe
+from compress.methods.base import Fitted
+from compress.methods.checks import check_recipe
+from compress.methods.registry import fit_model
 from compress.progress import log
-from compress.recipe import Recipe, read_written
+from compress.recipe import Recipe
+from compress.requests import request_digest, statistics_digest
 from compress.rewrites.folding import folded
 from compress.source.model import ModelSource
-from compress.source.provenance import identity, record_of
-from compress.strategies import Fitted, fit_model
+from compress.source.provenance import record_of
 from compress.structures import DenseStructure
-
-
-def request_digest(source: ModelSource, recipe: Recipe) -> dict[str, Any]:
-    """What decides a checkpoint: equal requests give equal checkpoints."""
-    request: dict[str, Any] = {"source": identity(source), "recipe": recipe.digest()}
-    text = Path(recipe.calibration.data.removeprefix("wikitext:"))
-    if recipe.needs_text() and text.is_file():  # a named text never changes, a file may
-        request["text"] = text_sha256(text)
-    if recipe.latency_table is not None and Path(recipe.latency_table).is_file():
-        request["latency_table"] = sha256_of(Path(recipe.latency_table))
-    return request
-
-
-def statistics_digest(source: ModelSource, recipe: Recipe) -> str:
-    """Equal for requests whose second moments are equal: those of the first sequences, whatever follows them."""
-    c, request = recipe.calibration, request_digest(source, recipe)
-    request = {k: v for k, v in request.items() if k not in ("recipe", "latency_table")}
-    request["tokens"] = [c.data, c.seed, c.sequence_length, min(c.samples, recipe.sensitivity_samples)]
-    request["sensitivity"] = [recipe.sensitivity == "fisher", recipe.calibration_dtype]
-    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def compress_model(
@@ -151,21 +130,6 @@ def _warn_when_short(tokens: int, width: int) -> None:
             f"warning: {tokens:,} calibration tokens for linears of {width:,} inputs are few; at least {4 * width:,} "
             f"are advisable (--calibration-samples, --sequence-length), perplexity suffers otherwise"
         )
-
-
-def has_checkpoint(artifact: Artifact, source: ModelSource, recipe: Recipe) -> bool:
-    """Whether OUT/checkpoint was made by this very request, and OUT/recipe.yaml with it."""
-    if not (artifact.has_stage("checkpoint") and artifact.has_stage("recipe.yaml")):
-        return False
-    manifest = artifact.read_manifest()
-    if manifest["stages"]["checkpoint"].get("request") != request_digest(source, recipe):
-        return False
-    try:
-        artifact.verify(["recipe.yaml"])  # it is what was written here, and can be read
-        return read_written(artifact.path("recipe.yaml")).digest() == manifest.get("recipe_sha256")
-    except ArtifactError as error:
-        log(f"compressing again: {error}")
-        return False
 
 
 def _resolved(recipe: Recipe, fitted: Fitted, arch: Architecture) -> Recipe:

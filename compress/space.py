@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from compress.allocation.budget import most_parameters, overhead_of
 from compress.architecture import Architecture
-from compress.planning import ROUNDS, needs_moments
+from compress.methods.planned import ROUNDS, needs_moments
 from compress.recipe import Recipe, kinds_of
 
 FLOAT, DOUBLE = 4, 8

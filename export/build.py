@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = _resume(args, Artifact(args.out))
     else:
         from compress.default_out import default_out, refuse_anothers
-        from compress.planning import within_positions
+        from compress.methods.planned import within_positions
         from compress.source.resolve import look_up, resolve
 
         recipe = recipe_from(args)
@@ -352,7 +352,7 @@ def _serve(args: argparse.Namespace, artifact: Artifact, most: int | None) -> di
 
 def _has_checkpoint(args: argparse.Namespace, artifact: Artifact, source: ModelSource, recipe: Recipe) -> bool:
     """Whether OUT/checkpoint (and OUT/dense, where asked for) is what this command would make, and whole."""
-    from compress.pipeline import has_checkpoint
+    from compress.requests import has_checkpoint
 
     if not has_checkpoint(artifact, source, recipe):
         return False

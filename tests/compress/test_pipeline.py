@@ -20,8 +20,9 @@ from compress.calibration.streams import Runner, torch_device
 from compress.checkpoint.loading import load_model
 from compress.checkpoint.reader import CheckpointReader
 from compress.errors import ArtifactError, UsageError
-from compress.pipeline import compress_model, has_checkpoint
+from compress.pipeline import compress_model
 from compress.recipe import parse_recipe, read_yaml
+from compress.requests import has_checkpoint
 from compress.source.model import ModelSource
 from tests import tiny
 from tests.compress import helpers

@@ -17,8 +17,9 @@ from compress.artifact.store import Artifact
 from compress.calibration import streams
 from compress.calibration.streams import Runner
 from compress.errors import ArtifactError, UsageError
-from compress.pipeline import compress_model, has_checkpoint
+from compress.pipeline import compress_model
 from compress.recipe import Recipe
+from compress.requests import has_checkpoint
 from compress.source.model import ModelSource
 from tests.compress import helpers
 from tests.compress.helpers import TinyModel, interrupted_at, same_files, text_file, tiny_source

@@ -122,8 +122,8 @@ def commands(folder: Path) -> list[Command]:
     import onnxruntime  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
+    import compress.methods.registry
     import compress.run
-    import compress.strategies
     import export.build
     import export.engines.ort
     import export.graph

@@ -37,7 +37,7 @@ SMALL = {
     "validate.tasks": "--limit 2",
     "validate.latency": "--seconds 0.001 --working-set 1",
     "validate.quality": f"{FIT} --window 64 --max-windows 2",
-    "compress.paper.compare": f"{FIT} --gd-iterations 5 --position 3",
+    "compress.methods.paper.compare": f"{FIT} --gd-iterations 5 --position 3",
 }
 """Module -> what is said after the command's own words, which the last word overrides: sizes of tiny models."""
 DATA = {"validate.run": "--data held-out.txt", "validate.quality": "--data held-out.txt"}

@@ -29,9 +29,9 @@ from compress.checkpoint.loading import load_model
 from compress.checkpoint.reader import CheckpointReader
 from compress.cli.entry import INTERRUPTED
 from compress.errors import ProcrustesError
-from compress.pipeline import has_checkpoint
 from compress.progress import log
 from compress.recipe import parse_recipe
+from compress.requests import has_checkpoint
 from validate.cost import ModelCost
 from validate.hidden import fill_hidden, read_hidden, window_sha256
 from validate.perplexity import Comparison, HiddenLogits, TorchLogits, compare

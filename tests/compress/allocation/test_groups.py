@@ -18,7 +18,7 @@ from compress.calibration.metric import loss_metric
 from compress.calibration.moments import StatisticsFolder, collect
 from compress.calibration.streams import Runner
 from compress.linalg import damped, weighted_error
-from compress.planning import make_plan
+from compress.methods.planned import make_plan
 from compress.recipe import Recipe, kinds_of
 from compress.rewrites.folding import folded
 from compress.rewrites.inner import InnerRewrites, RewrittenModel

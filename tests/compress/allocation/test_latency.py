@@ -15,7 +15,8 @@ from compress.checkpoint.reader import CheckpointReader
 from compress.cli.entry import run_cli
 from compress.errors import UsageError
 from compress.forecast import forecast
-from compress.planning import budget_of, check_recipe, cost_of, unit_of
+from compress.methods.checks import check_recipe
+from compress.methods.planned import budget_of, cost_of, unit_of
 from compress.run import main
 from compress.structures import (
     DenseStructure,
@@ -264,7 +265,7 @@ def test_a_budget_that_nothing_meets(tiny_model: TinyModel, tmp_path: Path) -> N
 
 
 def test_a_changed_table_is_another_request(tiny_model: TinyModel, tmp_path: Path) -> None:
-    from compress.pipeline import request_digest
+    from compress.requests import request_digest
 
     source = tiny_source(tiny_model, "tiny_llama")
     path = table_file(tmp_path, source.architecture(), 8)

@@ -22,7 +22,7 @@ from compress.checkpoint.reader import read_rotations
 from compress.fit.layers import LayerFitter
 from compress.fit.record import FitRecord
 from compress.linalg import damped
-from compress.planning import make_plan
+from compress.methods.planned import make_plan
 from compress.rewrites.folding import folded
 from compress.rewrites.rotations import rotate_block
 from compress.source.model import ModelSource

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.errors import UsageError
-from compress.pooled import normalised_spectrum, pooled_allocation
+from compress.methods.compot import normalised_spectrum, pooled_allocation
 
 Sizes = dict[str, tuple[int, int]]
 

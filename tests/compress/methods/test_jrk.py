@@ -15,9 +15,10 @@ from compress.calibration import text as textdata
 from compress.checkpoint.loading import load_model
 from compress.checkpoint.reader import CheckpointReader
 from compress.errors import UsageError
-from compress.jrk import energy_structures, jrk_fit_block, jrk_groups, jrk_structures
-from compress.pipeline import compress_model, has_checkpoint
+from compress.methods.jrk import energy_structures, jrk_fit_block, jrk_groups, jrk_structures
+from compress.pipeline import compress_model
 from compress.recipe import Recipe, parse_recipe, read_yaml
+from compress.requests import has_checkpoint
 from compress.rewrites.folding import folded
 from compress.structures import KroneckerStructure, LowRankStructure, Structure
 from tests import tiny

@@ -15,7 +15,8 @@ from compress.allocation.size import model_size, overhead_parameters
 from compress.architecture import SUB_BLOCKS, WRITERS
 from compress.calibration.moments import StreamMoments
 from compress.errors import UsageError
-from compress.planning import check_recipe, make_plan
+from compress.methods.checks import check_recipe
+from compress.methods.planned import make_plan
 from compress.recipe import Recipe
 from compress.rewrites.folding import folded
 from compress.rewrites.rotations import orthogonality_error

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compress import slicing
 from compress.allocation.size import model_size
 from compress.allocation.width import kept_for_ratio, leading_structures
 from compress.artifact.state import save_whole
@@ -21,16 +20,12 @@ from compress.checkpoint.loading import load_model
 from compress.checkpoint.plain import write_plain
 from compress.checkpoint.writer import ShardWriter, config_for, write_config, write_rotations
 from compress.errors import UsageError
+from compress.methods import slicegpt as slicing
+from compress.methods.slicegpt import Sliced, principal_components, slice_model, sliced_block
 from compress.model.decoder import ProcrustesForCausalLM
 from compress.model.skips import SliceSkip, parameters_of
 from compress.rewrites.folding import FoldedModel, folded
 from compress.rewrites.rotations import Rotations
-from compress.slicing import (
-    Sliced,
-    principal_components,
-    slice_model,
-    sliced_block,
-)
 from compress.source.model import ModelSource
 from tests import tiny
 from tests.compress.helpers import TinyModel, kept_in, logits_of, relative, tiny_source

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from compress.errors import ArtifactError, UsageError
-from compress.pipeline import has_checkpoint, request_digest
+from compress.requests import has_checkpoint, request_digest
 from compress.source.model import ModelSource
 from compress.source.provenance import find_source, identity, public, record_of, stable_name
 from compress.source.resolve import resolve

@@ -8,8 +8,8 @@ from transformers import LlamaConfig, OPTConfig, PretrainedConfig
 from compress.allocation.size import model_size
 from compress.architecture import Architecture
 from compress.errors import UsageError
-from compress.paper.accounting import largest_kept, paper_size
-from compress.paper.shapes import KRON, Kind, divisor, inner_size, paper_structures, rounded_inner_size
+from compress.methods.paper.accounting import largest_kept, paper_size
+from compress.methods.paper.shapes import KRON, Kind, divisor, inner_size, paper_structures, rounded_inner_size
 from compress.source.families import llama, opt
 from compress.structures.gs import GroupShuffleStructure
 from tests import tiny

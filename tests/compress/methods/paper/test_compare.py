@@ -1,4 +1,4 @@
-"""`python -m compress.paper.compare` on a tiny model."""
+"""`python -m compress.methods.paper.compare` on a tiny model."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 
 from compress.calibration.streams import Runner
 from compress.cli.entry import run_cli
-from compress.paper.compare import main
-from compress.paper.comparison import compare_position
-from compress.paper.grams import position_grams
-from compress.paper.shapes import Kind, paper_structures
-from compress.paper.solver import position_members
+from compress.methods.paper.compare import main
+from compress.methods.paper.comparison import compare_position
+from compress.methods.paper.grams import position_grams
+from compress.methods.paper.shapes import Kind, paper_structures
+from compress.methods.paper.solver import position_members
 from compress.rewrites.folding import folded
 from tests import tiny
 from tests.compress.helpers import TinyModel, text_file, tiny_source
@@ -89,10 +89,12 @@ def test_refusals(tiny_model: TinyModel, tmp_path: Path, capsys: pytest.CaptureF
 
 def test_help_is_quick() -> None:
     clock = perf_counter()
-    done = subprocess.run([sys.executable, "-m", "compress.paper.compare", "--help"], capture_output=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "compress.methods.paper.compare", "--help"], capture_output=True, check=True
+    )
     assert b"--gd-iterations" in done.stdout
     imported = subprocess.run(
-        [sys.executable, "-c", "import sys, compress.paper.compare; print('torch' in sys.modules)"],
+        [sys.executable, "-c", "import sys, compress.methods.paper.compare; print('torch' in sys.modules)"],
         capture_output=True,
         check=True,
     )

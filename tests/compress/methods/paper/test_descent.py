@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.paper.descent import Norm, cayley, pull_back, total_norm, weighted_rotation
+from compress.methods.paper.descent import Norm, cayley, pull_back, total_norm, weighted_rotation
 
 WIDTH, OUT, INNER = 10, 7, 6
 EYE = torch.eye(WIDTH, dtype=torch.float64)

@@ -14,11 +14,11 @@ from compress.calibration.streams import Runner
 from compress.checkpoint.loading import load_model
 from compress.checkpoint.writer import ShardWriter, config_for, write_config, write_rotations
 from compress.errors import UsageError
-from compress.paper import solver
-from compress.paper.blocks import PaperFit, fit_paper
-from compress.paper.grams import position_grams
-from compress.paper.shapes import Kind
-from compress.paper.solver import PaperMember, PaperPosition, position_members
+from compress.methods.paper import solver
+from compress.methods.paper.fit import PaperFit, fit_paper
+from compress.methods.paper.grams import position_grams
+from compress.methods.paper.shapes import Kind
+from compress.methods.paper.solver import PaperMember, PaperPosition, position_members
 from compress.rewrites.folding import FoldedModel, folded
 from compress.rewrites.rotations import Rotations
 from tests import tiny

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compress.errors import UsageError
 from compress.linalg import low_rank, weighted_error
-from compress.paper.projections import (
+from compress.methods.paper.projections import (
     frobenius_factors,
     l_step,
     r_step,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from compress.architecture import SUB_BLOCKS, WRITERS
-from compress.paper.descent import total_norm
-from compress.paper.projections import frobenius_factors
-from compress.paper.shapes import Kind, paper_structures
-from compress.paper.solver import (
+from compress.methods.paper.descent import total_norm
+from compress.methods.paper.projections import frobenius_factors
+from compress.methods.paper.shapes import Kind, paper_structures
+from compress.methods.paper.solver import (
     PaperMember,
     PaperMoments,
     PaperPosition,

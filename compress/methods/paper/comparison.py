@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compress.errors import UsageError
 from compress.linalg import damped
-from compress.paper.solver import (
+from compress.methods.paper.solver import (
     Factors,
     PaperMember,
     alpha_of,

@@ -18,17 +18,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from compress.allocation.budget import kept_width
 from compress.allocation.width import leading_structures
 from compress.architecture import SUB_BLOCKS, WRITERS
 from compress.artifact.ledger import KeptFolder
 from compress.artifact.state import mapped, mapped_anew, save_whole
 from compress.calibration.gram import GramSum
 from compress.calibration.streams import Runner, embed
+from compress.fit.ends import fitted_ends
 from compress.fit.record import FitRecord
 from compress.linalg import damped
+from compress.methods.base import Fitted
 from compress.model.blocks import Block, rms_normalise
 from compress.model.skips import SliceSkip
 from compress.progress import track
+from compress.recipe import Recipe
 from compress.rewrites.folding import FoldedModel
 from compress.rewrites.rotations import Rotations, Weights, rotate_block
 from compress.structures import Structure
@@ -196,3 +200,11 @@ def _lost(gram: Tensor, kept: Tensor, weight: Tensor | None = None) -> float:
         left = w @ dropped
         lost, whole = ((left @ gram) * left).sum(), ((w @ gram) * w).sum()
     return float((lost / whole.clamp(min=1e-300)).clamp(min=0).sqrt())
+
+
+def fit_sliced(model: FoldedModel, recipe: Recipe, tokens: Tensor, runner: Runner, state: KeptFolder) -> Fitted:
+    pass
+
+    found = slice_model(model, tokens, kept_width(model.arch, recipe), runner, state)
+    ends, ranks = fitted_ends(model, recipe, found.rotations, tokens, {})
+    return Fitted(found.rotations, found.structures, ends, found.files, found.records, ranks)

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from compress.allocation.size import model_size
 from compress.architecture import Architecture
 from compress.errors import UsageError
-from compress.paper.shapes import DENSE_ROLES, KRON, Kind, check_kept, grid, paper_structures, rounded_inner_size
+from compress.methods.paper.shapes import (
+    DENSE_ROLES,
+    KRON,
+    Kind,
+    check_kept,
+    grid,
+    paper_structures,
+    rounded_inner_size,
+)
 
 HEAD_GRID = (8, 1)
 """Left and right blocks of the group-and-shuffle embedding and head, Llama-2's; OPT has (4, 1), for 0.002 points."""

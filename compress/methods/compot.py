@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from compress.allocation.budget import (
+    budget_parameters,
+    ratio_of,
+)
+from compress.artifact.ledger import Keeper
 from compress.errors import UsageError
+from compress.progress import track
+from compress.recipe import Recipe
+from compress.rewrites.folding import FoldedModel
+from compress.structures import (
+    Structure,
+    registry,
+)
 
 
 def normalised_spectrum(weight: Tensor) -> Tensor:
@@ -63,3 +76,39 @@ def pooled_allocation(
         else:
             low = middle + 1
     return kept(pooled[high])
+
+
+def pooled_structures(model: FoldedModel, recipe: Recipe, unit: int, keeper: Keeper) -> dict[str, Structure]:
+    """COMPOT's one-shot allocation: the kept ratio of each linear from the pooled spectra of the weights."""
+    arch, kind = model.arch, registry()[recipe.structure]
+    names = {f"layers.{i}.{role}": shape for i in range(arch.num_layers) for role, shape in arch.linears().items()}
+    spectra = dict[str, Tensor]()
+    for layer in track(range(arch.num_layers), description="plan"):
+        found = keeper.tensors(f"plan-spectra-{layer}", partial(_spectra, model, layer))
+        spectra |= {f"layers.{layer}.{role}": found[role] for role in arch.linears()}
+    # A linear that no aligned size makes as small as its share stays dense, and the others pay for it.
+    left, open_names = budget_parameters(arch, recipe), dict(names)
+    while open_names and left > 0:
+        share = min(1.0, left / sum(n * m for n, m in open_names.values()))
+        ratios = pooled_allocation({name: spectra[name] for name in open_names}, open_names, share)
+        chosen, stuck = dict[str, Structure](), list[str]()
+        for name, (n, m) in open_names.items():
+            try:
+                if ratios[name] < 1:
+                    chosen[name] = kind.for_ratio(m, n, arch.side(name.split(".", 2)[2]), ratios[name], unit)
+            except UsageError:
+                stuck.append(name)
+        if not stuck:
+            return chosen
+        for name in stuck:
+            n, m = open_names.pop(name)
+            left -= n * m
+    raise UsageError(
+        f"no linear of this model has an aligned {recipe.structure} of ratio {ratio_of(arch, recipe):g}: "
+        f"lower --unit or raise --ratio"
+    )
+
+
+def _spectra(model: FoldedModel, layer: int) -> dict[str, Tensor]:
+    weights = model.block(layer)
+    return {role: normalised_spectrum(weights[f"{role}.weight"]) for role in model.arch.linears()}

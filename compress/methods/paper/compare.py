@@ -1,4 +1,4 @@
-"""`python -m compress.paper.compare`: the paper's rotation solver against ours at one position, at equal structures."""
+"""`python -m compress.methods.paper.compare`: the paper's rotation solver against ours at one position, at equal structures."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  python -m compress.paper.compare --model smollm2-135m
-  python -m compress.paper.compare --model smollm2-135m --structure gs --kept 0.5 --position 12 --json
-  python -m compress.paper.compare --model facebook/opt-1.3b --calibration-samples 64 --device cuda
+  python -m compress.methods.paper.compare --model smollm2-135m
+  python -m compress.methods.paper.compare --model smollm2-135m --structure gs --kept 0.5 --position 12 --json
+  python -m compress.methods.paper.compare --model facebook/opt-1.3b --calibration-samples 64 --device cuda
 """
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
-        prog="python -m compress.paper.compare",
+        prog="python -m compress.methods.paper.compare",
         description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -65,10 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Collect, solve, print."""
     args = parser().parse_args(argv)
     from compress.calibration.streams import Runner, torch_device
-    from compress.paper.comparison import compare_position
-    from compress.paper.grams import position_grams
-    from compress.paper.shapes import paper_structures
-    from compress.paper.solver import position_members
+    from compress.methods.paper.comparison import compare_position
+    from compress.methods.paper.grams import position_grams
+    from compress.methods.paper.shapes import paper_structures
+    from compress.methods.paper.solver import position_members
     from compress.rewrites.folding import folded
     from compress.source.resolve import resolve
 

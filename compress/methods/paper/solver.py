@@ -2,7 +2,7 @@
 
 Stage 1 (Algorithm 2): alternate Frobenius projections and Procrustes, `als_iterations` times. Stage 2 (Algorithm 3), on
 the network rotated by stage 1: weighted projections at Q = I, the weighted Procrustes problem for Q with these factors
-(`compress.paper.descent`), weighted projections at the Q found. The moments are those of the uncompressed network, so
+(`compress.methods.paper.descent`), weighted projections at the Q found. The moments are those of the uncompressed network, so
 positions do not depend on each other. Each block's weights are read once, and one block is in memory at a time.
 
 Matrices that stay dense (v, embeddings, head) fit exactly at any Q: in stage 1 each adds W^T W Q to the Procrustes
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from compress.architecture import SUB_BLOCKS, WRITERS
 from compress.linalg import polar
-from compress.paper.descent import Norm, weighted_rotation
-from compress.paper.projections import frobenius_factors, weighted_factors
-from compress.paper.shapes import Kind, paper_structures
+from compress.methods.paper.descent import Norm, weighted_rotation
+from compress.methods.paper.projections import frobenius_factors, weighted_factors
+from compress.methods.paper.shapes import Kind, paper_structures
 from compress.rewrites.folding import FoldedModel
 from compress.rewrites.rotations import Rotations
 from compress.structures import KroneckerStructure, Structure, cast
