@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from compress.artifact.store import Artifact
     from compress.recipe import Recipe
     from compress.source.model import ModelSource
-    from export.engines.tensorrt import Options
+    from export.tensorrt.options import Options
 
 EXAMPLES = """\
 examples:
@@ -256,9 +256,10 @@ def _resume(args: argparse.Namespace, artifact: Artifact) -> dict[str, Any]:
 
 def _tensorrt(args: argparse.Namespace, positions: int) -> tuple[Options, tuple[int, ...]]:
     """The options of a TensorRT build, and the compute capabilities of one by TensorRT-RTX; says what is missing."""
-    from export.engines import trt, trt_rtx
-    from export.engines.profiles import Spans
-    from export.engines.tensorrt import Options
+    from export.runtime.profiles import Spans
+    from export.tensorrt import build as trt
+    from export.tensorrt import rtx as trt_rtx
+    from export.tensorrt.options import Options
 
     capabilities = trt_rtx.parse_capabilities(args.compute_capability)
     options = Options(
@@ -286,7 +287,9 @@ def _build_engine(
             build_ort(artifact)
             return {"engine": args.engine, **_serve(args, artifact, None)}
         return {"engine": args.engine}
-    from export.engines import plugins, trt, trt_rtx
+    from export.tensorrt import build as trt
+    from export.tensorrt import plugins
+    from export.tensorrt import rtx as trt_rtx
 
     options, capabilities = engine
     ahead = args.engine == "trt-rtx"

@@ -16,9 +16,9 @@ from compress.artifact.reading import read_artefact_json, shown
 from compress.artifact.store import Artifact
 from compress.errors import ArtifactError
 from compress.progress import log
-from export.engines.ort import CPU, executed_nodes
-from export.graph import MODEL_NAME, export_onnx
-from export.ops import is_ours
+from export.graph.decoder import MODEL_NAME, export_onnx
+from export.graph.ops import is_ours
+from export.runtime.ort import CPU, executed_nodes
 
 BUILD_INFO = "build.json"
 

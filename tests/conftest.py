@@ -14,7 +14,7 @@ from compress.errors import MissingDependencyError
 from compress.source.aliases import PACKAGED
 from compress.source.model import ModelSource
 from compress.source.resolve import resolve
-from export.engines.jobs import rtx_environment as environment_of_rtx
+from export.tensorrt.jobs import rtx_environment as environment_of_rtx
 from tests import tiny
 from tests.compress.helpers import once
 from tests.roads.commands import ROAD

@@ -119,7 +119,7 @@ class Baseline:
         if given is not None:
             return given
         from compress.checkpoint.rewritten import write_dense
-        from export.graph import export_onnx
+        from export.graph.decoder import export_onnx
         from validate.graphfacts import GraphFacts
 
         folder = self._stack.enter_context(self.artifact.scratch("dense-baseline"))

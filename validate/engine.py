@@ -30,8 +30,8 @@ from validate.parity import (
 
 if TYPE_CHECKING:
     from compress.model.decoder import ProcrustesForCausalLM
-    from export.engines.profiles import Spans
-    from export.engines.runner import Runner
+    from export.runtime.profiles import Spans
+    from export.runtime.runner import Runner
     from validate.baseline import Baseline
 
 # Mean KL over the positions of a case. Measured for graphs of SmolLM2-135M on the CPU: docs/tensorrt.md.
@@ -98,11 +98,11 @@ def engine_speed(
 
     The three engines are built for this, with the sizes and options of OUT's own; only a GPU can do it.
     """
-    from export.engines.device_runner import DeviceRunner
-    from export.engines.profiles import graph_axes
-    from export.engines.tensorrt import PLAN, Options, plugin_library
-    from export.engines.trt import build_plan
-    from export.engines.trt_runner import TrtExecutor, spans_of
+    from export.runtime.device import DeviceRunner
+    from export.runtime.profiles import graph_axes
+    from export.tensorrt.build import build_plan
+    from export.tensorrt.engine import TrtExecutor, spans_of
+    from export.tensorrt.options import PLAN, Options, plugin_library
 
     spans, options = spans_of(info), Options.of(info["flags"])
     library = plugin_library(baseline.artifact)

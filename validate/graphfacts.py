@@ -51,8 +51,8 @@ class GraphFacts:
     def of(cls, path: Path) -> GraphFacts:
         """Read the graph without its weights, and run it once to see what ONNX Runtime makes of it."""
 
-        from export.engines.ort import executed_nodes
-        from export.ops import DOMAIN
+        from export.graph.ops import DOMAIN
+        from export.runtime.ort import executed_nodes
 
         dtype = graph_dtype(path)
         graph = _graph(path)

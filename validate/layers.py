@@ -1,6 +1,6 @@
 """One layer at a time: each structure over dense in ONNX Runtime, at the shapes of large models.
 
-The graphs are made of the real op function bodies (export/ops.py), one layer each, float32. Weights come from
+The graphs are made of the real op function bodies (export/graph/ops.py), one layer each, float32. Weights come from
 memory, as in a model: each side has as many copies of its layer, run in turn, as fill `WORKING_SET` bytes,
 which is more than a cache holds. Nothing here depends on the weights' values; they are random.
 """
@@ -110,9 +110,9 @@ def layer_model(structure: Structure, seed: int = 0) -> onnx.ModelProto:
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper
 
-    from export.lowering import lower
-    from export.ops import DOMAIN, DOMAIN_VERSION, OPSET, op
-    from export.writer import IR_VERSION
+    from export.graph.lowering import lower
+    from export.graph.ops import DOMAIN, DOMAIN_VERSION, OPSET, op
+    from export.graph.writer import IR_VERSION
 
     weights = random_factors(structure, np.random.default_rng(seed))
     nodes, functions, value = [], {}, "x"
@@ -143,7 +143,7 @@ def random_factors(structure: Structure, generator: np.random.Generator) -> dict
     import numpy as np
 
     from compress.structures import CompotStructure, PivotedStructure
-    from export.lowering import COEFFICIENTS
+    from export.graph.lowering import COEFFICIENTS
 
     def normal(shape: tuple[int, ...]) -> Any:
         return generator.standard_normal(shape, np.float32) / np.float32(math.sqrt(shape[-1]))

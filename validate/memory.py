@@ -18,8 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     import onnxruntime  # noqa: F401  (loaded before the first reading: the library is not the model)
 
-    from export.engines.ort import OrtRunner
     from export.memory import peak_rss
+    from export.runtime.ort import OrtRunner
 
     path, threads, tokens = Path(argv[0]), int(argv[1]), int(argv[2])
     before = peak_rss()

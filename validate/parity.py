@@ -28,7 +28,7 @@ from compress.structures import cast
 if TYPE_CHECKING:
     from compress.checkpoint.reader import CheckpointReader
     from compress.model.decoder import ProcrustesForCausalLM
-    from export.engines.runner import Runner
+    from export.runtime.runner import Runner
 
 REWRITE_TOLERANCE = 1e-4
 # Float32 sums of up to some 20,000 products in another order: about 1e-6 of the largest output. A factor that
@@ -242,7 +242,7 @@ def dense_export_error(model: ProcrustesForCausalLM, path: Path) -> float:
 
     Raises ArtifactError when they are not the same model.
     """
-    from export.engines.ort import OrtRunner
+    from export.runtime.ort import OrtRunner
 
     prompt = make_prompts(model.config.vocab_size, 16)[0]
     runner = OrtRunner(path)

@@ -104,7 +104,7 @@ def _rows(part: Tensor) -> Tensor:
 
 
 class OrtLogits:
-    """The exported graph in ONNX Runtime; `runner` is an export.engines.ort.OrtRunner."""
+    """The exported graph in ONNX Runtime; `runner` is an export.runtime.ort.OrtRunner."""
 
     runtime = "ONNX Runtime"
 

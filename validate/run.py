@@ -110,8 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if args.gpu:
         from compress.artifact.store import Artifact
-        from export.engines.trt import require as require_tensorrt
-        from export.engines.trt_runner import check_engine
+        from export.tensorrt.build import require as require_tensorrt
+        from export.tensorrt.engine import check_engine
 
         require_tensorrt()
         check_engine(Artifact(args.out), trust=args.trust_engine)
@@ -203,7 +203,7 @@ def validate(baseline: Baseline, args: argparse.Namespace, limits: dict[str, Any
 def _parity(baseline: Baseline, args: argparse.Namespace) -> list[Rung]:
     import torch
 
-    from export.engines.ort import OrtRunner
+    from export.runtime.ort import OrtRunner
     from validate.graphfacts import graph_dtype
     from validate.parity import GREEDY_TOKENS, make_prompts, rung_1, rung_2, rung_3
 
@@ -223,7 +223,7 @@ def _parity(baseline: Baseline, args: argparse.Namespace) -> list[Rung]:
     else:
         done(rung_3(baseline.compressed, OrtRunner(baseline.onnx), prompts, dtype))
     if args.gpu:
-        from export.engines.trt_runner import load_engine
+        from export.tensorrt.engine import load_engine
         from validate.engine import engine_prompts, rung_4
 
         runner = load_engine(baseline.artifact, trust=args.trust_engine)
@@ -247,7 +247,7 @@ def _quality(baseline: Baseline, args: argparse.Namespace, text: TextData) -> di
     )
     second: LogitsSource = TorchLogits(baseline.compressed)
     if args.perplexity_runtime == "onnxruntime":
-        from export.engines.ort import OrtRunner
+        from export.runtime.ort import OrtRunner
 
         second = OrtLogits(OrtRunner(baseline.onnx, threads=args.threads))
     first = TorchLogits(baseline.dense)

@@ -26,7 +26,7 @@ from validate.graphfacts import GraphFacts
 if TYPE_CHECKING:
     import torch
 
-    from export.engines.ort import OrtRunner
+    from export.runtime.ort import OrtRunner
     from validate.cost import Limit, ModelCost
     from validate.timing import Paired
 
@@ -197,7 +197,7 @@ def measure_model(
     """Everything in speed.json. `costs` and the paths are (dense, compressed)."""
     import torch
 
-    from export.engines.ort import OrtRunner
+    from export.runtime.ort import OrtRunner
 
     facts = Pair(GraphFacts.of(dense_path), GraphFacts.of(compressed_path))
     if (facts.dense.dtype, facts.dense.logits) != (facts.compressed.dtype, facts.compressed.logits):

@@ -1,4 +1,4 @@
-"""Requests for text, answered together: continuous batching over `export.engines.slots`, one thread for all of them."""
+"""Requests for text, answered together: continuous batching over `export.runtime.slots`, one thread for all of them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from compress.errors import ProcrustesError, UsageError
 from compress.progress import log
-from export.engines.sampling import Sampler
-from export.engines.slots import Slots
+from export.runtime.sampling import Sampler
+from export.runtime.slots import Slots
 from export.triton.failures import Contained
 from export.triton.settings import Settings
 from export.triton.steering import log_probabilities, steered

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from compress.errors import UsageError
-from export.engines.profiles import DECODE, PREFILL
-from export.engines.tensorrt import PLAN
-from export.graph import MODEL_NAME
+from export.graph.decoder import MODEL_NAME
+from export.runtime.profiles import DECODE, PREFILL
+from export.tensorrt.options import PLAN
 
 Backend = Literal["python", "onnxruntime", "tensorrt"]
 Network = Literal["python", "onnxruntime", "tensorrt", "none"]

@@ -11,7 +11,7 @@ import triton_python_backend_utils as pb_utils
 
 from compress.artifact.store import Artifact
 from compress.progress import log
-from export.engines.slots import Slots
+from export.runtime.slots import Slots
 from export.triton.answers import Client, Health, Metrics, Refusal, unwell
 from export.triton.batching import Batcher
 from export.triton.failures import Contained
@@ -113,9 +113,9 @@ def _inputs(request: Any) -> Inputs:
 
 def _executor(artifact: Artifact, parameters: dict[str, str]) -> Any:
     if parameters["engine"] == "trt":
-        from export.engines.trt_runner import load_engine
+        from export.tensorrt.engine import load_engine
 
         return load_engine(artifact).executor
-    from export.engines.ort import OrtExecutor
+    from export.runtime.ort import OrtExecutor
 
     return OrtExecutor(sound_graph(artifact), threads=int(parameters["threads"]))

@@ -12,7 +12,7 @@ import onnxruntime
 import triton_python_backend_utils as pb_utils
 
 from compress.progress import log
-from export.engines.ort import OrtRunner
+from export.runtime.ort import OrtRunner
 from export.triton.batching import ENGINE_FAILED
 from export.triton.failures import Contained, sendable
 from export.triton.passes import check_feeds

@@ -13,9 +13,9 @@ import trt_plugins
 from compress.artifact.store import Artifact
 from compress.errors import ArtifactError, UsageError
 from compress.progress import log
-from export.engines.tensorrt import PLAN
-from export.graph import MODEL_NAME
+from export.graph.decoder import MODEL_NAME
 from export.stages import BUILD_INFO, build_info, is_current, write_json
+from export.tensorrt.options import PLAN
 from export.triton import deploy
 from export.triton.config import WARMUP, Backend, Network, graph_tensors, network_config, text_config
 

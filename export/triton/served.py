@@ -7,7 +7,7 @@ from pathlib import Path
 
 from compress.artifact.manifest import Manifest
 from compress.artifact.store import MANIFEST, Artifact
-from export.graph import MODEL_NAME
+from export.graph.decoder import MODEL_NAME
 
 
 def configured(args: dict[str, str]) -> tuple[Artifact, dict[str, str]]:

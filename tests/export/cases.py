@@ -19,7 +19,7 @@ from compress.structures import (
     PivotedStructure,
     Structure,
 )
-from export.graph import ExportInfo, export_onnx
+from export.graph.decoder import ExportInfo, export_onnx
 from tests.export.helpers import llama, opt, write_checkpoint
 
 LLAMA3 = {

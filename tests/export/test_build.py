@@ -14,7 +14,7 @@ from compress.artifact.store import Artifact
 from compress.checkpoint.loading import load_model
 from compress.cli.entry import run_cli
 from export.build import main
-from export.engines.ort import OrtRunner
+from export.runtime.ort import OrtRunner
 from export.stages import build_info
 from tests import tiny
 from tests.hostile.artefacts import sign

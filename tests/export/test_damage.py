@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.errors import ArtifactError
-from export.external import ExternalData
-from export.graph import check, export_onnx
+from export.graph.decoder import check, export_onnx
+from export.graph.external import ExternalData
 from tests.export.cases import every, kron
 from tests.export.helpers import llama, write_checkpoint
 

@@ -16,7 +16,7 @@ from compress.artifact.store import Artifact
 from compress.cli.entry import run_cli
 from compress.source.resolve import resolve
 from export.build import main
-from export.engines.ort import OrtRunner
+from export.runtime.ort import OrtRunner
 from tests import tiny
 from tests.tools import triton_utilities
 

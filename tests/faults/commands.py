@@ -125,8 +125,8 @@ def commands(folder: Path) -> list[Command]:
     import compress.methods.registry
     import compress.run
     import export.build
-    import export.engines.ort
-    import export.graph
+    import export.graph.decoder
+    import export.runtime.ort
     import validate.run
 
     for name in ("compress", "export", "validate"):

@@ -262,7 +262,7 @@ class Road:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         import compress  # noqa: F401
-        from export.engines.ort import OrtRunner
+        from export.runtime.ort import OrtRunner
 
         folder = self.out / "checkpoint"
         self.pytorch = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

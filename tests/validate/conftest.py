@@ -18,7 +18,7 @@ from compress.pipeline import compress_model
 from compress.recipe import Calibration, Recipe
 from compress.source.resolve import resolve
 from compress.structures import Structure, structure_from_config
-from export.graph import export_onnx
+from export.graph.decoder import export_onnx
 from tests import tiny
 from validate.run import main as validate_main
 

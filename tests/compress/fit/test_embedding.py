@@ -24,8 +24,8 @@ from compress.model.blocks import rms_normalise
 from compress.rewrites.folding import folded
 from compress.rewrites.rotations import Rotations, Weights, rotate_block
 from compress.source.model import ModelSource
-from export.engines.ort import OrtRunner
-from export.graph import export_onnx
+from export.graph.decoder import export_onnx
+from export.runtime.ort import OrtRunner
 from tests import tiny
 from tests.compress.helpers import TinyModel, logits_of, relative, tiny_source
 from tests.compress.structures.battery import generator, second_moment

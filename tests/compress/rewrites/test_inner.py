@@ -26,8 +26,8 @@ from compress.source import families
 from compress.source.resolve import resolve
 from compress.structures import DenseStructure, LowRankStructure, SelectStructure, Structure, structure_from_config
 from compress.structures.select import selected_roles, selection
-from export.engines.ort import OrtRunner
-from export.graph import export_onnx
+from export.graph.decoder import export_onnx
+from export.runtime.ort import OrtRunner
 from tests import tiny
 from tests.compress.helpers import TinyModel, logits_of, recipe, relative, text_file, tiny_source
 

@@ -19,7 +19,7 @@ from compress.cli.entry import run_cli
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.source.resolve import resolve
 from export.build import main
-from export.engines.ort import OrtRunner
+from export.runtime.ort import OrtRunner
 from tests import tiny
 from validate.data import make_windows
 

@@ -19,10 +19,10 @@ from compress.checkpoint.reader import CheckpointReader
 from compress.checkpoint.writer import ShardWriter
 from compress.errors import ArtifactError
 from compress.structures import Compot24Structure, CompotStructure, SelectStructure, Structure
-from export.engines.ort import OrtRunner
-from export.engines.runner import left_pad
-from export.graph import export_onnx
-from export.layer import export_linear
+from export.graph.decoder import export_onnx
+from export.graph.layer import export_linear
+from export.runtime.ort import OrtRunner
+from export.runtime.runner import left_pad
 from tests.export.helpers import VOCABULARY, llama, write_checkpoint
 
 ort = pytest.importorskip("onnxruntime")

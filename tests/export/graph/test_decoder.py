@@ -16,10 +16,10 @@ from compress.structures import (
     KroneckerStructure,
     Structure,
 )
-from export.engines.ort import OrtRunner, executed_nodes
-from export.engines.runner import left_pad
-from export.graph import export_onnx
-from export.ops import DOMAIN
+from export.graph.decoder import export_onnx
+from export.graph.ops import DOMAIN
+from export.runtime.ort import OrtRunner, executed_nodes
+from export.runtime.runner import left_pad
 from tests.export.cases import CASES, PADDED, ROUNDING, Case, Chooser, every, export, joint, kron, torch_logits
 from tests.export.helpers import VOCABULARY, llama, write_checkpoint
 

@@ -14,8 +14,8 @@ from compress.allocation.size import model_size
 from compress.checkpoint.reader import CheckpointReader
 from compress.errors import ArtifactError
 from compress.structures import KroneckerStructure, LowRankStructure, Structure
-from export.engines.ort import OrtRunner
-from export.graph import export_onnx
+from export.graph.decoder import export_onnx
+from export.runtime.ort import OrtRunner
 from tests.export.helpers import llama, opt, write_checkpoint
 
 ARCH = llama()

@@ -24,9 +24,9 @@ from compress.structures import (
     PivotedStructure,
     Structure,
 )
-from export.layer import export_linear
-from export.lowering import lower
-from export.ops import DOMAIN, GROUP_SHUFFLE_GRIDS, PLUGIN_ATTRIBUTES, op, op_types
+from export.graph.layer import export_linear
+from export.graph.lowering import lower
+from export.graph.ops import DOMAIN, GROUP_SHUFFLE_GRIDS, PLUGIN_ATTRIBUTES, op, op_types
 
 ort = pytest.importorskip("onnxruntime")
 

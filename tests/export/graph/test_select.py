@@ -16,10 +16,10 @@ import torch
 from compress.architecture import WRITERS, Architecture
 from compress.structures import KroneckerStructure, LowRankStructure, PivotedStructure, SelectStructure, Structure
 from compress.structures.select import with_core
-from export.engines.ort import OrtRunner
-from export.engines.runner import left_pad
-from export.graph import export_onnx
-from export.layer import export_linear
+from export.graph.decoder import export_onnx
+from export.graph.layer import export_linear
+from export.runtime.ort import OrtRunner
+from export.runtime.runner import left_pad
 from tests.export.helpers import VOCABULARY, llama, opt, write_checkpoint
 
 ROUNDING = 3e-5

@@ -10,9 +10,9 @@ import pytest
 from torch import Tensor
 
 from compress.errors import UsageError
-from export.engines.device_runner import SLOTS, DeviceRunner
-from export.engines.ort import OrtExecutor, OrtRunner
-from export.engines.profiles import DECODE, PREFILL, Span, Spans, shape_at
+from export.runtime.device import SLOTS, DeviceRunner
+from export.runtime.ort import OrtExecutor, OrtRunner
+from export.runtime.profiles import DECODE, PREFILL, Span, Spans, shape_at
 from tests.export.cases import CASES, Case, export, kron
 from tests.export.helpers import llama
 

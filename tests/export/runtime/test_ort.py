@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from compress.errors import ArtifactError, MissingDependencyError, ProcrustesError, UsageError
-from export.engines import ort
-from export.engines.ort import OrtRunner, executed_nodes
-from export.engines.runner import left_pad
-from export.engines.sampling import Sampler
-from export.graph import export_onnx
+from export.graph.decoder import export_onnx
+from export.runtime import ort
+from export.runtime.ort import OrtRunner, executed_nodes
+from export.runtime.runner import left_pad
+from export.runtime.sampling import Sampler
 from tests.export.cases import every, mixed_kron
 from tests.export.helpers import llama, opt, write_checkpoint
 
@@ -197,7 +197,7 @@ def test_damaged_models_are_refused(exported: tuple[Any, Path], damage: str, tmp
         path.write_bytes(b"\x00junk" * 100)
     else:
         from compress.structures import DenseStructure
-        from export.layer import export_linear
+        from export.graph.layer import export_linear
 
         path = export_linear(DenseStructure(4, 4), {"weight": torch.ones(4, 4)}, tmp_path / "linear")
     with pytest.raises(ArtifactError, match=str(path.parent)):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from compress.errors import UsageError
-from export.engines.sampling import Sampler
+from export.runtime.sampling import Sampler
 from export.triton.settings import LEAST_REPETITION, MOST_PENALTY, MOST_REPETITION, MOST_TEMPERATURE, Settings
 from export.triton.steering import log_probabilities, steered
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from compress.errors import UsageError
-from export.engines.ort import OrtRunner
-from export.engines.profiles import Span, Spans
-from export.engines.slots import Slots
+from export.runtime.ort import OrtRunner
+from export.runtime.profiles import Span, Spans
+from export.runtime.slots import Slots
 from tests.export.cases import Case, export
 from tests.export.helpers import llama
 from tests.export.runtime.test_device import MODELS, NarrowExecutor

@@ -18,11 +18,14 @@ from compress.artifact.store import Artifact
 from compress.cli.entry import run_cli
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from export.build import main, parser
-from export.engines import gpu, jobs, plugins, trt, trt_rtx, trt_runner
-from export.engines.jobs import Job
-from export.engines.profiles import Span, Spans, graph_axes, shape_at
-from export.engines.tensorrt import Options
+from export.runtime.profiles import Span, Spans, graph_axes, shape_at
 from export.stages import BUILD_INFO, build_info, write_json
+from export.tensorrt import build as trt
+from export.tensorrt import engine as trt_runner
+from export.tensorrt import gpu, jobs, plugins
+from export.tensorrt import rtx as trt_rtx
+from export.tensorrt.jobs import Job
+from export.tensorrt.options import Options
 from tests import tiny
 from trt_plugins.build import AUTOLOAD, PLUGINS
 

@@ -13,9 +13,9 @@ from compress.pipeline import compress_model
 from compress.recipe import parse_recipe
 from compress.source.model import ModelSource
 from compress.structures import GroupShuffleStructure, KroneckerStructure, PivotedStructure, Structure
-from export.engines.jobs import Job, run_job
-from export.engines.profiles import Spans, graph_axes
+from export.runtime.profiles import Spans, graph_axes
 from export.stages import build_onnx, structured_ops
+from export.tensorrt.jobs import Job, run_job
 from tests.export.cases import Case, export
 from tests.export.helpers import llama
 from trt_plugins.build import PLUGINS

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from compress.errors import UsageError
-from export.engines.ort import OrtExecutor, OrtRunner
-from export.engines.slots import Slots
+from export.runtime.ort import OrtExecutor, OrtRunner
+from export.runtime.slots import Slots
 from export.triton.batching import DEAD, ENGINE_FAILED, Batcher, Piece
 from export.triton.failures import A_BUG
 from export.triton.settings import Settings, parse_messages

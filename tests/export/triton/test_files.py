@@ -15,8 +15,8 @@ import yaml
 from compress.artifact.store import Artifact
 from compress.errors import UsageError
 from export.build import main
-from export.engines.tensorrt import PLAN
 from export.stages import BUILD_INFO, build_info, write_json
+from export.tensorrt.options import PLAN
 from export.triton import deploy
 from export.triton.config import INPUTS, Backend, graph_tensors, network_config, text_config
 from export.triton.repository import write_repository
@@ -157,7 +157,7 @@ def test_the_plan_becomes_the_network_once_it_is_there(artifact: Artifact) -> No
 
 
 def test_the_graph_for_the_onnxruntime_backend_is_whole(artifact: Artifact) -> None:
-    from export.engines.ort import OrtRunner
+    from export.runtime.ort import OrtRunner
 
     write_repository(artifact, engine="ort", name="m", network="onnxruntime")
     copy = artifact.path("triton") / "network" / "m_lm" / "1" / "model.onnx"

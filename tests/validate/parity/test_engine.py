@@ -11,10 +11,10 @@ import torch
 
 from compress.checkpoint.loading import load_model
 from compress.cli.entry import run_cli
-from export.engines import trt
-from export.engines.device_runner import DeviceRunner
-from export.engines.profiles import Span, Spans
-from export.graph import export_onnx
+from export.graph.decoder import export_onnx
+from export.runtime.device import DeviceRunner
+from export.runtime.profiles import Span, Spans
+from export.tensorrt import build as trt
 from tests.export.runtime.test_device import NarrowExecutor
 from tests.validate.damaging import damage
 from tests.validate.parity.test_ladder import PROMPTS

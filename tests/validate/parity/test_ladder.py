@@ -27,7 +27,7 @@ from compress.structures import (
     Structure,
     registry,
 )
-from export.engines.ort import OrtRunner
+from export.runtime.ort import OrtRunner
 from tests.export.helpers import llama, write_checkpoint
 from tests.validate.damaging import damage
 from validate.parity import (
@@ -249,7 +249,7 @@ def test_rung_3_catches_other_greedy_tokens(built: Any) -> None:
 
 
 def test_rung_3_on_a_graph_of_last_logits(built: Any, tmp_path: Path) -> None:
-    from export.graph import export_onnx
+    from export.graph.decoder import export_onnx
 
     info = export_onnx(built.out / "checkpoint", tmp_path, logits="last")
     assert rung_3(load_model(built.out / "checkpoint"), OrtRunner(info.path), PROMPTS).passed

@@ -14,7 +14,7 @@ from compress.fit import fallback
 from compress.pipeline import compress_model
 from compress.recipe import parse_recipe
 from compress.source.resolve import resolve
-from export.graph import export_onnx
+from export.graph.decoder import export_onnx
 from tests.validate.conftest import Built
 
 

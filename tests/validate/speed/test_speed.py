@@ -17,7 +17,7 @@ import torch
 from compress.cli.entry import run_cli
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.structures import DenseStructure, Structure, structure_from_config
-from export.graph import export_onnx
+from export.graph.decoder import export_onnx
 from validate import layers, speed
 from validate.baseline import Baseline
 from validate.graphfacts import GraphFacts
@@ -130,7 +130,7 @@ def test_a_memory_probe_that_fails(
 ) -> None:
     imports = "import os, sys\nfrom pathlib import Path\nfrom compress.errors import run_cli\n"
     (tmp_path / "python").write_text(
-        f"#!{sys.executable}\n{imports}from export.engines.ort import OrtRunner\n{ending}\n"
+        f"#!{sys.executable}\n{imports}from export.runtime.ort import OrtRunner\n{ending}\n"
     )
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))

@@ -1,4 +1,4 @@
-// The ops of the contract (export/ops.py) for many tokens: matrix products by a library, which is given as `gemm`, and what
+// The ops of the contract (export/graph/ops.py) for many tokens: matrix products by a library, which is given as `gemm`, and what
 // goes before, between and after them: mixing, the order of features, biases.
 //
 // As in ops.cuh: device memory, (tokens, features) row by row, a workspace of the bytes that `*_many_workspace` says.

@@ -1,4 +1,4 @@
-// The ops of the contract (export/ops.py) for few tokens, each as one or two products of skinny.cuh.
+// The ops of the contract (export/graph/ops.py) for few tokens, each as one or two products of skinny.cuh.
 //
 // All pointers are device memory; x is (tokens, in) and y (tokens, out), row by row, and `workspace` has the bytes that
 // the op's `*_workspace` says. Everything is enqueued on `stream`; nothing is allocated and nothing waits.

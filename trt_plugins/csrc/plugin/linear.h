@@ -24,7 +24,7 @@ struct Linear {
 // Bytes of workspace that `run` needs for this many tokens, with cuBLAS or without.
 int64_t workspace_bytes(Linear const& linear, Type type, int32_t tokens);
 
-// y (tokens, out) from x (tokens, in), factors in the order of the op's inputs (export/ops.py), bias (out) or null. All are
+// y (tokens, out) from x (tokens, in), factors in the order of the op's inputs (export/graph/ops.py), bias (out) or null. All are
 // device memory. Enqueues on `stream` and returns a cudaError_t. `cublas`: many tokens go through it, and not through the
 // kernels for few, which are right for any number and slow.
 int32_t run(Linear const& linear, Type type, int32_t tokens, void const* x, void const* const* factors,

@@ -1,4 +1,4 @@
-// The TensorRT plugins of domain `procrustes`: one class for every op of the contract (export/ops.py), one creator for each
+// The TensorRT plugins of domain `procrustes`: one class for every op of the contract (export/graph/ops.py), one creator for each
 // op_type. The library links neither libnvinfer nor libcuda; TensorRT finds the creators through `getCreators`.
 #include "cublas.h"
 #include "linear.h"

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from compress.errors import ArtifactError, MissingDependencyError
 from compress.progress import log
-from export.engines.profiles import Profile
+from export.runtime.profiles import Profile
 
 HARMLESS = re.compile(r"catchCudaError|cudaError 35|TF32 is disabled by default")
 """What the libraries say of every build, on a machine without a driver or anywhere."""
@@ -72,7 +72,7 @@ def run_job(job: Job) -> dict[str, Any]:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
         job_file, result = Path(scratch) / "job.json", Path(scratch) / "result.json"
         job_file.write_text(job.to_json(), encoding="utf-8")
-        command = [sys.executable, "-m", "export.engines.worker", str(job_file), str(result)]
+        command = [sys.executable, "-m", "export.tensorrt.worker", str(job_file), str(result)]
         process = subprocess.Popen(
             command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
         )

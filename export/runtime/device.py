@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from compress.errors import UsageError
-from export.engines.profiles import DECODE, PREFILL, Spans, shape_at
-from export.engines.runner import Ids, Logits, Runner
+from export.runtime.profiles import DECODE, PREFILL, Spans, shape_at
+from export.runtime.runner import Ids, Logits, Runner
 
 SLOTS = 64
 """Tokens by which the cache's room grows."""

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compress.errors import UsageError
-from export.engines.sampling import Sampler
+from export.runtime.sampling import Sampler
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.floating[Any]]

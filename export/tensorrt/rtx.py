@@ -10,11 +10,11 @@ from compress.artifact.store import Artifact
 from compress.errors import MissingDependencyError, UsageError
 from compress.lazy import LEAST, version_of
 from compress.progress import log
-from export.engines.jobs import Job, run_job
-from export.engines.profiles import graph_axes
-from export.engines.tensorrt import PLAN, Options, installed, plugin_library
-from export.graph import MODEL_NAME
+from export.graph.decoder import MODEL_NAME
+from export.runtime.profiles import graph_axes
 from export.stages import BUILD_INFO, build_info, is_current, write_json
+from export.tensorrt.jobs import Job, run_job
+from export.tensorrt.options import PLAN, Options, installed, plugin_library
 
 CAPABILITIES = (75, 80, 86, 89, 120, 121)
 """What TensorRT-RTX 1.7 builds for: Turing, Ampere, Ada and consumer Blackwell; not Hopper, nor Blackwell's B200."""

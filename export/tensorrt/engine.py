@@ -15,12 +15,12 @@ from compress.artifact.store import Artifact
 from compress.errors import ArtifactError, MissingDependencyError
 from compress.lazy import require
 from compress.progress import log
-from export.engines.device_runner import DeviceRunner
-from export.engines.gpu import find_gpu
-from export.engines.profiles import DECODE, PREFILL, Span, Spans, graph_axes
-from export.engines.tensorrt import PLAN, installed, plugin_library
-from export.graph import MODEL_NAME
+from export.graph.decoder import MODEL_NAME
+from export.runtime.device import DeviceRunner
+from export.runtime.profiles import DECODE, PREFILL, Span, Spans, graph_axes
 from export.stages import build_info
+from export.tensorrt.gpu import find_gpu
+from export.tensorrt.options import PLAN, installed, plugin_library
 
 TIMED_STEPS = 50
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compress.errors import ArtifactError
 from compress.model.skips import CSSkip, DenseSkip, HouseholderSkip, SkipForm, SliceSkip
-from export.writer import GraphWriter, Weight
+from export.graph.writer import GraphWriter, Weight
 
 
 def apply_skip(g: GraphWriter, form: SkipForm, factors: Mapping[str, Weight], x: str) -> str:

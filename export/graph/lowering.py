@@ -20,7 +20,7 @@ from compress.structures import (
     Structure,
     core_of,
 )
-from export.ops import BIAS_SUFFIX, DOMAIN, GROUP_SHUFFLE_GRIDS, PLUGIN_VERSION, Attributes
+from export.graph.ops import BIAS_SUFFIX, DOMAIN, GROUP_SHUFFLE_GRIDS, PLUGIN_VERSION, Attributes
 
 COEFFICIENTS = "S"
 """The one factor that is not stored as it is multiplied: a graph holds S with its zeros, so that an engine sees their

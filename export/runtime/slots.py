@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from compress.errors import UsageError
-from export.engines.device_runner import SLOTS, Executor, empty_cache, present_of, to_numpy
-from export.engines.profiles import DECODE, PREFILL
-from export.engines.runner import Logits
+from export.runtime.device import SLOTS, Executor, empty_cache, present_of, to_numpy
+from export.runtime.profiles import DECODE, PREFILL
+from export.runtime.runner import Logits
 
 
 class Slots:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from compress.artifact.store import Artifact
-from export.engines.profiles import Spans
+from export.runtime.profiles import Spans
 
 PLAN, LAYERS = "model.plan", "layers.json"
 

@@ -26,14 +26,14 @@ from torch import Tensor
 from compress.checkpoint.reader import CheckpointReader
 from compress.errors import ArtifactError, UsageError
 from compress.structures import CompotStructure, PivotedStructure, SelectStructure, Structure, core_of
-from export.attention import Shared, attend, shared_values, split_heads
-from export.external import ExternalData
-from export.lowering import COEFFICIENTS, STORED_TYPES, Fused, fuse, lower, packed
+from export.graph.attention import Shared, attend, shared_values, split_heads
+from export.graph.external import ExternalData
+from export.graph.lowering import COEFFICIENTS, STORED_TYPES, Fused, fuse, lower, packed
+from export.graph.narrow import narrow_width
+from export.graph.ops import DOMAIN, OPSET
+from export.graph.skips import apply_skip
+from export.graph.writer import GraphWriter, Weight
 from export.memory import peak_rss, reset_peak
-from export.narrow import narrow_width
-from export.ops import DOMAIN, OPSET
-from export.skips import apply_skip
-from export.writer import GraphWriter, Weight
 
 MODEL_NAME = "model.onnx"
 DTYPES: dict[str, torch.dtype] = {

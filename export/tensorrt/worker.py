@@ -1,4 +1,4 @@
-"""Builds one engine in a process of its own: `python -m export.engines.worker JOB.json RESULT.json`.
+"""Builds one engine in a process of its own: `python -m export.tensorrt.worker JOB.json RESULT.json`.
 
 NVIDIA's libraries end the process on some defects, and read LD_LIBRARY_PATH when it starts: both are why this is no
 function call. Progress goes to stdout, a JSON object a line, among what polygraphy and TensorRT say there and on
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from export.engines.jobs import Job
+from export.tensorrt.jobs import Job
 
 
 def main(job_file: str, result_file: str) -> int:

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.lazy import require
-from export.engines.profiles import Span, Spans, graph_axes
-from export.engines.runner import Ids, Logits, Runner
+from export.runtime.profiles import Span, Spans, graph_axes
+from export.runtime.runner import Ids, Logits, Runner
 
 if TYPE_CHECKING:
     import onnxruntime

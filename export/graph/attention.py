@@ -10,9 +10,9 @@ import torch
 
 from compress.architecture import Architecture
 from compress.model.blocks import rope_frequencies
-from export.external import ONNX_TYPES
-from export.lowering import Fused
-from export.writer import GraphWriter, Weight
+from export.graph.external import ONNX_TYPES
+from export.graph.lowering import Fused
+from export.graph.writer import GraphWriter, Weight
 
 
 @dataclass(frozen=True)

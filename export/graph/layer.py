@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from compress.structures import Structure
-from export.external import ExternalData
-from export.graph import MODEL_NAME, check
-from export.lowering import COEFFICIENTS, STORED_TYPES, lower, packed
-from export.writer import GraphWriter, Weight
+from export.graph.decoder import MODEL_NAME, check
+from export.graph.external import ExternalData
+from export.graph.lowering import COEFFICIENTS, STORED_TYPES, lower, packed
+from export.graph.writer import GraphWriter, Weight
 
 
 def export_linear(

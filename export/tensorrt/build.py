@@ -18,12 +18,12 @@ from compress.artifact.store import Artifact
 from compress.errors import MissingDependencyError
 from compress.lazy import LEAST
 from compress.progress import log
-from export.engines.gpu import Gpu, find_gpu
-from export.engines.jobs import Job, run_job
-from export.engines.profiles import DECODE, PREFILL, Axes, Profile, Spans, graph_axes
-from export.engines.tensorrt import LAYERS, PLAN, Options, installed, plugin_library, version_of
-from export.graph import MODEL_NAME
+from export.graph.decoder import MODEL_NAME
+from export.runtime.profiles import DECODE, PREFILL, Axes, Profile, Spans, graph_axes
 from export.stages import BUILD_INFO, build_info, is_current, write_json
+from export.tensorrt.gpu import Gpu, find_gpu
+from export.tensorrt.jobs import Job, run_job
+from export.tensorrt.options import LAYERS, PLAN, Options, installed, plugin_library, version_of
 
 SCRIPT = "build_engine.sh"
 LEAST_VERSION = version_of(LEAST["tensorrt"])  # whose parser knows the opset 23 operators of the graph
@@ -115,7 +115,7 @@ def build_plan(
 
 def _timed(folder: Path, ways: Mapping[str, Path | None], onnx: Path, spans: Spans) -> dict[str, dict[str, float]]:
     """Seconds of a prefill and of a decode step at the usual sizes, by engine. Needs the GPU."""
-    from export.engines.trt_runner import seconds_at
+    from export.tensorrt.engine import seconds_at
 
     return {name: seconds_at(folder / name / PLAN, onnx, spans, library) for name, library in ways.items()}
 

@@ -15,9 +15,9 @@ import torch
 from onnx import helper, numpy_helper
 from torch import Tensor
 
-from export.external import ONNX_TYPES, ExternalData
-from export.lowering import Call
-from export.ops import DOMAIN, DOMAIN_VERSION, OPSET, op
+from export.graph.external import ONNX_TYPES, ExternalData
+from export.graph.lowering import Call
+from export.graph.ops import DOMAIN, DOMAIN_VERSION, OPSET, op
 
 IR_VERSION = 11
 Axes = Sequence[int | str]

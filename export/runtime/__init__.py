@@ -1,0 +1,1 @@
+"""Running an exported graph: sessions, batches that come and go, sampling."""
