@@ -1,7 +1,7 @@
 """Measure the cost table for `compress.run --budget-latency`: seconds of every linear shape of a model in ONNX Runtime.
 
 Measured are dense matrices and a few sizes of each structure, float32, one layer at a time, weights from memory
-(validate/layers.py). Each structure is timed in turn with the dense matrix of its shape, and each dense matrix with
+(validate/speed/layers.py). Each structure is timed in turn with the dense matrix of its shape, and each dense matrix with
 the largest one, so that the load of the machine falls out of their ratios; seconds are these ratios times the median
 of the largest one, less what the call of a session takes by itself (a 1 x 1 matrix). The compressor adds up what each
 linear takes, one after another; what else a model does (attention, norms, head) is not in the budget.
@@ -29,8 +29,8 @@ from compress.progress import log, track
 if TYPE_CHECKING:
     from compress.architecture import Architecture
     from compress.structures import Structure
-    from validate.layers import Copies, Shape
-    from validate.timing import Paired
+    from validate.speed.layers import Copies, Shape
+    from validate.speed.timing import Paired
 
 STRUCTURES = ("pifa", "lowrank", "kron", "gs", "compot", "compot24")
 INNER = ("neurons", "vo")
@@ -65,7 +65,7 @@ def jobs_of(arch: Architecture, structures: Sequence[str], inner: Sequence[str],
     Raises UsageError for a unit that a structure cannot use.
     """
     from compress.allocation.menus import CORES
-    from validate.layers import Shape
+    from validate.speed.layers import Shape
 
     whole, parts = dict[Shape, None](), dict[Shape, None]()
     for role, (n, m) in arch.linears().items():
@@ -153,8 +153,8 @@ def measure(
     (layers.WORKING_SET when None).
     """
     from compress.structures import DenseStructure
-    from validate import layers
-    from validate.timing import now, paired
+    from validate.speed import layers
+    from validate.speed.timing import now, paired
 
     room = layers.WORKING_SET if working_set is None else working_set
 
@@ -210,7 +210,7 @@ def build_table(
 ) -> dict[str, Any]:
     """What the command writes; `model` names the model in it. unit: alignment of sizes, None for the default one."""
     from compress.allocation.budget import default_unit
-    from validate.machine import machine_facts
+    from validate.report.machine import machine_facts
 
     aligned = unit or default_unit(arch)
     jobs = jobs_of(arch, structures, inner, aligned)

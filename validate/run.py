@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from compress.calibration.text import TextData
     from validate.baseline import Baseline
     from validate.gates import Gate
-    from validate.parity import Rung
-    from validate.report import Report
+    from validate.parity.ladder import Rung
+    from validate.report.summary import Report
 
 PARTS = ("parity", "perplexity", "speed")
 EXAMPLES = """examples:
@@ -118,8 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Baseline(args.out, model=args.model, dense=args.dense, trust_remote_code=args.trust_remote_code) as baseline:
         report, gates = validate(baseline, args, limits)
         _publish(baseline, report, plot=not args.no_plot)
-    from validate.console import console
     from validate.gates import failures
+    from validate.report.console import console
 
     failed = failures(gates)
     if args.json:
@@ -161,7 +161,7 @@ def validate(baseline: Baseline, args: argparse.Namespace, limits: dict[str, Any
     from validate.first import look_first
     from validate.gates import Gate
     from validate.graphfacts import graph_dtype
-    from validate.report import read_fit
+    from validate.report.summary import read_fit
 
     recipe, fit = _recipe(baseline), read_fit(baseline.checkpoint)
     text = look_first(baseline, args)
@@ -190,7 +190,7 @@ def validate(baseline: Baseline, args: argparse.Namespace, limits: dict[str, Any
             gates.append(Gate("min-speedup", least, limits["min_speedup"], at_least=True))
         if args.gpu:
             from export.stages import build_info
-            from validate.engine import engine_speed
+            from validate.parity.engine import engine_speed
 
             info = build_info(baseline.artifact, "engine")
             engine = engine_speed(baseline, info, batch_sizes=limits["batch_sizes"], seconds=args.seconds)
@@ -205,7 +205,7 @@ def _parity(baseline: Baseline, args: argparse.Namespace) -> list[Rung]:
 
     from export.runtime.ort import OrtRunner
     from validate.graphfacts import graph_dtype
-    from validate.parity import GREEDY_TOKENS, make_prompts, rung_1, rung_2, rung_3
+    from validate.parity.ladder import GREEDY_TOKENS, make_prompts, rung_1, rung_2, rung_3
 
     arch = baseline.reader.architecture
     prompts = make_prompts(arch.vocab_size, max(2, min(48, arch.max_positions - 2 * GREEDY_TOKENS)))
@@ -224,7 +224,7 @@ def _parity(baseline: Baseline, args: argparse.Namespace) -> list[Rung]:
         done(rung_3(baseline.compressed, OrtRunner(baseline.onnx), prompts, dtype))
     if args.gpu:
         from export.tensorrt.engine import load_engine
-        from validate.engine import engine_prompts, rung_4
+        from validate.parity.engine import engine_prompts, rung_4
 
         runner = load_engine(baseline.artifact, trust=args.trust_engine)
         fitting = engine_prompts(prompts, runner.executor.spans, arch.vocab_size, arch.max_positions)
@@ -233,8 +233,8 @@ def _parity(baseline: Baseline, args: argparse.Namespace) -> list[Rung]:
 
 
 def _quality(baseline: Baseline, args: argparse.Namespace, text: TextData) -> dict[str, Any]:
-    from validate.data import make_windows
-    from validate.perplexity import LogitsSource, OrtLogits, TorchLogits, compare
+    from validate.perplexity.scores import LogitsSource, OrtLogits, TorchLogits, compare
+    from validate.perplexity.windows import make_windows
 
     arch = baseline.reader.architecture
     windows = make_windows(
@@ -281,8 +281,8 @@ def _speed(
     args: argparse.Namespace,
     batch_sizes: Sequence[int],
 ) -> dict[str, Any]:
-    from validate.parity import dense_export_error
-    from validate.speed import measure_model
+    from validate.parity.ladder import dense_export_error
+    from validate.speed.pairs import measure_model
 
     path = baseline.dense_onnx()
     error = dense_export_error(baseline.dense, path)
@@ -323,8 +323,8 @@ def _report(
     from compress.allocation.size import model_size
     from compress.source.provenance import public
     from compress.structures.joint import leader_of
-    from validate.machine import machine_facts
-    from validate.report import Report, with_shares
+    from validate.report.machine import machine_facts
+    from validate.report.summary import Report, with_shares
 
     reader = baseline.reader
     structures = {n: s for n in reader.linears() if (s := reader.structure(n)).name != "dense"}
@@ -398,7 +398,7 @@ def _portable(value: object) -> object:
 
 def _publish(baseline: Baseline, report: Report, plot: bool) -> None:
     """Replace OUT/reports and put the gates into the manifest, in one write."""
-    from validate import report as reports
+    from validate.report import summary as reports
 
     inputs = [stage for stage in ("checkpoint", "onnx") if baseline.artifact.has_stage(stage)]
     # The manifest merges gates; what an earlier run held and this one did not is no longer vouched for.

@@ -103,8 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
     from compress.artifact.store import Artifact
     from validate.gates import Gate, failures, parse_batch_sizes, parse_speedup
-    from validate.machine import machine_facts
-    from validate.reportfiles import add_report
+    from validate.report.files import add_report
+    from validate.report.machine import machine_facts
 
     counts = parse_batch_sizes(args.clients, "--clients")
     least = None if args.min_speedup is None else parse_speedup(args.min_speedup)
@@ -155,7 +155,7 @@ def compare(
 
 def case(clients: int, dense: Sequence[Round], compressed: Sequence[Round]) -> dict[str, Any]:
     """The figures of one number of clients: medians over rounds, and of their ratios pair by pair."""
-    from validate.timing import Quartiles
+    from validate.speed.timing import Quartiles
 
     pairs = zip(dense, compressed, strict=True)
     ratio = Quartiles.of([b.tokens_per_second / a.tokens_per_second for a, b in pairs])
@@ -221,7 +221,7 @@ def cut_prompts(text: str, count: int) -> list[str]:
 
 def table(report: dict[str, Any]) -> str:
     """Markdown: a line for each number of clients."""
-    from validate.markdown import markdown_table
+    from validate.report.markdown import markdown_table
 
     header = ["clients", "dense, tokens/s", "compressed, tokens/s", "speed-up (quartiles)"]
     header += ["first token, ms: dense", "compressed", "between tokens, ms: dense", "compressed"]

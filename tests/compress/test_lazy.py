@@ -16,7 +16,7 @@ from compress.lazy import CORE, LEAST, check_versions, require, version_of
 from compress.run import main as compress_main
 from export.build import main as build_main
 from validate.run import main as validate_main
-from validate.speed import main as speed_main
+from validate.speed.__main__ import main as speed_main
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -17,8 +17,8 @@ from typing import Any
 from compress.cli.entry import run_cli
 from compress.errors import UsageError
 from tests.faults.rows import Options, Row
-from validate.machine import machine_facts, machine_text
-from validate.markdown import markdown_table
+from validate.report.machine import machine_facts, machine_text
+from validate.report.markdown import markdown_table
 
 GROUPS = {"kills": "Kills", "resources": "Lacks", "serving": "Serving"}
 DOCS = Path(__file__).resolve().parents[2] / "docs"

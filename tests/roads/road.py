@@ -21,7 +21,7 @@ from tests.roads.backend import ask, serving
 from tests.roads.cells import RATIOS, UNSET, Cell
 from tests.roads.commands import refuse, run, succeed
 from validate.latency import STRUCTURES
-from validate.taskdata import Example, Task
+from validate.tasks.data import Example, Task
 
 MEASURED = ("--sequence-length", "64", "--max-windows", "2", "--prefill", "16", "--past", "8")
 MEASURED += ("--batch-sizes", "1,2", "--seconds", "0.02")

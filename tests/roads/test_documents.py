@@ -18,7 +18,7 @@ import torch
 from tests import tiny
 from tests.roads.commands import Done, run
 from tests.roads.documents import ROOT, Shown, all_shown, shown_in
-from validate.taskdata import Example, Task
+from validate.tasks.data import Example, Task
 
 MODELS = {
     "smollm2-135m": "tiny_llama_tied",

@@ -30,8 +30,9 @@ from compress.structures.select import selection
 from tests.compress import helpers
 from tests.compress.helpers import compressed, tiny_source
 from tests.validate.conftest import LLAMA, OPT
-from validate import latency, layers
-from validate.timing import Paired, Quartiles
+from validate import latency
+from validate.speed import layers
+from validate.speed.timing import Paired, Quartiles
 
 QUICK = ("--seconds", "0.001", "--working-set", "1")
 WIDE = replace(LLAMA, hidden_size=576, intermediate_size=1536, num_heads=9, num_kv_heads=3, head_dim=64)
@@ -128,7 +129,7 @@ def test_times_are_ratios_to_one_matrix(monkeypatch: pytest.MonkeyPatch) -> None
         return Paired("a clock", 1, x, y, ratio, ratio)
 
     monkeypatch.setattr(layers, "Copies", Fake)
-    monkeypatch.setattr("validate.timing.paired", paired)
+    monkeypatch.setattr("validate.speed.timing.paired", paired)
     jobs = latency.jobs_of(LLAMA, ["lowrank", "kron"], ["neurons"], 8)
     entries, call = latency.measure(jobs, 3)
     scale = entries[0]["seconds"] / (5 + 3 * entries[0]["parameters"])
@@ -161,8 +162,8 @@ def test_the_forecast_counts_the_making_of_weights(
         return Paired("a clock", 1, 1.0, 1.0, Quartiles.of([1.0]), Quartiles.of([1.0]))
 
     monkeypatch.setattr(layers, "Copies", Fake)
-    monkeypatch.setattr("validate.timing.paired", paired)
-    monkeypatch.setattr("validate.timing.now", lambda: (clock[0], 0.0))
+    monkeypatch.setattr("validate.speed.timing.paired", paired)
+    monkeypatch.setattr("validate.speed.timing.now", lambda: (clock[0], 0.0))
     entries, _ = latency.measure(latency.jobs_of(LLAMA, ["lowrank"], [], 8), 1, seconds=2.0)
     foretold = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("about "))
     assert foretold.startswith(f"about {len(entries) * 42 / 60:.1f} minutes")

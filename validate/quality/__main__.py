@@ -124,9 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check_now(args)
     bench = _bench(args)
     result = run(bench, lines, args)
-    from validate.markdown import with_table
     from validate.quality.table import document
-    from validate.reportfiles import write_json
+    from validate.report.files import write_json
+    from validate.report.markdown import with_table
 
     text = f"# Quality\n\n{document(result)}"
     write_json(args.out / "quality.json", result)
@@ -153,9 +153,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(bench: Bench, lines: Sequence[Line], args: argparse.Namespace) -> dict[str, Any]:
     """All lines, one after the other, and what is asked for beside them: OUT/quality.json's object."""
-    from validate.machine import machine_facts
     from validate.quality.run import result_of
     from validate.quality.table import bars_json, gates
+    from validate.report.machine import machine_facts
 
     rows, here = [], machine_facts()
     recipes = {line.key: _portable_recipe(line.recipe) for line in lines}
@@ -174,7 +174,7 @@ def run(bench: Bench, lines: Sequence[Line], args: argparse.Namespace) -> dict[s
     scored = {row["key"] for row in rows if row["error"] is None}
     tasks = {}
     if args.tasks is not None:
-        from validate.taskdata import tasks_named
+        from validate.tasks.data import tasks_named
 
         for line in lines:
             if line.key in scored & {"dense", BEST_KEY}:
@@ -233,7 +233,7 @@ def _check_now(args: argparse.Namespace) -> None:
         if (value := getattr(args, flag)) is not None and value < 1:
             raise UsageError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
     if args.write_docs is not None:
-        from validate.markdown import surroundings
+        from validate.report.markdown import surroundings
 
         surroundings(args.write_docs, MARK, "")
     if args.sensitivity_plot is not None:
@@ -241,7 +241,7 @@ def _check_now(args: argparse.Namespace) -> None:
 
         require_matplotlib()
     if args.tasks is not None:
-        from validate.taskdata import tasks_named
+        from validate.tasks.data import tasks_named
 
         for task in tasks_named(args.tasks or None):
             task.load(1)
@@ -252,7 +252,7 @@ def _bench(args: argparse.Namespace) -> Bench:
 
     from compress.calibration.text import load_text
     from compress.source.resolve import resolve
-    from validate.data import make_windows
+    from validate.perplexity.windows import make_windows
     from validate.quality.run import Bench
 
     source = resolve(args.model)

@@ -33,15 +33,15 @@ from compress.progress import log
 from compress.recipe import parse_recipe
 from compress.requests import has_checkpoint
 from validate.cost import ModelCost
-from validate.hidden import fill_hidden, read_hidden, window_sha256
-from validate.perplexity import Comparison, HiddenLogits, TorchLogits, compare
-from validate.reportfiles import add_report, read_report
+from validate.perplexity.hidden import fill_hidden, read_hidden, window_sha256
+from validate.perplexity.scores import Comparison, HiddenLogits, TorchLogits, compare
+from validate.report.files import add_report, read_report
 
 if TYPE_CHECKING:
     from compress.source.model import ModelSource
-    from validate.data import Windows
+    from validate.perplexity.windows import Windows
     from validate.quality.methods import Line
-    from validate.taskdata import Task
+    from validate.tasks.data import Task
 
 PROTOCOL = 1  # raised whenever this program measures anything differently
 STORED = torch.float16  # the type that bytes are counted in
@@ -181,8 +181,8 @@ class Bench:
         return report
 
     def tasks(self, line: Line, tasks: Sequence[Task], limit: int | None) -> dict[str, Any]:
-        """The zero-shot tasks (validate/tasks.py), from OUT/<key>/reports where they were scored before."""
-        from validate.tasks import evaluate
+        """The zero-shot tasks (validate/tasks/__main__.py), from OUT/<key>/reports where they were scored before."""
+        from validate.tasks.scores import evaluate
 
         artifact = self.artifact(line.key)
         results: dict[str, Any] = {}

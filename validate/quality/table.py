@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from validate.gates import Gate
-from validate.machine import machine_text
-from validate.markdown import markdown_table
 from validate.quality.methods import BARS, Bar
+from validate.report.machine import machine_text
+from validate.report.markdown import markdown_table
 
 Row = dict[str, Any]
 
@@ -140,8 +140,8 @@ def bars_json(found: Sequence[Gate]) -> list[dict[str, Any]]:
 
 
 def tasks_text(results: dict[str, Any]) -> str:
-    """The tables of validate/tasks.py: dense against each line that was scored."""
-    from validate.tasks import difference, table
+    """The tables of validate/tasks/__main__.py: dense against each line that was scored."""
+    from validate.tasks.scores import difference, table
 
     parts = []
     for key, scored in results.items():

@@ -21,8 +21,8 @@ from compress.calibration.text_files import Lines
 from compress.calibration.tokens import token_sequences
 from compress.errors import ArtifactError, MissingDependencyError, ProcrustesError, UsageError
 from tests import tiny
-from validate.data import make_windows
-from validate.taskdata import TASKS
+from validate.perplexity.windows import make_windows
+from validate.tasks.data import TASKS
 
 quick = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -158,7 +158,7 @@ def test_a_long_text_is_read_as_far_as_it_is_used(tmp_path: Path, tokenizer: Any
         return tokenizer(text, **options)
 
     monkeypatch.setattr("compress.calibration.tokens.CHARACTERS", 1 << 12)
-    monkeypatch.setattr("validate.data.CHARACTERS", 1 << 12)
+    monkeypatch.setattr("validate.perplexity.windows.CHARACTERS", 1 << 12)
     data = load_text(str(path))
     tokens = token_sequences(data, counting, samples=2, length=32, seed=0, vocab_size=320)  # type: ignore[arg-type]
     windows = make_windows(data, counting, length=32, max_windows=2, vocab_size=320)
@@ -246,7 +246,7 @@ def test_a_tokenizer_that_takes_a_whole_line_for_one_token(tmp_path: Path) -> No
 def test_a_whole_text_that_memory_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tokenizer without memory ends the process: told before it is called."""
     (tmp_path / "a.txt").write_text("x" * 1000)
-    monkeypatch.setattr("validate.data.free_memory", lambda: 200_000)
+    monkeypatch.setattr("validate.perplexity.windows.free_memory", lambda: 200_000)
     with pytest.raises(MissingDependencyError, match=r"1,000 characters of .*a\.txt.* --max-windows"):
         make_windows(load_text(str(tmp_path / "a.txt")), None, length=32)
 

@@ -21,7 +21,7 @@ from compress.source.resolve import resolve
 from export.build import main
 from export.runtime.ort import OrtRunner
 from tests import tiny
-from validate.data import make_windows
+from validate.perplexity.windows import make_windows
 
 LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 

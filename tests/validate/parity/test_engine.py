@@ -18,10 +18,10 @@ from export.tensorrt import build as trt
 from tests.export.runtime.test_device import NarrowExecutor
 from tests.validate.damaging import damage
 from tests.validate.parity.test_ladder import PROMPTS
-from validate.console import console
-from validate.engine import compare_runners, divergence, engine_prompts, rung_4
 from validate.graphfacts import graph_dtype
-from validate.report import Report, summary
+from validate.parity.engine import compare_runners, divergence, engine_prompts, rung_4
+from validate.report.console import console
+from validate.report.summary import Report, summary
 from validate.run import main
 
 SPANS = Spans(Span(1, 1, 6), Span(1, 16, 40), Span(1, 32, 120))

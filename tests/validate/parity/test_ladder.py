@@ -30,7 +30,7 @@ from compress.structures import (
 from export.runtime.ort import OrtRunner
 from tests.export.helpers import llama, write_checkpoint
 from tests.validate.damaging import damage
-from validate.parity import (
+from validate.parity.ladder import (
     Choices,
     Rung,
     dense_export_error,

@@ -11,8 +11,8 @@ import torch
 
 from compress.model.decoder import ProcrustesForCausalLM
 from tests.validate.perplexity.test_scores import windows_of
-from validate import hidden
-from validate.perplexity import HiddenLogits, TorchLogits, compare
+from validate.perplexity import hidden
+from validate.perplexity.scores import HiddenLogits, TorchLogits, compare
 
 MakeModel = Callable[..., ProcrustesForCausalLM]
 

@@ -15,8 +15,8 @@ from compress.calibration.text import TextData
 from compress.errors import ArtifactError, UsageError
 from compress.model.decoder import ProcrustesForCausalLM
 from tests import tiny
-from validate.data import Windows, make_windows
-from validate.perplexity import Comparison, TorchLogits, compare
+from validate.perplexity.scores import Comparison, TorchLogits, compare
+from validate.perplexity.windows import Windows, make_windows
 
 MakeModel = Callable[..., ProcrustesForCausalLM]
 

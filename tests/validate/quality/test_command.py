@@ -18,13 +18,13 @@ from compress.cli.entry import run_cli
 from tests import tiny
 from tests.validate.perplexity.test_scores import windows_of
 from validate import measure
-from validate.markdown import marks
 from validate.quality import __main__ as quality
 from validate.quality import methods as quality_methods
 from validate.quality import plots as quality_plots
 from validate.quality import run as quality_run
 from validate.quality import table as quality_table
 from validate.quality.methods import METHODS, Bar, Method
+from validate.report.markdown import marks
 
 FAST = {"sensitivity": "none", "correction": 0.0, "unit": 4, "rotation": "none"}
 TINY_METHODS = (
@@ -256,7 +256,7 @@ def test_extra_arguments_that_change_the_recipe_are_refused(table: Table, capsys
 
 
 def test_tasks_are_scored_once(table: Table, methods: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from validate.taskdata import Example, Task
+    from validate.tasks.data import Example, Task
 
     questions = [Example((("The mill", " stands"), ("The mill", " is loud")), 0, (6, 7))] * 3
     monkeypatch.setattr(Task, "load", lambda self, limit=None: questions[:limit])

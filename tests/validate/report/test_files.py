@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.artifact.store import Artifact
-from validate.reportfiles import add_report, read_report
+from validate.report.files import add_report, read_report
 
 
 def test_reports_are_kept_beside_each_other(built: Any, tmp_path: Path) -> None:

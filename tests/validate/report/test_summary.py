@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from validate.console import console
-from validate.plots import plot_frontier, plot_layers, roles_of
-from validate.report import Report, _fit_text, with_shares
+from validate.report.console import console
+from validate.report.plots import plot_frontier, plot_layers, roles_of
+from validate.report.summary import Report, _fit_text, with_shares
 
 SIZE = {
     "ratio": 0.75,

@@ -18,12 +18,13 @@ from compress.cli.entry import run_cli
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.structures import DenseStructure, Structure, structure_from_config
 from export.graph.decoder import export_onnx
-from validate import layers, speed
 from validate.baseline import Baseline
 from validate.graphfacts import GraphFacts
-from validate.markdown import marks, surroundings
-from validate.speed import measure_model, peak_memory
-from validate.timing import Quartiles, now, paired
+from validate.report.markdown import marks, surroundings
+from validate.speed import __main__ as speed
+from validate.speed import layers
+from validate.speed.pairs import measure_model, peak_memory
+from validate.speed.timing import Quartiles, now, paired
 
 
 class Clock:
@@ -31,7 +32,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.wall = self.cpu = 0.0
-        monkeypatch.setattr("validate.timing.now", lambda: (self.wall, self.cpu))
+        monkeypatch.setattr("validate.speed.timing.now", lambda: (self.wall, self.cpu))
 
     def work(self, wall: float, cpu: float) -> Any:
         def run() -> None:
@@ -78,7 +79,7 @@ def test_quartiles() -> None:
 
 def test_a_model_over_itself_has_a_limit_of_1(built: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
-    monkeypatch.setattr("validate.timing.now", lambda: (float(next(ticks)),) * 2)
+    monkeypatch.setattr("validate.speed.timing.now", lambda: (float(next(ticks)),) * 2)
     path = built.out / "onnx" / "model.onnx"
     with Baseline(built.out, model=str(built.source)) as baseline:
         cost = baseline.costs()[1]
@@ -242,7 +243,7 @@ def test_a_document_without_marks_is_not_overwritten(tmp_path: Path, text: str) 
 
 def test_memory_module_is_a_command(built: Any) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "validate.memory", str(built.out / "onnx" / "model.onnx"), "1", "4"],
+        [sys.executable, "-m", "validate.speed.memory", str(built.out / "onnx" / "model.onnx"), "1", "4"],
         capture_output=True,
         text=True,
         check=False,

@@ -22,9 +22,10 @@ from compress.model.config import ProcrustesConfig
 from compress.model.decoder import ProcrustesForCausalLM
 from tests import tiny
 from tests.validate.conftest import LLAMA, fill
-from validate import taskdata, tasks
-from validate.scoring import Item, Score, encode, score
-from validate.taskdata import Example, Task, arc, hellaswag, lambada, piqa, winogrande
+from validate.tasks import __main__ as tasks
+from validate.tasks import data as taskdata
+from validate.tasks.data import Example, Task, arc, hellaswag, lambada, piqa, winogrande
+from validate.tasks.scoring import Item, Score, encode, score
 
 MakeModel = Callable[..., ProcrustesForCausalLM]
 
@@ -305,7 +306,7 @@ def request(*arguments: Any) -> SimpleNamespace:
 
 @pytest.mark.usefixtures("harness")
 def test_adapter_for_the_harness(built: Any) -> None:
-    from validate.harness import harness_model
+    from validate.tasks.harness import harness_model
 
     model, tokenizer = tasks.load_compressed(built.out, "float32")
     adapter = harness_model(model, tokenizer)
@@ -325,7 +326,7 @@ def test_adapter_for_the_harness(built: Any) -> None:
 @pytest.mark.usefixtures("harness")
 def test_adapter_rolls_over_long_text(built: Any) -> None:
     """Each token once, the first from BOS, with as much context as fits."""
-    from validate.harness import harness_model
+    from validate.tasks.harness import harness_model
 
     model, tokenizer = tasks.load_compressed(built.out, "float32")
     text = tiny.TEXT[:350]
@@ -342,7 +343,7 @@ def test_adapter_rolls_over_long_text(built: Any) -> None:
 
 @pytest.mark.usefixtures("harness")
 def test_adapter_generates_until(built: Any) -> None:
-    from validate.harness import harness_model
+    from validate.tasks.harness import harness_model
 
     model, tokenizer = tasks.load_compressed(built.out, "float32")
     inputs = tokenizer("The mill", return_tensors="pt")
@@ -359,7 +360,7 @@ def test_adapter_generates_until(built: Any) -> None:
 
 
 def test_adapter_without_the_harness(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    from validate.harness import harness_model
+    from validate.tasks.harness import harness_model
 
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(MissingDependencyError, match="pip install lm-eval"):

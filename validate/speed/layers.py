@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import UsageError
 from compress.progress import log
-from validate.markdown import markdown_table, with_table
-from validate.timing import Paired, paired
+from validate.report.markdown import markdown_table, with_table
+from validate.speed.timing import Paired, paired
 
 if TYPE_CHECKING:
     import numpy as np
@@ -281,7 +281,7 @@ def beginning(file: Path) -> str:
 
 def document(rows: Sequence[Row], file: Path, threads: int) -> str:
     """The text of `file` with the table between its marks. Raises as `markdown.surroundings`."""
-    from validate.machine import machine_facts
+    from validate.report.machine import machine_facts
 
     facts = machine_facts()
     ratios = [row.timing.ratio.median for row in rows]

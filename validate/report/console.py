@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from validate.report import asked, figure, megabytes, millions
+from validate.report.summary import asked, figure, megabytes, millions
 
 if TYPE_CHECKING:
-    from validate.report import Report
+    from validate.report.summary import Report
 
 BAR = 20  # characters of a whole matrix
 
@@ -57,7 +57,7 @@ def case_line(case: dict[str, Any]) -> str:
 
 def _layers(report: Report) -> list[tuple[str, ...]]:
     """(role, a bar of what is kept, the share, mean and largest error, layers left dense) for each kind of layer."""
-    from validate.plots import roles_of
+    from validate.report.plots import roles_of
 
     rows: list[tuple[str, ...]] = [("layers", "kept of their weights", "", "error, mean", "worst", "left dense")]
     for role, records in roles_of(report.fit).items():

@@ -1,4 +1,4 @@
-"""reports/: what a manager reads (summary.md), what a program reads (json), and the plots of validate/plots.py.
+"""reports/: what a manager reads (summary.md), what a program reads (json), and the plots of validate/report/plots.py.
 
 Everything here is made from one dictionary, `Report`, that validate/run.py fills; what was skipped is None.
 """
@@ -13,9 +13,9 @@ from typing import Any
 
 from compress.artifact.reading import read_artefact_json, shown
 from compress.errors import ArtifactError
-from validate.machine import machine_text
-from validate.markdown import markdown_table
-from validate.reportfiles import write_json
+from validate.report.files import write_json
+from validate.report.machine import machine_text
+from validate.report.markdown import markdown_table
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def write(report: Report, folder: Path, plot: bool = True) -> None:
             write_json(folder / f"{name}.json", value)
     (folder / "summary.md").write_text(summary(report, plot), encoding="utf-8")
     if plot:
-        from validate.plots import plot_frontier, plot_layers
+        from validate.report.plots import plot_frontier, plot_layers
 
         plot_layers(report.fit, folder / "layers.png", report.name)
         if report.quality is not None:

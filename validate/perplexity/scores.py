@@ -23,7 +23,7 @@ from torch import Tensor
 from compress.calibration.gram import float32_products
 from compress.errors import ArtifactError
 from compress.progress import log
-from validate.data import Windows
+from validate.perplexity.windows import Windows
 
 if TYPE_CHECKING:
     from compress.model.decoder import ProcrustesForCausalLM
@@ -72,7 +72,7 @@ class TorchLogits:
 
 
 class HiddenLogits:
-    """Final hidden states that were computed before (validate/hidden.py); only the head runs, in float32.
+    """Final hidden states that were computed before (validate/perplexity/hidden.py); only the head runs, in float32.
 
     `hidden` is (windows, length, d), what the head reads of each window of `windows`; `weight` (vocabulary, d) and
     `bias` are the head's.

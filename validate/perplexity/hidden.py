@@ -22,7 +22,7 @@ from compress.progress import log
 
 if TYPE_CHECKING:
     from compress.model.decoder import ProcrustesForCausalLM
-    from validate.data import Windows
+    from validate.perplexity.windows import Windows
 
 
 def window_sha256(windows: Windows) -> str:

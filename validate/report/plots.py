@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.lazy import require
-from validate.report import kept_of
+from validate.report.summary import kept_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,7 +1,7 @@
 """A compressed model for lm-eval-harness, for users with a hub: all of its tasks instead of our six.
 
 import lm_eval
-from validate.harness import load_harness_model
+from validate.tasks.harness import load_harness_model
 
 lm_eval.simple_evaluate(model=load_harness_model("out/demo"), tasks=["arc_easy", "hellaswag"])
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.lazy import require
-from validate.scoring import Item, Score, encode, score
+from validate.tasks.scoring import Item, Score, encode, score
 
 if TYPE_CHECKING:
     from compress.model.decoder import ProcrustesForCausalLM
@@ -26,7 +26,7 @@ MOST_NEW_TOKENS = 256
 
 def load_harness_model(target: str | Path, dtype: str = "float32") -> Any:
     """An `lm_eval.api.model.LM` of an artefact folder or a checkpoint. Raises MissingDependencyError."""
-    from validate.tasks import load_compressed
+    from validate.tasks.__main__ import load_compressed
 
     return harness_model(*load_compressed(Path(target), dtype))
 

@@ -1,12 +1,7 @@
-"""Speed of the compressed model over the dense one: measured in pairs, held against what its own size allows.
-
-python -m validate.speed OUT        decode and prefill of OUT's model over the dense export of its source
-python -m validate.speed --layers   single layers at the shapes of opt-13b and llama-2-7b
-"""
+"""The two models timed side by side, and held against what their own sizes allow."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -17,9 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.cli.entry import run_cli
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
-from compress.lazy import require
 from compress.progress import log
 from validate.graphfacts import GraphFacts
 
@@ -28,7 +21,7 @@ if TYPE_CHECKING:
 
     from export.runtime.ort import OrtRunner
     from validate.cost import Limit, ModelCost
-    from validate.timing import Paired
+    from validate.speed.timing import Paired
 
 DECODE_STEPS = 48  # at most; the cache grows by one token a step
 
@@ -91,7 +84,7 @@ def measure_decode(
     import numpy as np
 
     from validate.cost import decode_limit
-    from validate.timing import paired
+    from validate.speed.timing import paired
 
     arch = costs[0].arch
     warm_up = 3
@@ -132,7 +125,7 @@ def measure_prefill(
     import numpy as np
 
     from validate.cost import flops_limit
-    from validate.timing import paired
+    from validate.speed.timing import paired
 
     arch = costs[0].arch
     if tokens > arch.max_positions:
@@ -160,7 +153,7 @@ def peak_memory(path: Path, threads: int, tokens: int) -> dict[str, int]:
     """
     root = str(Path(__file__).resolve().parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, "-m", "validate.memory", str(path), str(threads), str(tokens)]
+    command = [sys.executable, "-m", "validate.speed.memory", str(path), str(threads), str(tokens)]
     done = subprocess.run(
         command,
         capture_output=True,
@@ -237,89 +230,3 @@ def measure_model(
 
 def _line(case: Measure) -> str:
     return f"{case.name}: {case.timing.ratio.median:.3f}x, limit {case.limit.speedup:.3f}x ({case.share:.0%} of it)"
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m validate.speed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("out", nargs="?", type=Path, metavar="OUT", help="artefact folder")
-    p.add_argument("--layers", action="store_true", help="the layer benchmark instead")
-    p.add_argument("--batch-sizes", default="1,8", metavar="B,B", help="of decode (default: 1,8)")
-    p.add_argument("--prefill", type=int, metavar="N", help="tokens (default: 512, or as the model allows)")
-    p.add_argument(
-        "--past", type=int, metavar="N", help="cached tokens at decode (default: 128, or as the model allows)"
-    )
-    p.add_argument("--threads", type=int, default=1, metavar="N", help="of ONNX Runtime (default: 1)")
-    p.add_argument("--seconds", type=float, metavar="S", help="for each measurement (default: 15, layers: 2)")
-    p.add_argument("--model", metavar="M", help="where the source model is (default: where OUT's manifest says it was)")
-    p.add_argument("--trust-remote-code", action="store_true", help="let the source model run its own Python code")
-    p.add_argument("--dense", type=Path, metavar="PATH", help="a dense export to use, instead of making one")
-    p.add_argument(
-        "--write-docs", type=Path, metavar="FILE", help="with --layers: put the table into FILE (docs/speed.md)"
-    )
-    p.add_argument("--json", action="store_true", help="the result as one JSON object")
-    p.add_argument("--debug", action="store_true", help="show a traceback when something fails")
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, measure, print."""
-    p = parser()
-    args = p.parse_args(argv)
-    if args.layers == (args.out is not None):
-        p.error("give either OUT or --layers")
-    from validate.gates import parse_batch_sizes
-
-    sizes = parse_batch_sizes(args.batch_sizes)
-    for flag, value in (("--threads", args.threads), ("--prefill", args.prefill), ("--past", args.past)):
-        if value is not None and value < 1:
-            raise UsageError(f"{flag} must be at least 1, not {value}")
-    require("onnxruntime", pip="'onnxruntime>=1.24'", purpose="measure speed")
-    if args.layers:
-        return _layers(args)
-    from validate.baseline import Baseline
-    from validate.first import fit_positions
-
-    with Baseline(args.out, model=args.model, dense=args.dense, trust_remote_code=args.trust_remote_code) as baseline:
-        fit_positions(args, baseline.reader.architecture.max_positions, {"speed"})
-        result = measure_model(
-            baseline.dense_onnx(),
-            baseline.onnx,
-            baseline.costs(),
-            batch_sizes=sizes,
-            prefill=args.prefill,
-            past=args.past,
-            threads=args.threads,
-            seconds=args.seconds or 15.0,
-        )
-    from validate.console import case_line
-
-    lines = [f"{case['name']}: {case_line(case)}" for case in result["cases"]]
-    print(json.dumps(result) if args.json else "\n".join(lines))
-    return 0
-
-
-def _layers(args: argparse.Namespace) -> int:
-    from validate.layers import MARK, beginning, benchmark, document, table
-    from validate.markdown import surroundings
-
-    if args.write_docs is not None:
-        surroundings(
-            args.write_docs, MARK, beginning(args.write_docs)
-        )  # refuses a file without marks before minutes of work
-    rows = list(benchmark(threads=args.threads, seconds=args.seconds or 2.0))
-    if args.write_docs is not None:
-        args.write_docs.write_text(document(rows, args.write_docs, args.threads), encoding="utf-8")
-        (args.write_docs.with_suffix(".json")).write_text(
-            json.dumps([row.to_dict() for row in rows], indent=1) + "\n", encoding="utf-8"
-        )
-    print(json.dumps([row.to_dict() for row in rows]) if args.json else table(rows))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_cli(main))

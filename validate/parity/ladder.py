@@ -3,7 +3,7 @@
     1  source model               vs  folded and rotated decoder, uncompressed    the rewrites are exact
     2  layers applied in factors  vs  their dense equivalents                     factored products are right
     3  PyTorch decoder            vs  ONNX Runtime, with and without the cache    the export is right
-    4  PyTorch decoder            vs  TensorRT, on a GPU: validate/engine.py
+    4  PyTorch decoder            vs  TensorRT, on a GPU: validate/parity/engine.py
 
 Rungs 1 and 3 compare logits, by max |a - b| / max |a| over the positions that are not padding, on a
 left-padded batch, a whole sequence and a sequence of length 1.

@@ -1,0 +1,1 @@
+"""Perplexity of the dense and the compressed model on the same windows."""

@@ -1,0 +1,1 @@
+"""What validation measured, for people and for programs."""

@@ -1,0 +1,1 @@
+"""Speed of the compressed model over the dense one, measured in pairs."""
