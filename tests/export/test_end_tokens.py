@@ -99,7 +99,7 @@ def test_the_triton_model_stops(
     served = triton_model(built[0])
     try:
         from export.triton.settings import Settings
-        from tests.export.triton.test_batching import Client
+        from tests.export.triton.clients import Client
 
         client = Client()
         served.batcher.submit(PROMPT, Settings(max_tokens=LONGEST), client)

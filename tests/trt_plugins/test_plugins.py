@@ -10,9 +10,9 @@ import onnx
 import pytest
 
 from tests.export.cases import CASES, Case, export, gs, kron, pivoted, two_sided
-from tests.export.graph.test_select import around_pivots
 from tests.export.helpers import llama
-from tests.export.tensorrt.test_rtx import parse, selecting
+from tests.export.selections import around_pivots
+from tests.export.tensorrt.parsing import parse, selecting
 from trt_plugins.build import AUTOLOAD, PLUGINS
 
 MODELS = {

@@ -22,7 +22,7 @@ from compress.structures import LowRankStructure, Structure, structure_from_conf
 from compress.structures.joint import joint_error_by_rank, joint_fit, joint_ranks, joint_structures, leader_of
 from compress.structures.lowrank import error_by_rank
 from tests.compress.structures.battery import generator, second_moment
-from tests.compress.structures.test_lowrank import square_root
+from tests.compress.structures.bounds import square_root
 from tests.export.helpers import llama, write_checkpoint
 
 HEIGHTS, WIDTH = (5, 3, 4), 7

@@ -21,7 +21,7 @@ from tests.compress.structures.battery import (
     random_weight,
     weightings,
 )
-from tests.compress.structures.test_lowrank import best_error
+from tests.compress.structures.bounds import best_error
 
 
 @st.composite

@@ -13,7 +13,7 @@ from export.runtime.profiles import Span, Spans
 from export.runtime.slots import Slots
 from tests.export.cases import Case, export
 from tests.export.helpers import llama
-from tests.export.runtime.test_device import MODELS, NarrowExecutor
+from tests.export.runtime.narrow import MODELS, NarrowExecutor
 
 SPANS = Spans(Span(1, 2, 4), Span(1, 8, 90), Span(1, 64, 200))
 

@@ -2,42 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
 
-from compress.architecture import Architecture
-from compress.structures import Structure
-from tests.export.cases import CASES, Case, Chooser, export, gs, kron, low_rank, pivoted, two_sided
-from tests.export.graph.test_select import around_cores, around_pivots, both, unlike
+from tests.export.cases import CASES, Case, export, gs, kron, low_rank, pivoted, two_sided
 from tests.export.helpers import llama
+from tests.export.selections import around_cores, around_pivots, both, unlike
+from tests.export.tensorrt.parsing import parse, selecting
 
-SCRIPT = Path(__file__).with_name("rtx_parse.py")
 TYPES = {"float32": "DataType.FLOAT", "float16": "DataType.HALF", "bfloat16": "DataType.BF16"}
-
-
-def parse(path: Path, environment: dict[str, str], *options: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(path), *options],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {**result, "said": done.stderr}
-
-
-def selecting(arch: Architecture, choose: Callable[[Architecture, int, str], Structure | None]) -> Chooser:
-    return lambda name, *_: choose(arch, int(name.split(".")[1]), name.split(".", 2)[2])
 
 
 MODELS = {

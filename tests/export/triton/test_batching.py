@@ -12,12 +12,13 @@ import pytest
 from compress.errors import UsageError
 from export.runtime.ort import OrtExecutor, OrtRunner
 from export.runtime.slots import Slots
-from export.triton.batching import DEAD, ENGINE_FAILED, Batcher, Piece
+from export.triton.batching import DEAD, ENGINE_FAILED, Batcher
 from export.triton.failures import A_BUG
 from export.triton.settings import Settings, parse_messages
 from export.triton.text import TextStream
 from tests.export.cases import Case, export, kron
 from tests.export.helpers import llama
+from tests.export.triton.clients import Client
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz .,ABCDEFGHIJKLMNOPQRSTUVWXYZ012345é"
 
@@ -29,40 +30,6 @@ class Letters:
         text = "".join("\ufffd" if t >= 59 else ALPHABET[t] for t in token_ids)
         pairs = [(token_ids[i], token_ids[i + 1]) for i in range(len(token_ids) - 1)]
         return text.replace("\ufffd\ufffd", "é") if (59, 60) in pairs else text
-
-
-class Client:
-    """Collects pieces; may leave after some."""
-
-    def __init__(self, leave_after: int | None = None) -> None:
-        self.pieces: list[Piece] = []
-        self.done = threading.Event()
-        self.leave_after = leave_after
-
-    def tell(self, piece: Piece) -> None:
-        assert not self.done.is_set()
-        self.pieces.append(piece)
-        if piece.finish is not None:
-            self.done.set()
-
-    def cancelled(self) -> bool:
-        return self.leave_after is not None and len(self.pieces) >= self.leave_after
-
-    def wait(self) -> Client:
-        assert self.done.wait(60)
-        return self
-
-    @property
-    def tokens(self) -> list[int]:
-        return [token for piece in self.pieces for token in piece.tokens]
-
-    @property
-    def text(self) -> str:
-        return "".join(piece.text for piece in self.pieces)
-
-    @property
-    def finish(self) -> str | None:
-        return self.pieces[-1].finish
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from export.graph.decoder import export_onnx
 from export.runtime.device import DeviceRunner
 from export.runtime.profiles import Span, Spans
 from export.tensorrt import build as trt
-from tests.export.runtime.test_device import NarrowExecutor
+from tests.export.runtime.narrow import NarrowExecutor
 from tests.validate.damaging import damage
-from tests.validate.parity.test_ladder import PROMPTS
+from tests.validate.parity.prompts import PROMPTS
 from validate.graphfacts import graph_dtype
 from validate.parity.engine import compare_runners, divergence, engine_prompts, rung_4
 from validate.report.console import console

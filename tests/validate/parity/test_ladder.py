@@ -30,6 +30,7 @@ from compress.structures import (
 from export.runtime.ort import OrtRunner
 from tests.export.helpers import llama, write_checkpoint
 from tests.validate.damaging import damage
+from tests.validate.parity.prompts import PROMPTS
 from validate.parity.ladder import (
     Choices,
     Rung,
@@ -41,8 +42,6 @@ from validate.parity.ladder import (
     rung_3,
     worst,
 )
-
-PROMPTS = make_prompts(300, 24)
 
 
 def test_prompts_have_padding_and_a_sequence_of_length_1() -> None:

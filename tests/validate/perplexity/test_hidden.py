@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from compress.model.decoder import ProcrustesForCausalLM
-from tests.validate.perplexity.test_scores import windows_of
+from tests.validate.perplexity.windows import windows_of
 from validate.perplexity import hidden
 from validate.perplexity.scores import HiddenLogits, TorchLogits, compare
 

@@ -15,16 +15,11 @@ from compress.calibration.text import TextData
 from compress.errors import ArtifactError, UsageError
 from compress.model.decoder import ProcrustesForCausalLM
 from tests import tiny
+from tests.validate.perplexity.windows import windows_of
 from validate.perplexity.scores import Comparison, TorchLogits, compare
 from validate.perplexity.windows import Windows, make_windows
 
 MakeModel = Callable[..., ProcrustesForCausalLM]
-
-
-def windows_of(tokens: int, length: int, stride: int | None = None, seed: int = 0) -> Windows:
-    ids = torch.randint(199, (tokens,), generator=torch.Generator().manual_seed(seed))
-    stride = length if stride is None else stride
-    return Windows(ids, length, stride, 1 + (tokens - length) // stride, False)
 
 
 def by_hand(a: ProcrustesForCausalLM, b: ProcrustesForCausalLM, windows: Windows) -> dict[str, float]:

@@ -16,7 +16,7 @@ import torch
 
 from compress.cli.entry import run_cli
 from tests import tiny
-from tests.validate.perplexity.test_scores import windows_of
+from tests.validate.perplexity.windows import windows_of
 from validate import measure
 from validate.quality import __main__ as quality
 from validate.quality import methods as quality_methods
