@@ -15,10 +15,7 @@ from compress.errors import ArtifactError
 
 if TYPE_CHECKING:
     pass
-from dataclasses import dataclass
-from typing import Any
 
-from compress.errors import ArtifactError
 
 READERS: dict[str, tuple[str, ...]] = {
     "attn": ("attn.q", "attn.k", "attn.v"),

@@ -8,7 +8,6 @@ match, or cannot be written; 130 interrupted.
 from __future__ import annotations
 
 import re
-import sys
 
 
 class ProcrustesError(Exception):
@@ -39,12 +38,6 @@ class ArtifactError(ProcrustesError):
     """A file is missing, truncated, changed or hostile, does not match another one, or cannot be written."""
 
     exit_code = 5
-
-
-def no_command(module: str, instead: str) -> int:
-    """For `python -m` of a module that is imported by a command: say so on stderr; returns the exit code of usage."""
-    print(f"error: {module} is not a command: {instead}", file=sys.stderr)
-    return UsageError.exit_code
 
 
 _LONG = re.compile(r"[^\s/]{300,}")

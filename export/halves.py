@@ -1,4 +1,4 @@
-"""float16 or bfloat16: chosen by the largest activations that the compression watched (compress/calibration/largest.py)."""
+"""float16 or bfloat16: chosen by the largest activations seen in calibration (compress/calibration/largest.py)."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Measure the cost table for `compress.run --budget-latency`: seconds of every linear shape of a model in ONNX Runtime.
 
 Measured are dense matrices and a few sizes of each structure, float32, one layer at a time, weights from memory
-(validate/speed/layers.py). Each structure is timed in turn with the dense matrix of its shape, and each dense matrix with
-the largest one, so that the load of the machine falls out of their ratios; seconds are these ratios times the median
-of the largest one, less what the call of a session takes by itself (a 1 x 1 matrix). The compressor adds up what each
-linear takes, one after another; what else a model does (attention, norms, head) is not in the budget.
+(validate/speed/layers.py). Each structure is timed in turn with the dense matrix of its shape, and each dense matrix
+with the largest one, so that the load of the machine falls out of their ratios; seconds are these ratios times the
+median of the largest one, less what the call of a session takes by itself (a 1 x 1 matrix). The compressor adds up what
+each linear takes, one after another; what else a model does (attention, norms, head) is not in the budget.
 
 --tokens is how many rows one call has: 1 is decode of one sequence, 8 of eight at once, 512 the prefill of a prompt of
 512 tokens. A model is faster in one and slower in the other, so measure what you will run; seconds of a budget are

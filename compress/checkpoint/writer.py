@@ -20,19 +20,10 @@ from compress.structures import Structure
 
 if TYPE_CHECKING:
     from compress.rewrites.rotations import Rotations
-import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
 
 from compress.checkpoint.reader import INDEX, ROTATION
-from compress.errors import ArtifactError
-from compress.model.config import ProcrustesConfig
 from compress.rewrites.rotations import Rotations
-from compress.structures import Structure
 
 
 class ShardWriter:

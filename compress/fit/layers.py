@@ -72,8 +72,8 @@ class LayerFitter:
     def run(self) -> tuple[list[Path], list[FitRecord]]:
         """Fits all blocks; returns one safetensors file per block, in order, and all records.
 
-        Where a fit fails the linear is left as it is (compress/fit/fallback.py) and its entry in `plan.structures` changed.
-        Raises UsageError when weights or activations are not finite.
+        Where a fit fails the linear is left as it is (compress/fit/fallback.py) and its entry in `plan.structures`
+        changed. Raises UsageError when weights or activations are not finite.
         """
         files: list[Path] = []
         records: list[FitRecord] = []

@@ -159,8 +159,8 @@ class ProcrustesForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         """Logits (batch, length, vocabulary), or of the last `logits_to_keep` positions when that is not 0.
 
         input_ids: (batch, length); attention_mask: (batch, past + length), 0 on (left) padding, or four axes, see
-        compress/model/masks.py; position_ids: (batch, length), when not given as in transformers: counted from the start of
-        the cache, learned positions with a mask of two axes from the first token that is not padding. Raises UsageError
+        `masks`; position_ids: (batch, length), when not given as in transformers: counted from the start of the
+        cache, learned positions with a mask of two axes from the first token that is not padding. Raises UsageError
         for a mask that could be read in more than one way, and for ids that are not in the vocabulary, which a
         tokenizer that is longer gives.
         """

@@ -178,6 +178,6 @@ def _unknown(name: str) -> str:
     near = difflib.get_close_matches(name.lower()[:100], ALIASES, n=3, cutoff=0.0)
     return (
         f"There is no model {shown(name, 300)}: it is neither a folder with config.json, nor a .gguf file, nor "
-        f"hf:ORG/NAME, nor a known name; the nearest names are {', '.join(near)}, and python -m compress.source.aliases "
-        f"lists all {len(ALIASES)}."
+        f"hf:ORG/NAME, nor a known name; the nearest names are {', '.join(near)}, and "
+        f"python -m compress.source.aliases lists all {len(ALIASES)}."
     )

@@ -2,8 +2,8 @@
 
 The inner side is the one that does not lie on the residual stream: the outputs of v, gate and up, the inputs of o and
 down. It is cut into `groups` equal groups (heads, or 1 for neurons) of which the first `kept` features stay. An exact
-rewrite (compress/rewrites/inner.py) has brought those that matter to the front. Dropped features are exact zeros: a head's zero
-coordinate stays zero through attention, and what reads the others does not read it.
+rewrite (compress/rewrites/inner.py) has brought those that matter to the front. Dropped features are exact zeros: a
+head's zero coordinate stays zero through attention, and what reads the others does not read it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from typing_extensions import Self
 from compress.architecture import WRITERS, Architecture
 from compress.errors import UsageError
 from compress.linalg import Problem, result_dtype
-from compress.structures import SelectStructure, Structure
 from compress.structures.base import Side, Structure, cast, register
 from compress.structures.dense import DenseStructure
 

@@ -31,7 +31,7 @@ NOT_RUN = {
     r"launch\.sh|client\.py|^curl ": "needs a Triton server; tests/export/triton/test_server.py has one",
     r"-m validate\.serving\b": "needs a Triton server; every road has one in this process",
     r"-m trt_plugins\.": "compiles for minutes; tests/trt_plugins does it once for all",
-    r"-m validate\.speed --layers\b": "takes minutes and writes docs/speed.md; tests/validate/speed/test_speed.py measures",
+    r"-m validate\.speed --layers\b": "takes minutes and writes docs/speed.md; tests/validate/speed measures",
     r"-m validate\.quality .*--(?:ablation|sensitivity-plot)\b": "40 models: the methods are roads of their own",
     r"-m validate\.quality --model smollm2-135m --out out/quality --methods auto-0.75,kron,svd-llm ": "one such is run",
     r"^build_engine\.sh ": "a line of a list of files",

@@ -15,7 +15,7 @@ from torch import Tensor
 PROMPTS = ("The mill stands where", "12 minutes", "A ferry crosses twice a day. The first crossing carries the mail")
 NEW_TOKENS = 8
 TOLERANCE = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 5e-2}
-"""Of logits, relative to the largest, by the least type that they have been through; as validate/parity/ladder.py has them."""
+"""Of logits, relative to the largest, by the least type that they have been through; as in validate.parity.ladder."""
 
 
 def stored_projections(folder: Path) -> int:

@@ -168,7 +168,10 @@ class Road:
         assert 0 <= asked + ROUNDING - kept <= self.granularity, (asked, kept)
         if self.cell["budget"] != "latency":
             assert self.plan["ratio_asked"] == pytest.approx(asked, abs=1e-4)
-            assert self.plan["rotation_overhead"] == facts["overhead"]
+            # A skip has a direction fewer where one of the stream is empty, as the mean of OPT's is: known once found.
+            least = 0 if self.cell["method"][3] not in ("cs", "householder") else 4 * self.architecture.num_layers
+            spared = self.plan["rotation_overhead"] - facts["overhead"]
+            assert 0 <= spared <= least * self.architecture.hidden_size, (self.plan, facts)
             projections = facts["dense_projections"] + facts["dense_embeddings"] + facts["rest"]
             told = self.plan["model_ratio"] - facts["model_ratio"]
             room = self.granularity * facts["dense_projections"] + facts["dense_embeddings"] * RANK_STEP

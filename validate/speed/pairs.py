@@ -151,7 +151,7 @@ def peak_memory(path: Path, threads: int, tokens: int) -> dict[str, int]:
     Raises MissingDependencyError when that process lacks memory or handles, or is killed, as the system does where
     memory runs out; ArtifactError when the model does not run there.
     """
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, "-m", "validate.speed.memory", str(path), str(threads), str(tokens)]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""`python -m compress.methods.paper.compare`: the paper's rotation solver against ours at one position, at equal structures."""
+"""`python -m compress.methods.paper.compare`: the paper's rotation solver against ours, at equal structures."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Stage 1 (Algorithm 2): alternate Frobenius projections and Procrustes, `als_iterations` times. Stage 2 (Algorithm 3), on
 the network rotated by stage 1: weighted projections at Q = I, the weighted Procrustes problem for Q with these factors
-(`compress.methods.paper.descent`), weighted projections at the Q found. The moments are those of the uncompressed network, so
+(`descent`), weighted projections at the Q found. The moments are those of the uncompressed network, so
 positions do not depend on each other. Each block's weights are read once, and one block is in memory at a time.
 
 Matrices that stay dense (v, embeddings, head) fit exactly at any Q: in stage 1 each adds W^T W Q to the Procrustes

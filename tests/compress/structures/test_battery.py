@@ -16,7 +16,7 @@ from torch import Tensor
 from compress.errors import ArtifactError
 from compress.structures import DenseStructure, LowRankStructure, Structure, register, registry, structure_from_config
 from tests.compress.structures.battery import StructureBattery, random_factors
-from tests.compress.structures.test_lowrank import TestLowRank as LowRankBattery
+from tests.compress.structures.lowrank_battery import LowRankBattery
 
 
 class TestDense(StructureBattery):

@@ -5,40 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor
 
 from compress.errors import UsageError
 from compress.linalg import weighted_error
-from compress.structures import LowRankStructure, Structure
+from compress.structures import LowRankStructure
 from compress.structures.lowrank import error_by_rank
 from tests.compress.structures.battery import (
-    StructureBattery,
     bounded,
     random_weight,
     second_moment,
     weightings,
 )
 from tests.compress.structures.bounds import best_error
+from tests.compress.structures.lowrank_battery import LowRankBattery, low_rank_specs
 
 
-@st.composite
-def low_rank_specs(draw: st.DrawFn) -> LowRankStructure:
-    m, n = draw(st.integers(1, 12)), draw(st.integers(1, 12))
-    return LowRankStructure(m, n, draw(st.integers(1, min(m, n))))
-
-
-class TestLowRank(StructureBattery):
-    structure = LowRankStructure
-    exact = True
-
-    def specs(self) -> st.SearchStrategy[Structure]:
-        return low_rank_specs()
-
-    def reference_error(self, spec: Structure, W: Tensor, gram: Tensor | None, metric: Tensor | None) -> float:
-        assert isinstance(spec, LowRankStructure)
-        return best_error(W, spec.rank, gram, metric)
-
+class TestLowRank(LowRankBattery):
     @bounded
     @given(spec=low_rank_specs())
     def test_error_is_exactly_the_optimum(self, spec: LowRankStructure) -> None:

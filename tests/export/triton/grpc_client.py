@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import queue
 import sys
 
@@ -48,3 +49,5 @@ while not final and error is None and (leave_after is None or len(pieces) < leav
 client.stop_stream(cancel_requests=leave_after is not None)
 error = None if error is None else str(error)
 print(json.dumps({"pieces": pieces, "tokens": tokens, "outputs": outputs, "error": error}))
+sys.stdout.flush()
+os._exit(0)  # threads of gRPC have kept an interpreter from ending

@@ -1,1 +1,0 @@
-"""What runs an exported graph: one module an engine."""
