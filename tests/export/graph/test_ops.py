@@ -182,6 +182,8 @@ def test_table_is_complete_and_calls_match_it() -> None:
             assert set(call.attributes) == {*found.attributes, *PLUGIN_ATTRIBUTES}
             assert ("x", *call.factors) == found.inputs
             assert set(found.function().attribute) == set(call.attributes)
+            fixed = {name: t for name, t in structure.storage_dtypes(torch.float16).items() if t != torch.float16}
+            assert {name: getattr(torch, words) for name, words in found.types.items()} == fixed
             seen.add(call.op_type)
     assert seen == {*op_types(), "GroupShuffleLinear_4x2", "GroupShuffleLinear_4x2Bias"}
 
