@@ -245,7 +245,7 @@ def test_disk_full_inside_safetensors_is_recognised(tmp_path, capsys):
         "from pathlib import Path\n"
         "from safetensors.numpy import save_file\n"
         "from compress.artifact import Artifact\n"
-        "from compress.errors import run_cli\n"
+        "from compress.cli.entry import run_cli\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "def main(argv):\n"
         "    with Artifact(Path(argv[0])).stage('checkpoint') as folder:\n"
