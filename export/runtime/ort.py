@@ -147,14 +147,15 @@ def executed_nodes(path: Path) -> dict[str, int]:
 
 
 def _session(path: Path, threads: int, providers: Sequence[str], profile: str | None) -> onnxruntime.InferenceSession:
-    ort = require("onnxruntime", pip="'onnxruntime>=1.24'", purpose="run an exported model")
+    ort = require("onnxruntime", pip="'onnxruntime>=1.24.1'", purpose="run an exported model")
     if not path.is_file():
         raise ArtifactError(f"{path} does not exist; run python -m export.build first")
     missing = [p for p in providers if p not in ort.get_available_providers()]
     if missing:
         raise MissingDependencyError(
             f"ONNX Runtime has no {missing[0]} here, only {', '.join(ort.get_available_providers())}; "
-            "install the onnxruntime package that has it (for CUDA: pip install onnxruntime-gpu)"
+            "install the package that has it in place of onnxruntime, whose files it shares (for CUDA: pip uninstall "
+            "onnxruntime, then pip install onnxruntime-gpu)"
         )
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

@@ -36,11 +36,11 @@ def require() -> Gpu:
         missing.append("an NVIDIA GPU with its driver (nvidia-smi must list it)")
     version = installed("tensorrt")
     if version is None:
-        missing.append("TensorRT (pip install 'procrustes-llm[trt]')")
+        missing.append("TensorRT (pip install 'procrustes-llm[gpu]')")
     elif version_of(version) < LEAST_VERSION:
         missing.append(f"TensorRT {'.'.join(map(str, LEAST_VERSION))} or later in place of {version}")
     if installed("polygraphy") is None:
-        missing.append("polygraphy (pip install polygraphy)")
+        missing.append("polygraphy (pip install 'procrustes-llm[gpu]')")
     if gpu is None or missing:
         raise MissingDependencyError(f"a TensorRT engine needs {'; and '.join(missing)}")
     return gpu
@@ -158,7 +158,7 @@ def script(axes: Axes, options: Options, plugins: bool) -> str:
     trtexec += ["--timingCacheFile=trtexec.cache", f"--saveEngine=trtexec-{PLAN}"]
     return f"""#!/usr/bin/env bash
 # Builds the TensorRT engine of this folder for the GPU of this machine, which nothing else in it depends on.
-#   {SCRIPT}            with procrustes-llm[trt]: engine/{PLAN}, timed, checked, and entered in manifest.json
+#   {SCRIPT}            with procrustes-llm[gpu]: engine/{PLAN}, timed, checked, and entered in manifest.json
 #   {SCRIPT} trtexec    with TensorRT's own tool alone: trtexec-{PLAN}, which manifest.json does not know
 set -euo pipefail
 cd "$(dirname "${{BASH_SOURCE[0]}}")"

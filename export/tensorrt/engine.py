@@ -77,7 +77,7 @@ class TrtExecutor:
     """See `device_runner.Executor`. One execution context for each profile, so that none waits for a change."""
 
     def __init__(self, plan: Path, onnx: Path, spans: Spans, library: Path | None) -> None:
-        trt = require("tensorrt", pip="'procrustes-llm[trt]'", purpose="run a TensorRT engine")
+        trt = require("tensorrt", pip="'procrustes-llm[gpu]'", purpose="run a TensorRT engine")
         if not torch.cuda.is_available():
             raise MissingDependencyError(
                 "running a TensorRT engine needs an NVIDIA GPU and a PyTorch built for CUDA; this one sees none"

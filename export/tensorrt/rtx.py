@@ -43,7 +43,7 @@ def require() -> str:
     if version and version_of(version) < version_of(least):
         missing.append(f"TensorRT-RTX {least} or later in place of {version}")
     if installed("polygraphy") is None:
-        missing.append("polygraphy (pip install polygraphy)")
+        missing.append("polygraphy (pip install 'procrustes-llm[trt-rtx]')")
     if version is None or missing:
         raise MissingDependencyError(f"a TensorRT-RTX engine needs {'; and '.join(missing)}")
     return version
