@@ -284,7 +284,7 @@ def test_a_failure_while_publishing_keeps_the_older_stage(tmp_path, monkeypatch,
     if failing == "hash":
         monkeypatch.setattr(compress.artifact.files, "sha256_of", refuse)
     elif failing == "manifest":
-        monkeypatch.setattr(compress.artifact.Manifest, "to_json", refuse)
+        monkeypatch.setattr(compress.artifact.store.Manifest, "to_json", refuse)
     else:
         monkeypatch.setattr(os, "rename", refuse_one)
     with pytest.raises(OSError, match="No space left"):
