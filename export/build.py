@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check(args)
     check_versions(*CORE, "onnx", purpose="compress and export a model")
     if args.engine == "ort":  # now, and not after hours of work
-        require("onnxruntime", pip="'onnxruntime>=1.24'", purpose="prepare --engine ort")
+        require("onnxruntime", pip="'onnxruntime>=1.24.1'", purpose="prepare --engine ort")
     from compress.artifact.store import Artifact
 
     if args.resume:

@@ -202,10 +202,10 @@ def test_require_gives_the_module():
 
 def test_require_names_the_package_and_the_purpose():
     with pytest.raises(MissingDependencyError) as caught:
-        require("no_such_module.part", pip="'procrustes-llm[trt]'", purpose="build TensorRT engines")
+        require("no_such_module.part", pip="'procrustes-llm[gpu]'", purpose="build TensorRT engines")
     assert str(caught.value) == (
         "The Python package 'no_such_module.part' is not installed; it is needed to build TensorRT engines. "
-        "Run: pip install 'procrustes-llm[trt]'"
+        "Run: pip install 'procrustes-llm[gpu]'"
     )
 
 

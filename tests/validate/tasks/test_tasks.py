@@ -364,5 +364,5 @@ def test_adapter_without_the_harness(make_model: MakeModel, monkeypatch: pytest.
     from validate.tasks.harness import harness_model
 
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-    with pytest.raises(MissingDependencyError, match="pip install lm-eval"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'procrustes-llm\[harness\]'"):
         harness_model(make_model("llama"), tiny.tokenizer())
