@@ -87,7 +87,7 @@ def compress_model(
         section = {"source": record_of(source), "recipe_sha256": resolved.digest(), "versions": versions()}
         facts = {"request": request, "ratio": size.ratio, "model_ratio": size.model_ratio, **asdict(size)}
         with artifact.stage("checkpoint", facts=facts, section=section) as folder:
-            with ShardWriter(folder, dtype) as shards:
+            with ShardWriter(folder, dtype, fitted.structures) as shards:
                 for name, tensor in fitted.ends.items():
                     shards.add(name, tensor)
                 for file in fitted.files:

@@ -15,7 +15,6 @@ from compress.allocation.budget import (
     uses_leading_mix,
 )
 from compress.allocation.explicit import explicit_layers
-from compress.allocation.menus import CORES
 from compress.allocation.uniform import uniform_structures
 from compress.allocation.width import leading_structures
 from compress.architecture import WRITERS, Architecture
@@ -28,6 +27,7 @@ from compress.recipe import Recipe, kinds_of
 from compress.structures import (
     DenseStructure,
     Structure,
+    cores,
     registry,
 )
 from compress.structures.select import selection
@@ -112,7 +112,10 @@ def _check_table(arch: Architecture, recipe: Recipe) -> None:
         if option is not None and option in recipe.inner:
             part = selection(arch, role, (arch.head_dim if option == "vo" else arch.intermediate_size) // 4).reduced
             sizes.append(part)
-            for kind in (*(k for k in kinds_of(recipe) if k in CORES), *(["kron"] if uses_leading_mix(recipe) else [])):
+            for kind in (
+                *(k for k in kinds_of(recipe) if k in cores()),
+                *(["kron"] if uses_leading_mix(recipe) else []),
+            ):
                 sizes += registry()[kind].menu(part.in_features, part.out_features, arch.side(role), unit=unit)
         for structure in sizes:
             table.seconds(structure)
