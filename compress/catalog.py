@@ -89,7 +89,8 @@ class Entry:
     help: a line for `--help`. rotation: the default, one of those of the variants. text: whether calibration text is
     read, "named" where only for linears that the recipe names. compresses: False for a copy. joint: linears may share a
     low-rank factor. chooses: each linear has a menu of structures. why: the reason for its rotations, for messages.
-    own_sizes: sizes come in steps of the method's own, not of --unit. explicit_mixes: the rotation absorbs no mix.
+    steps: what to say of sizes that come in steps of the method's own, not of --unit. explicit_mixes: the rotation
+    absorbs no mix.
     """
 
     structure: str
@@ -103,7 +104,7 @@ class Entry:
     joint: bool = False
     chooses: bool = False
     why: str = ""
-    own_sizes: bool = False
+    steps: str = ""
     explicit_mixes: bool = False
     rows: tuple[Row, ...] = ()
 
@@ -131,6 +132,7 @@ class Entry:
 
 ALL: tuple[Inner, ...] = ("vo", "neurons", "bias")
 LOW_RANK = "low rank is the same in every rotation"
+PAPER_STEPS = "the paper's sizes come in steps, and the next larger one exceeds the budget"
 DICTIONARIES = "its dictionaries are bases of their own"
 
 _ENTRIES: list[Entry] = [
@@ -321,7 +323,7 @@ _ENTRIES: list[Entry] = [
         QualityLine("kron-paper", "kron, the paper's fit and rotations", (0.75, 0.96)),
         rotation="block",
         fit="paper",
-        own_sizes=True,
+        steps=PAPER_STEPS,
         explicit_mixes=True,
     ),
     Entry(
@@ -331,7 +333,7 @@ _ENTRIES: list[Entry] = [
         QualityLine("gs-paper", "gs, the paper's fit and rotations"),
         rotation="block",
         fit="paper",
-        own_sizes=True,
+        steps=PAPER_STEPS,
         explicit_mixes=True,
     ),
 ]

@@ -28,7 +28,7 @@ FLOORS = {
         "allocation",
         "fit",
         "methods",
-        "requests space options",
+        "requests options",
         "forecast default_out",
         "pipeline",
         "run",
