@@ -348,11 +348,6 @@ def add(entry: Entry) -> None:
     _ENTRIES.append(entry)
 
 
-def remove(entry: Entry) -> None:
-    """Take out what `add` put in."""
-    _ENTRIES.remove(entry)
-
-
 def entries() -> tuple[Entry, ...]:
     """All of them, in the order in which users see them."""
     return tuple(_ENTRIES)
