@@ -30,6 +30,7 @@ FLOORS = {
         "requests space options",
         "forecast default_out",
         "pipeline",
+        "api",
         "run",
     ),
     "export": (
