@@ -6,10 +6,14 @@
     model, tokenizer = compress.load(out)
 
 The names below load their modules (and with them torch) when first used, so that the import itself stays light.
+
+Where transformers' auto classes are imported already, so is torch, and they learn of our checkpoints at once; later
+they learn of them by `load` or `register`.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -40,3 +44,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+if "transformers.models.auto.modeling_auto" in sys.modules:
+    __getattr__("register")()
