@@ -75,7 +75,7 @@ def wide_loads(library: Path) -> dict[str, int]:
     places = [find().cuda / "bin", *packages("nvidia/cu13/bin")]
     cuobjdump = next((str(p / "cuobjdump") for p in places if (p / "cuobjdump").is_file()), shutil.which("cuobjdump"))
     if cuobjdump is None:
-        raise MissingDependencyError("there is no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+        raise MissingDependencyError("there is no cuobjdump: pip install 'procrustes-llm[plugins]'")
     path = {"PATH": f"{Path(cuobjdump).parent}:/usr/bin:/bin"}  # it calls nvdisasm
     done = subprocess.run([cuobjdump, "-sass", str(library)], capture_output=True, text=True, check=True, env=path)
     counts: dict[str, list[int]] = {}

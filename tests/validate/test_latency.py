@@ -16,7 +16,7 @@ from compress.architecture import Architecture
 from compress.checkpoint.reader import CheckpointReader
 from compress.cli.entry import run_cli
 from compress.errors import UsageError
-from compress.methods.checks import check_recipe
+from compress.methods.registry import check_recipe
 from compress.structures import (
     Compot24Structure,
     CompotStructure,
