@@ -31,6 +31,7 @@ FLOORS = {
         "requests options",
         "forecast default_out",
         "pipeline",
+        "api",
         "run",
     ),
     "export": (

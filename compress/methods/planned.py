@@ -15,7 +15,6 @@ from compress.allocation.budget import (
 )
 from compress.allocation.choose import allocate, allocate_uniformly
 from compress.allocation.kept_menus import kept_groups
-from compress.allocation.menus import CORES
 from compress.allocation.plan import Plan
 from compress.architecture import WRITERS, Architecture
 from compress.errors import UsageError
@@ -24,7 +23,7 @@ from compress.methods.searching import improve, started
 from compress.progress import log, track
 from compress.recipe import Recipe, kinds_of
 from compress.rewrites.rotations import Rotations
-from compress.structures import DenseStructure, Structure, registry
+from compress.structures import DenseStructure, Structure, cores, registry
 from compress.structures.select import selection
 
 
@@ -107,7 +106,10 @@ def _check_table(arch: Architecture, recipe: Recipe) -> None:
         if option is not None and option in recipe.inner:
             part = selection(arch, role, (arch.head_dim if option == "vo" else arch.intermediate_size) // 4).reduced
             sizes.append(part)
-            for kind in (*(k for k in kinds_of(recipe) if k in CORES), *(["kron"] if uses_leading_mix(recipe) else [])):
+            for kind in (
+                *(k for k in kinds_of(recipe) if k in cores()),
+                *(["kron"] if uses_leading_mix(recipe) else []),
+            ):
                 sizes += registry()[kind].menu(part.in_features, part.out_features, arch.side(role), unit=unit)
         for structure in sizes:
             table.seconds(structure)

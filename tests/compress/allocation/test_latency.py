@@ -303,7 +303,9 @@ def test_a_dry_run_tells_no_ratio_that_was_not_asked_for(
     command += ["--sequence-length", "32", "--inner", "none"]
     found = []
     for ratio in ("0.3", "0.75"):
-        assert run_cli(main, [*command, "--json", "--ratio", ratio]) == 0
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(f"ratio: {ratio}\n")
+        assert run_cli(main, [*command, "--json", "--recipe", str(recipe)]) == 0
         found.append(json.loads(capsys.readouterr().out))
     assert found[0] == found[1]
     said = found[0]
