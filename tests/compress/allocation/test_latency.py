@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 
-from compress.allocation.budget import budget_parameters, ratio_of
+from compress.allocation.budget import budget_of, budget_parameters, cost_of, ratio_of, unit_of
 from compress.allocation.latency import LatencyTable, variant_of
 from compress.architecture import Architecture
 from compress.checkpoint.reader import CheckpointReader
 from compress.cli.entry import run_cli
 from compress.errors import UsageError
 from compress.forecast import forecast
-from compress.methods.checks import check_recipe
-from compress.methods.planned import budget_of, cost_of, unit_of
+from compress.methods.registry import check_recipe
 from compress.run import main
 from compress.structures import (
     DenseStructure,
