@@ -201,7 +201,7 @@ def _require(args: argparse.Namespace) -> None:
     """Look for the packages now, and not after hours of work."""
     check_versions(*CORE, "onnx", purpose="compress and export a model")
     if args.engine == "ort":
-        require("onnxruntime", pip="'onnxruntime>=1.24.1'", purpose="prepare --engine ort")
+        require("onnxruntime", pip="'onnxruntime>=1.23.2'", purpose="prepare --engine ort")
 
 
 def _check(args: argparse.Namespace) -> None:
