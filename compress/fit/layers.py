@@ -7,7 +7,8 @@ target of each fit is shifted so as to undo the share b of the error made so far
     writers  W* = W + b E[(y_f - W a_c + s_f - s_c) a_c^T] G^-1   a = input, y = output, s = the skipped stream,
                                                                   G = E[a_c a_c^T]
 
-(derived here after SAES-SVD's sequential correction; methods 6.4). Every structure then fits W* in the metric of G.
+(derived here after SAES-SVD's correction; docs/method.md#sequential-correction). Every structure then fits W* in the
+metric of G.
 With bias correction the moments are centred, and a bias makes up for what the means of both terms differ by.
 """
 

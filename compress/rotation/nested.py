@@ -27,7 +27,7 @@ from compress.linalg import geometric_mean, polar
 class StreamTerm:
     """One group of linears at the residual stream and what it loses when only k rotated coordinates are kept.
 
-    loss(N) = tr((N^T P^-1 N)^-1 N^T M N), N = the dropped columns of Q (derived here; methods: variable projection).
+    loss(N) = tr((N^T P^-1 N)^-1 N^T M N), N = the dropped columns of Q (derived here; docs/method.md#nested-subspaces).
     Readers: P = Gram matrix of what they read, M = W^T W (or the Gram matrix of the loss gradient there): the error
     of the best B in B K^T. Writers: P = metric of their output (identity, or the Gram matrix of the loss gradient),
     M = Gram matrix of their output: the error of the best K B.
