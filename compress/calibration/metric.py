@@ -20,7 +20,7 @@ def loss_metric(
     fisher:   H = E[g g^T] / 2, damped: the second-order expansion of the KL divergence, its half
               included (docs/method.md#the-objective).
     none:     H = I / tr(W G W^T): the squared relative error of the output; every linear's counts the same.
-    measured: the same times measured[role], the loss that a relative error of this class of linears was seen to cause.
+    measured: the same times measured[role], the loss that a relative error of this class of linears caused.
 
     weight (out, in) in the coordinates of `moment`; float64.
     """

@@ -91,7 +91,7 @@ class LayerFitter:
             files.append(self.kept.path(f"{name}.safetensors"))
             found = self.kept.read_value(name)
             records.extend(FitRecord(**r) for r in found["records"])
-            for linear, config in found["structures"].items():  # of an interrupted run, the plan knows nothing
+            for linear, config in found["structures"].items():  # from an interrupted run, not in the plan
                 self._replace(linear, structure_from_config(config))
         return files, records
 
@@ -330,7 +330,7 @@ class LayerFitter:
 
 
 def _stream_files(layer: int) -> tuple[str, str]:
-    """Of the dense model's stream and of the compressed one's at the entry of `layer`."""
+    """Files of the dense model's stream and of the compressed one's at the entry of `layer`."""
     return f"fit-dense-{layer}.f32", f"fit-compressed-{layer}.f32"
 
 

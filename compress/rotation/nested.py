@@ -211,8 +211,8 @@ def plane_curvatures(active: Sequence[Dropped], q: Tensor) -> Tensor:
     """A positive estimate (d, d), symmetric, of the loss's curvature when columns i and j of q turn into each other.
 
     Dropping column j alone costs a_j = (q^T M q)_jj / (q^T P^-1 q)_jj; turning a kept i into a dropped j by an angle t
-    changes the loss by about t^2 (a_i - a_j), and a_i + a_j bounds the size of it. Pairs that no term tells apart
-    have no slope either, and may have any scale.
+    changes the loss by about t^2 (a_i - a_j), and a_i + a_j bounds the size of it. Pairs that no term
+    distinguishes have no slope either, and may have any scale.
     """
     total = q.new_zeros(q.shape)
     for group in active:

@@ -45,7 +45,9 @@ class OrtRunner(Runner):
         if "logits" not in self.outputs or not caches:
             raise ArtifactError(f"{path} is not a decoder exported by this project: no logits or no past_key_values")
         if caches[0].type not in _NUMPY_TYPES:
-            raise UsageError(f"{path} keeps its cache as {caches[0].type}, which numpy has not; use --dtype float32")
+            raise UsageError(
+                f"{path} keeps its cache as {caches[0].type}, which numpy does not have; use --dtype float32"
+            )
         self._caches = [cache.name for cache in caches]
         self._cache_type = _NUMPY_TYPES[caches[0].type]
         _, self._kv_heads, _, self._head_dim = caches[0].shape

@@ -20,7 +20,7 @@ from validate.report.markdown import markdown_table
 
 @dataclass(frozen=True)
 class Report:
-    """All results of one validation. `model` and `size` describe the artefact; `fit` is checkpoint/fit.json."""
+    """All results of one validation. `model` and `size` describe the artifact; `fit` is checkpoint/fit.json."""
 
     name: str
     model: dict[str, Any]
@@ -322,7 +322,7 @@ def kept_of(record: dict[str, Any]) -> float:
 
 
 def _read_text(report: Report) -> bool:
-    """Whether the compression read a calibration text; see `Recipe.needs_text`."""
+    """True if the compression read a calibration text; see `Recipe.needs_text`."""
     dense = report.recipe["structure"] == "dense" and not report.size["structured_linears"]
     return report.recipe["structure"] != "jrk" and not dense
 

