@@ -10,6 +10,7 @@ import shlex
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from compress.cli.entry import run_cli
@@ -44,11 +45,17 @@ class Done:
         return f"{self.command}\nexit {self.code}\n{self.out[-1500:]}\n{self.err[-1500:]}"
 
 
+def command_module(name: str) -> ModuleType:
+    """What `python -m name` runs: a module, or the `__main__` of a package."""
+    module = importlib.import_module(name)
+    return importlib.import_module(f"{name}.__main__") if hasattr(module, "__path__") else module
+
+
 def run(module: str, arguments: Sequence[object]) -> Done:
     """`python -m module arguments`: exit code and streams of the real thing, but for an interpreter of its own."""
     words = [str(argument) for argument in arguments]
     out, err = io.StringIO(), io.StringIO()
-    main = importlib.import_module(module if module != "validate.quality" else f"{module}.__main__").main
+    main = command_module(module).main
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = run_cli(main, words)
