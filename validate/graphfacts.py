@@ -1,4 +1,4 @@
-"""What an exported ONNX file says of itself."""
+"""Facts that an exported ONNX file holds about itself."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _graph(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """What the file says of itself: `logits` is "all" or "last", nodes are those in the file."""
+    """Facts of the file: `logits` is "all" or "last", nodes are those in the file."""
 
     dtype: str
     logits: str
