@@ -28,8 +28,8 @@ class Grams:
 def position_grams(model: FoldedModel, tokens: Tensor, position: int, runner: Runner) -> dict[tuple[int, str], Grams]:
     """Moments of the blocks that meet at `position`, all that `solver.position_members` needs.
 
-    tokens (samples, length). Runs the dense model as far as that; the stream of all tokens is in memory. Raises UsageError for a position that
-    the model does not have.
+    tokens (samples, length). Runs the dense model as far as that; the stream of all tokens is in memory. Raises
+    UsageError for a position that the model does not have.
     """
     arch, last = model.arch, 2 * model.arch.num_layers
     if not 0 <= position <= last:
