@@ -87,7 +87,7 @@ def names(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_files_and_names_exist(path: Path) -> None:
-    """`compress/linalg.py`, `export/graph/ops` (a file or a folder), `compress/linalg.py:Moment`; not in the history."""
+    """`compress/linalg.py`, `compress/structures` (a file or folder), `compress/linalg.py:Moment`; not of a history."""
     if path.name == "CHANGELOG.md":
         return
     pattern = r"`((?:compress|export|trt_plugins|validate|tests)/[\w./-]*)(?::([\w.]+))?`"
