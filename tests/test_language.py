@@ -64,6 +64,7 @@ WRITTEN = (
 )
 """Files and folders that keep the rules; whoever rewrites another one adds it."""
 
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 FIRST = re.compile(r"(Of|As|Whose|Whether)\b")
 BANNED = {
     r"\b(?:is|are|was|were|be|been) told\b": "is given, is sent, is logged",
@@ -111,6 +112,12 @@ def test_docstrings_and_comments(place: str) -> None:
     files = [path] if path.is_file() else sorted(path.rglob("*.py"))
     assert files
     assert not [f"{file.relative_to(ROOT)}:{fault}" for file in files for fault in faults(file.read_text())]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_documents(path: Path) -> None:
+    text = " ".join(path.read_text().split())
+    assert not [wrong[0] for rule in BANNED for wrong in re.finditer(rule, text)]
 
 
 def test_faults_are_found() -> None:
