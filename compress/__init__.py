@@ -10,6 +10,8 @@ from types import ModuleType
 
 import wrapt
 
+__distribution__ = "procrustes-llm"
+
 
 def _register(module: ModuleType) -> None:
     from compress.checkpoint.loading import register

@@ -117,14 +117,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check(args)
     check_versions(*CORE, "onnx", purpose="compress and export a model")
     if args.engine == "ort":  # now, and not after hours of work
-        require("onnxruntime", pip="'onnxruntime>=1.24'", purpose="prepare --engine ort")
+        require("onnxruntime", pip="'onnxruntime>=1.24.1'", purpose="prepare --engine ort")
     from compress.artifact.store import Artifact
 
     if args.resume:
         result = _resume(args, Artifact(args.out))
     else:
         from compress.default_out import default_out, refuse_anothers
-        from compress.methods.planned import within_positions
+        from compress.requests import within_positions
         from compress.source.resolve import look_up, resolve
 
         recipe = recipe_from(args)
@@ -372,7 +372,7 @@ def _has_checkpoint(args: argparse.Namespace, artifact: Artifact, source: ModelS
 
 def _dry_run(args: argparse.Namespace, artifact: Artifact, source: ModelSource, recipe: Recipe) -> dict[str, Any]:
     from compress.forecast import forecast
-    from compress.space import rotation_bytes
+    from compress.methods.space import rotation_bytes
 
     kept = _has_checkpoint(args, artifact, source, recipe)
     if args.materialize_dense:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "trt_plugins/README.md"])
 SOURCES = sorted(
     path
     for package in ("compress", "export", "trt_plugins", "validate")
@@ -44,7 +44,7 @@ def broken_links(path: Path, text: str) -> Iterator[str]:
             yield target
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_resolve(path: Path) -> None:
     assert not list(broken_links(path, path.read_text()))
 
@@ -85,7 +85,7 @@ def names(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_files_and_names_exist(path: Path) -> None:
     """`compress/linalg.py`, `compress/structures` (a file or folder), `compress/linalg.py:Moment`; not of a history."""
     if path.name == "CHANGELOG.md":

@@ -10,7 +10,6 @@ import shlex
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 from compress.cli.entry import run_cli
@@ -45,8 +44,8 @@ class Done:
         return f"{self.command}\nexit {self.code}\n{self.out[-1500:]}\n{self.err[-1500:]}"
 
 
-def command_module(name: str) -> ModuleType:
-    """What `python -m name` runs: a module, or the `__main__` of a package."""
+def command_module(name: str) -> Any:
+    """The module that `python -m name` runs."""
     module = importlib.import_module(name)
     return importlib.import_module(f"{name}.__main__") if hasattr(module, "__path__") else module
 

@@ -25,7 +25,7 @@ from tests.validate.conftest import LLAMA, fill
 from validate.tasks import __main__ as tasks
 from validate.tasks import data as taskdata
 from validate.tasks.data import Example, Task, arc, hellaswag, lambada, piqa, winogrande
-from validate.tasks.scores import figures
+from validate.tasks.scores import difference, figures
 from validate.tasks.scoring import Item, Score, encode, score
 
 MakeModel = Callable[..., ProcrustesForCausalLM]
@@ -211,7 +211,7 @@ def test_a_single_choice_is_right_when_it_is_greedy() -> None:
 def test_the_difference_is_paired() -> None:
     dense = {"piqa": {"main": "acc", "acc_answers": "1111"}}
     other = {"piqa": {"main": "acc", "acc_answers": "1101"}}
-    entry = tasks.difference(dense, other)["piqa"]
+    entry = difference(dense, other)["piqa"]
     assert entry["difference"] == -0.25
     assert entry["standard_error"] == pytest.approx(statistics.stdev([0, 0, -1, 0]) / 2)
 
@@ -364,5 +364,5 @@ def test_adapter_without_the_harness(make_model: MakeModel, monkeypatch: pytest.
     from validate.tasks.harness import harness_model
 
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-    with pytest.raises(MissingDependencyError, match="pip install lm-eval"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'procrustes-llm\[harness\]'"):
         harness_model(make_model("llama"), tiny.tokenizer())
