@@ -17,7 +17,7 @@ from compress.artifact.store import Artifact
 from compress.artifact.versions import versions
 from compress.calibration.largest import largest_activations
 from compress.calibration.streams import torch_device
-from compress.calibration.text import load_text
+from compress.calibration.text import TextData, load_text
 from compress.calibration.tokens import token_sequences
 from compress.checkpoint.writer import ShardWriter, config_for, write_config, write_rotations
 from compress.errors import UsageError
@@ -42,11 +42,13 @@ def compress_model(
     batch: int = 4,
     materialize_dense: bool = False,
     statistics: Path | None = None,
+    text: TextData | None = None,
 ) -> Artifact:
     """Compress `source` into OUT/checkpoint, and OUT/dense when asked for. Returns the artefact.
 
     A run that was interrupted is resumed from OUT/state when source and recipe are the same. `statistics`: a folder in
-    which the calibration's second moments are kept, for other runs with the same model and text.
+    which the calibration's second moments are kept, for other runs with the same model and text. `text`: the
+    calibration text where it is in memory (`text_in_memory`); its name is that of the recipe.
     """
     if batch < 1:
         raise UsageError(f"--calibration-batch {batch} runs nothing: give 1 or more calibration sequences at a time")
@@ -67,7 +69,7 @@ def compress_model(
         if recipe.needs_text():
             c = recipe.calibration
             tokens = token_sequences(
-                load_text(c.data),
+                load_text(c.data) if text is None else text,
                 tokenizer,
                 samples=c.samples,
                 length=c.sequence_length,

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic_core import PydanticKnownError, core_schema
 
 from compress import catalog
@@ -56,7 +65,10 @@ class Calibration(_Strict):
 
 
 class Recipe(_Strict):
-    """See `python -m compress.run --help` for what each field does; field names are the flags' names."""
+    """See `python -m compress.run --help` for what each field does; field names are the flags' names.
+
+    Raises UsageError, naming each wrong field, what was seen and what is allowed.
+    """
 
     version: Literal[1] = 1
     structure: Annotated[str, OneOf(catalog.structures)] = catalog.USUAL_STRUCTURE
@@ -109,6 +121,19 @@ class Recipe(_Strict):
         if self.budget_latency is not None and self.budget_bytes is not None:
             raise ValueError("budget_bytes and budget_latency are two budgets: give one")
         return self
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_words(cls, values: Any, handler: ModelWrapValidatorHandler[Recipe], info: ValidationInfo) -> Recipe:
+        """The errors of pydantic as one UsageError; `parse_recipe` gives the place and the flags as the context.
+
+        The last of the validators: pydantic puts it around those that stand before it.
+        """
+        try:
+            return handler(values)
+        except ValidationError as error:
+            place: tuple[str, Mapping[str, str]] = info.context or ("Recipe(...)", {})
+            raise _usage_error(error, *place) from error
 
     def entry(self) -> Entry:
         """What the catalogue has of its structure and fit."""
@@ -172,12 +197,13 @@ def parse_recipe(values: dict[str, Any], where: str, flags: Mapping[str, str] | 
 
     `flags`: field -> the flag of the command line that gave it, by which the message calls it.
     """
-    try:
-        return Recipe.model_validate({str(key): value for key, value in values.items()})
-    except ValidationError as error:
-        problems = [_problem(each, flags or {}) for each in error.errors()[:5]]
-        told = all(problem.startswith("--") for problem in problems)
-        raise UsageError(("" if told else f"{where} is not a valid recipe: ") + "; ".join(problems)) from error
+    return Recipe.model_validate({str(key): value for key, value in values.items()}, context=(where, flags or {}))
+
+
+def _usage_error(error: ValidationError, where: str, flags: Mapping[str, str]) -> UsageError:
+    problems = [_problem(each, flags) for each in error.errors()[:5]]
+    told = all(problem.startswith("--") for problem in problems)
+    return UsageError(("" if told else f"{where} is not a valid recipe: ") + "; ".join(problems))
 
 
 def _problem(error: ErrorDetails, flags: Mapping[str, str]) -> str:

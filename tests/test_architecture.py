@@ -32,6 +32,7 @@ FLOORS = {
         "requests options",
         "forecast default_out",
         "pipeline",
+        "api",
         "run",
     ),
     "export": (
