@@ -1,7 +1,7 @@
 """The errors that a user can meet, and the one place where they become exit codes.
 
-Every message is one sentence or two: what was wrong, the value, where, and what to do next. Exit codes:
-0 ok; 1 a bug; 2 usage; 3 a gate failed; 4 the environment lacks something; 5 an artifact is corrupt, does not
+Every message is one sentence or two: what was wrong, the value seen, where, and what to do next. Exit codes:
+0 ok; 1 a bug; 2 usage; 3 a gate failed; 4 the environment lacks something; 5 an artefact is corrupt, does not
 match, or cannot be written; 130 interrupted.
 """
 

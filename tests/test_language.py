@@ -22,7 +22,6 @@ WRITTEN = (
     "compress/artifact/state.py",
     "compress/calibration",
     "compress/config_values.py",
-    "compress/errors.py",
     "compress/fit",
     "compress/linalg.py",
     "compress/methods",

@@ -41,7 +41,7 @@ LENGTHS = {"sequence_length": ("perplexity", 1024), "prefill": ("speed", 512), "
 
 
 def fit_positions(args: argparse.Namespace, positions: int, parts: set[str]) -> None:
-    """Set the lengths that were not given (None): their defaults, shortened, with a line, for a model of few positions.
+    """Set the lengths that were not given (None): their defaults, shortened to a model of few positions, which is said.
 
     Raises UsageError naming all those that were given and do not fit.
     """

@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("out", type=Path, metavar="OUT", help="the artifact whose model is measured")
+    p.add_argument("out", type=Path, metavar="OUT", help="the artefact whose model is measured")
     p.add_argument("--baseline", type=Path, required=True, metavar="OUT", help="the dense model's, in the same server")
     p.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (default: http://127.0.0.1:8000)")
     p.add_argument("--clients", default="1,4,16", metavar="N,...", help="at once (default: 1,4,16)")

@@ -50,7 +50,7 @@ class LatencyTable:
     @classmethod
     def of(cls, entries: Iterable[Mapping[str, Any]], tokens: int) -> LatencyTable:
         """entries: structure, in_features, out_features, parameters, seconds of each measurement, and `variant`
-        (`variant_of`) where it is more precise than `structure`; of equal ones the median counts.
+        (`variant_of`) where it tells more than `structure`; of equal ones the median counts.
 
         Raises UsageError for an entry that is no measurement.
         """
@@ -88,7 +88,7 @@ class LatencyTable:
         core = core_of(structure)
         m, n = core.in_features, core.out_features
         size = core.parameter_count() / (m * n)
-        kinds = dict.fromkeys((variant_of(core), core.name))  # a table made by hand need not distinguish variants
+        kinds = dict.fromkeys((variant_of(core), core.name))  # a table made by hand need not tell variants apart
         for kind in kinds:
             if (kind, m, n) in self.points:
                 return _interpolated(self.points[kind, m, n], size)
@@ -102,7 +102,7 @@ class LatencyTable:
         )
 
     def dense(self, in_features: int, out_features: int) -> float:
-        """Seconds of a dense matrix. Raises as `seconds`."""
+        """Of a dense matrix. Raises as `seconds`."""
         return self.seconds(DenseStructure(in_features, out_features))
 
     def _between(self, kind: str, m: int, n: int, size: float) -> float | None:

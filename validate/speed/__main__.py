@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("out", nargs="?", type=Path, metavar="OUT", help="artifact folder")
+    p.add_argument("out", nargs="?", type=Path, metavar="OUT", help="artefact folder")
     p.add_argument("--layers", action="store_true", help="the layer benchmark instead")
     p.add_argument("--batch-sizes", default="1,8", metavar="B,B", help="of decode (default: 1,8)")
     p.add_argument("--prefill", type=int, metavar="N", help="tokens (default: 512, or as the model allows)")

@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("target", nargs="?", type=Path, metavar="MODEL", help="artifact folder OUT, or a checkpoint in it")
+    p.add_argument("target", nargs="?", type=Path, metavar="MODEL", help="artefact folder OUT, or a checkpoint in it")
     p.add_argument("--model", metavar="M", help="the dense model to score as well: a folder, a GGUF file, an alias")
     p.add_argument("--tasks", metavar="NAME,...", help="default: all six")
     p.add_argument("--limit", type=int, metavar="N", help="the first N questions of each task (default: all)")
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (value := getattr(args, flag)) is not None and value < 1:
             raise UsageError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
     if args.target is None and args.model is None:
-        raise UsageError("there is nothing to score: give an artifact folder, --model M, or both")
+        raise UsageError("there is nothing to score: give an artefact folder, --model M, or both")
     from validate.tasks.data import tasks_named
 
     tasks = tasks_named(args.tasks)
