@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from compress.checkpoint.reader import CheckpointReader
 from compress.errors import ArtifactError
 from compress.model.blocks import StructuredLinear
 from compress.model.config import ProcrustesConfig
 from compress.model.decoder import ProcrustesForCausalLM
 
-if TYPE_CHECKING:
-    pass
-from compress.checkpoint.reader import CheckpointReader
-
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> ProcrustesForCausalLM:
-    """The whole checkpoint as a PyTorch model in eval mode. Raises ArtifactError on missing or surplus tensors."""
+    """The whole checkpoint as a PyTorch model in eval mode. Raises ArtifactError on missing or surplus tensors.
+
+    Afterwards transformers' auto classes know the model type too (`register`), AutoTokenizer included.
+    """
+    register()
     reader = CheckpointReader(folder)
     with torch.device("meta"):
         model = ProcrustesForCausalLM(reader.config)
