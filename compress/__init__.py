@@ -33,6 +33,8 @@ _HOME = {
     "register": "compress.api",
 }
 
+__distribution__ = "procrustes-llm"
+
 
 def __getattr__(name: str) -> Any:
     if name == "structures":

@@ -51,8 +51,8 @@ def compress(
     check_versions(*CORE, purpose="compress a model")
     from compress.artifact.store import Artifact
     from compress.default_out import default_out, refuse_anothers
-    from compress.methods.planned import within_positions
     from compress.pipeline import compress_model
+    from compress.requests import within_positions
 
     recipe = Recipe() if recipe is None else recipe
     if not isinstance(recipe, Recipe):

@@ -22,9 +22,8 @@ from compress.calibration.tokens import token_sequences
 from compress.checkpoint.writer import ShardWriter, config_for, write_config, write_rotations
 from compress.errors import UsageError
 from compress.fit.record import summarise
-from compress.methods.base import Fitted
-from compress.methods.checks import check_recipe
-from compress.methods.registry import fit_model
+from compress.methods.base import Context, Fitted
+from compress.methods.registry import check_recipe, method_of
 from compress.progress import log
 from compress.recipe import Recipe
 from compress.requests import request_digest, statistics_digest
@@ -81,7 +80,7 @@ def compress_model(
         request = request_digest(source, recipe)
         state = artifact.open_state(request | {"versions": versions()})
         folder = None if statistics is None else statistics / statistics_digest(source, recipe)
-        fitted = fit_model(model, recipe, tokens, state, runner_device, batch, folder)
+        fitted = method_of(recipe).fit(Context(model, recipe, tokens, state, runner_device, batch, folder))
         summarise(fitted.records)
         dtype = getattr(torch, recipe.checkpoint_dtype)
         size = fitted.size(arch)
@@ -89,7 +88,7 @@ def compress_model(
         section = {"source": record_of(source), "recipe_sha256": resolved.digest(), "versions": versions()}
         facts = {"request": request, "ratio": size.ratio, "model_ratio": size.model_ratio, **asdict(size)}
         with artifact.stage("checkpoint", facts=facts, section=section) as folder:
-            with ShardWriter(folder, dtype) as shards:
+            with ShardWriter(folder, dtype, fitted.structures) as shards:
                 for name, tensor in fitted.ends.items():
                     shards.add(name, tensor)
                 for file in fitted.files:
@@ -111,7 +110,7 @@ def compress_model(
     asked = f"{ratio_of(arch, recipe):.4f}" if seconds is None else f"{seconds:g} seconds"
     log(
         f"kept {size.ratio:.4f} of the projection parameters, skips, head map and added biases counted (asked "
-        f"{'all' if recipe.structure == 'dense' else asked}), {size.model_ratio:.4f} of the model"
+        f"{asked if recipe.compresses() else 'all'}), {size.model_ratio:.4f} of the model"
     )
     return artifact
 

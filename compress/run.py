@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = recipe_from(args)
     from compress.artifact.store import Artifact
     from compress.default_out import default_out, refuse_anothers
-    from compress.methods.planned import within_positions
+    from compress.requests import within_positions
     from compress.source.resolve import look_up, resolve
 
     look_up(args.model)

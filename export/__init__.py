@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from export.build import export_model
 
+__distribution__ = "procrustes-llm"
+
 __all__ = ["export_model"]
 
 

@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = _resume(args, Artifact(args.out))
     else:
         from compress.default_out import default_out, refuse_anothers
-        from compress.methods.planned import within_positions
+        from compress.requests import within_positions
         from compress.source.resolve import look_up, resolve
 
         recipe = recipe_from(args)
@@ -210,7 +210,7 @@ def _require(args: argparse.Namespace) -> None:
     """Look for the packages now, and not after hours of work."""
     check_versions(*CORE, "onnx", purpose="compress and export a model")
     if args.engine == "ort":
-        require("onnxruntime", pip="'onnxruntime>=1.24'", purpose="prepare --engine ort")
+        require("onnxruntime", pip="'onnxruntime>=1.24.1'", purpose="prepare --engine ort")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -448,7 +448,7 @@ def _has_checkpoint(args: argparse.Namespace, artifact: Artifact, source: ModelS
 
 def _dry_run(args: argparse.Namespace, artifact: Artifact, source: ModelSource, recipe: Recipe) -> dict[str, Any]:
     from compress.forecast import forecast
-    from compress.space import rotation_bytes
+    from compress.methods.space import rotation_bytes
 
     kept = _has_checkpoint(args, artifact, source, recipe)
     if args.materialize_dense:

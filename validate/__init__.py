@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from validate.run import validate_artifact
 
+__distribution__ = "procrustes-llm"
+
 __all__ = ["validate_artifact"]
 
 

@@ -168,7 +168,7 @@ def _run(args: argparse.Namespace) -> tuple[Report, list[str]]:
     limits = _check(args)
     check_versions(*CORE, "onnx", purpose="validate a model")
     if args.perplexity_runtime == "onnxruntime" or not {"parity", "speed"} <= set(args.skip):
-        require("onnxruntime", pip="'onnxruntime>=1.24'", purpose="validate the exported model")
+        require("onnxruntime", pip="'onnxruntime>=1.24.1'", purpose="validate the exported model")
     if not args.no_plot:
         require(  # now, and not after minutes of work
             "matplotlib", pip="'procrustes-llm[eval]'", purpose="draw the plots of reports/ (or give --no-plot)"

@@ -9,6 +9,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 
+from compress.cli.own_packages import check_own_packages
 from compress.cli.standard_streams import readers_may_leave
 from compress.errors import _LONG, ArtifactError, MissingDependencyError, ProcrustesError, _cut
 
@@ -51,6 +52,7 @@ def run_cli(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
 
     with readers_may_leave():
         try:
+            check_own_packages(_module_of(main))
             code = run_telling(main, argv)
             sys.stdout.flush()  # a disk that is full shows here, where it can be told
             return code
@@ -65,6 +67,12 @@ def run_cli(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
             if advice is None:
                 raise
             return _fail(f"{describe_os_error(error)}{_place(error)}; {advice}", ArtifactError.exit_code, debug)
+
+
+def _module_of(main: Callable[[Sequence[str] | None], int]) -> str:
+    """The dotted name of the module of a command's `main`, which is `__main__` when it runs."""
+    spec = sys.modules["__main__"].__spec__ if main.__module__ == "__main__" else None
+    return main.__module__ if spec is None else spec.name
 
 
 def describe_os_error(error: OSError) -> str:

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for flag, value in (("--threads", args.threads), ("--prefill", args.prefill), ("--past", args.past)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} must be at least 1, not {value}")
-    require("onnxruntime", pip="'onnxruntime>=1.24'", purpose="measure speed")
+    require("onnxruntime", pip="'onnxruntime>=1.24.1'", purpose="measure speed")
     if args.layers:
         return _layers(args)
     from validate.baseline import Baseline
