@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,6 +164,21 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
     parser.add_argument("--json", action="store_true", help="the result as one JSON object")
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+
+
+def given_flags(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, *, only: Sequence[str] = (), without: Sequence[str] = ()
+) -> list[str]:
+    """The flags whose value in `args` is not their default; `only` these, or all `without` these (names in `args`)."""
+    return [
+        action.option_strings[0]
+        for action in parser._actions
+        if action.option_strings
+        and action.dest != "help"
+        and action.dest not in without
+        and (not only or action.dest in only)
+        and getattr(args, action.dest) != action.default
+    ]
 
 
 def _names(text: str) -> list[str]:

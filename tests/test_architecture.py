@@ -29,6 +29,7 @@ FLOORS = {
         "methods",
         "requests space options",
         "forecast default_out",
+        "preflight",
         "pipeline",
         "run",
     ),

@@ -174,9 +174,21 @@ class Nowhere:
 Keeper = KeptFolder | Nowhere
 
 
+def check_folder(folder: Path) -> None:
+    """Raise what `KeptFolder.open` would raise there, and change nothing."""
+    require_folder(folder)
+    if folder.exists():
+        _refuse_foreign(folder)
+
+
 def clear_unused(folder: Path) -> None:
-    """Remove a folder in which no piece was kept yet."""
-    if folder.is_dir() and not folder.is_symlink() and [path.name for path in folder.iterdir()] == [LEDGER]:
+    """Remove a folder in which no piece was kept yet; what its ledger does not list is not kept."""
+    try:
+        require_folder(folder)
+        unused = folder.exists() and _parsed(folder / LEDGER)["files"] == {}
+    except (ArtifactError, _UnfitError):
+        return
+    if unused:
         clear(folder)
 
 

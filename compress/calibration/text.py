@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.artifact.reading import shown
-from compress.calibration.text_files import JsonTexts, Rows, WholeFile, WikitextLines, json_lines
+from compress.calibration.text_files import JsonTexts, Rows, WholeFile, WikitextLines, json_lines, look_for_file
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.lazy import require
 from compress.source import hub
@@ -39,6 +39,7 @@ LAMBADA = (
     "b99023d53ab470530dc5494befde5eac975b4200d669ce5399ff2b5b401c35ae",
 )
 HELD_OUT_ONE_IN = 5
+FILES = (".txt", ".jsonl", ".jsonl.gz")
 LOOKED_AT = 1 << 20
 """Rows of which at least one must be more than white space."""
 
@@ -98,12 +99,30 @@ def load_text(name: str) -> TextData:
     return TextData(name, rows, description)
 
 
+def look_for_text(name: str) -> None:
+    """Raise UsageError where `name` can be no text, as far as that shows without reading one: see `load_text`."""
+    if name in NAMED:
+        return
+    prefix, _, rest = name.partition(":")
+    if prefix == "hf" and rest:
+        return
+    file = rest if prefix == "wikitext" else name
+    if file and (prefix == "wikitext" or name.endswith(FILES)):
+        look_for_file(Path(file))
+        return
+    raise UsageError(
+        f"there is no text called {shown(name, 300)}; use one of {', '.join(NAMED)}, a FILE.txt, a FILE.jsonl, "
+        "wikitext:FILE or hf:NAME[:CONFIG[:SPLIT]]"
+    )
+
+
 def is_held_out(passage: str) -> bool:
     """Whether a BoolQ passage belongs to the fifth that calibration never sees."""
     return int(hashlib.sha1(passage.encode()).hexdigest(), 16) % HELD_OUT_ONE_IN == 0
 
 
 def _read(name: str) -> tuple[Sequence[str], str]:
+    look_for_text(name)
     prefix, _, rest = name.partition(":")
     if name in NAMED:
         return NAMED[name]()
@@ -115,12 +134,7 @@ def _read(name: str) -> tuple[Sequence[str], str]:
     path = Path(name)
     if name.endswith((".jsonl", ".jsonl.gz")):
         return JsonTexts(path), f"{path.name}, field `text` of each line"
-    if name.endswith(".txt"):
-        return WholeFile(path), f"{path.name}, as it is"
-    raise UsageError(
-        f"there is no text called {shown(name, 300)}; use one of {', '.join(NAMED)}, a FILE.txt, a FILE.jsonl, "
-        "wikitext:FILE or hf:NAME[:CONFIG[:SPLIT]]"
-    )
+    return WholeFile(path), f"{path.name}, as it is"
 
 
 def _boolq(held_out: bool) -> tuple[list[str], str]:
