@@ -175,8 +175,6 @@ def _check(args: argparse.Namespace, p: argparse.ArgumentParser) -> None:
     able = ("tensorrt",) if args.engine == "trt" else ("python", "onnxruntime")
     if args.serve_network not in (None, "none", *able):
         raise UsageError(f"--serve-network {args.serve_network} does not run what --engine {args.engine} makes")
-    if args.plugin == "native" and args.plugin_libraries is not None:
-        raise UsageError("--plugin native uses no --plugin-libraries")
 
 
 def _check_values(args: argparse.Namespace) -> None:
@@ -197,6 +195,8 @@ def _check_values(args: argparse.Namespace) -> None:
         )
     if args.workspace is not None and args.workspace < 1:
         raise UsageError(f"--workspace must be at least 1 MiB, not {args.workspace}")
+    if args.plugin == "native" and args.plugin_libraries is not None:
+        raise UsageError("--plugin native uses no --plugin-libraries")
     if args.plugin_libraries is not None:
         from trt_plugins.build import AUTOLOAD, PLUGINS
 
@@ -210,7 +210,7 @@ def _check_values(args: argparse.Namespace) -> None:
         args.timing_cache.is_dir() or not args.timing_cache.absolute().parent.is_dir()
     ):
         raise UsageError(f"--timing-cache {args.timing_cache} must be a file in a folder that exists")
-    if args.compute_capability is not None:
+    if args.compute_capability is not None and args.engine == "trt-rtx":
         from export.tensorrt.rtx import parse_capabilities
 
         parse_capabilities(args.compute_capability)

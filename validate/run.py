@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from compress.cli.entry import run_cli
 from compress.errors import GateError, UsageError
 from compress.lazy import CORE, check_versions, require
+from compress.options import given_flags
 from compress.progress import log
 
 if TYPE_CHECKING:
@@ -24,9 +25,16 @@ if TYPE_CHECKING:
     from validate.baseline import Baseline
     from validate.gates import Gate
     from validate.parity.ladder import Rung
+    from validate.perplexity.windows import Windows
     from validate.report.summary import Report
 
 PARTS = ("parity", "perplexity", "speed")
+_FLAGS_OF = {
+    ("perplexity",): ("data", "sequence_length", "stride", "max_windows", "batch", "perplexity_runtime"),
+    ("speed",): ("batch_sizes", "prefill", "past", "seconds", "dense"),
+    ("perplexity", "speed"): ("threads",),
+}
+"""Parts -> the flags that do nothing where all of them are skipped."""
 EXAMPLES = """examples:
   python -m validate.run out/demo
   python -m validate.run out/demo --max-ppl-increase 10% --min-speedup 1.0
@@ -97,8 +105,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, validate, report; 0, or 3 when a gate failed."""
-    args = parser().parse_args(argv)
-    limits = _check(args)
+    p = parser()
+    args = p.parse_args(argv)
+    limits = _check(args, p)
     check_versions(*CORE, "onnx", purpose="validate a model")
     if args.perplexity_runtime == "onnxruntime" or not {"parity", "speed"} <= set(args.skip):
         require("onnxruntime", pip="'onnxruntime>=1.24'", purpose="validate the exported model")
@@ -106,10 +115,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         require(  # now, and not after minutes of work
             "matplotlib", pip="'procrustes-llm[eval]'", purpose="draw the plots of reports/ (or give --no-plot)"
         )
+    from compress.artifact.store import Artifact
     from validate.baseline import Baseline
 
+    Artifact(args.out).read_manifest()
+    if "perplexity" not in args.skip:
+        from compress.calibration.text import look_for_text
+
+        look_for_text(args.data)
     if args.gpu:
-        from compress.artifact.store import Artifact
         from export.tensorrt.build import require as require_tensorrt
         from export.tensorrt.engine import check_engine
 
@@ -130,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return GateError.exit_code if failed else 0
 
 
-def _check(args: argparse.Namespace) -> dict[str, Any]:
+def _check(args: argparse.Namespace, p: argparse.ArgumentParser) -> dict[str, Any]:
     """Parse what argparse does not; raises UsageError."""
     from validate.gates import parse_batch_sizes, parse_ppl_increase, parse_speedup
 
@@ -149,6 +163,13 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
     if not 0 < args.seconds < 3600:
         raise UsageError(f"--seconds must be above 0 and below 3600, not {args.seconds}")
+    if args.sequence_length is not None and args.sequence_length < 2:
+        raise UsageError(f"--sequence-length must be at least 2, not {args.sequence_length}")
+    for parts, flags in _FLAGS_OF.items():
+        if set(parts) <= set(args.skip) and (idle := given_flags(p, args, only=flags)):
+            raise UsageError(
+                f"{' and '.join(idle)} would change nothing: --skip {' and '.join(parts)} leaves out what it is for"
+            )
     if args.trust_engine and not args.gpu:
         raise UsageError("--trust-engine is for --gpu, which alone loads an engine")
     if set(args.skip) == set(PARTS):
@@ -176,7 +197,7 @@ def validate(baseline: Baseline, args: argparse.Namespace, limits: dict[str, Any
             if rung.number >= 3:
                 gates.append(Gate(f"{name}-choices", float(len(rung.failures)), 0.0))
     if text is not None:
-        quality = _quality(baseline, args, text)
+        quality = _quality(baseline, args, *text)
         if limits["max_ppl_increase"] is not None:
             gate = Gate("max-ppl-increase", quality["relative_increase"], limits["max_ppl_increase"], percent=True)
             gates.append(gate)
@@ -232,19 +253,9 @@ def _parity(baseline: Baseline, args: argparse.Namespace) -> list[Rung]:
     return rungs
 
 
-def _quality(baseline: Baseline, args: argparse.Namespace, text: TextData) -> dict[str, Any]:
+def _quality(baseline: Baseline, args: argparse.Namespace, text: TextData, windows: Windows) -> dict[str, Any]:
     from validate.perplexity.scores import LogitsSource, OrtLogits, TorchLogits, compare
-    from validate.perplexity.windows import make_windows
 
-    arch = baseline.reader.architecture
-    windows = make_windows(
-        text,
-        baseline.source.tokenizer(),
-        length=args.sequence_length,
-        stride=args.stride,
-        max_windows=args.max_windows,
-        vocab_size=arch.vocab_size,
-    )
     second: LogitsSource = TorchLogits(baseline.compressed)
     if args.perplexity_runtime == "onnxruntime":
         from export.runtime.ort import OrtRunner

@@ -232,6 +232,21 @@ def _check_now(args: argparse.Namespace) -> None:
     for flag in ("max_windows", "batch", "task_limit", "calibration_samples"):
         if (value := getattr(args, flag)) is not None and value < 1:
             raise UsageError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
+    for flag in ("window", "sequence_length"):
+        if (value := getattr(args, flag)) < 2:
+            raise UsageError(f"--{flag.replace('_', '-')} must be at least 2, not {value}")
+    present = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
+    if not present.is_dir():
+        raise UsageError(f"--out {args.out} is not, or is not in, a folder; choose another one")
+    from compress.calibration.text import look_for_text
+    from compress.run import parser as compress_parser
+    from compress.source.resolve import look_up
+
+    look_up(args.model)
+    sources = [] if args.sensitivity_plot is None else args.sensitivity_sources.split(",")
+    for text in (args.data, args.calibration_data, *sources):
+        look_for_text(text)
+    compress_parser().parse_args(["--model", args.model, *args.compress_arg])
     if args.write_docs is not None:
         from validate.report.markdown import surroundings
 

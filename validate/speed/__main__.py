@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from compress.cli.entry import run_cli
 from compress.errors import UsageError
 from compress.lazy import require
+from compress.options import given_flags
 
 if TYPE_CHECKING:
     pass
@@ -61,6 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for flag, value in (("--threads", args.threads), ("--prefill", args.prefill), ("--past", args.past)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} must be at least 1, not {value}")
+    if args.seconds is not None and not 0 < args.seconds < 3600:
+        raise UsageError(f"--seconds must be above 0 and below 3600, not {args.seconds}")
+    other = (
+        ("model", "trust_remote_code", "dense", "prefill", "past", "batch_sizes") if args.layers else ("write_docs",)
+    )
+    if idle := given_flags(p, args, only=other):
+        what = "the layer benchmark" if args.layers else f"the speed of {args.out}"
+        raise UsageError(f"{' and '.join(idle)} would change nothing in {what}: leave it out")
     require("onnxruntime", pip="'onnxruntime>=1.24'", purpose="measure speed")
     if args.layers:
         return _layers(args)
