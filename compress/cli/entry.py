@@ -72,7 +72,7 @@ def run_cli(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
 
 
 class TerminatedError(KeyboardInterrupt):
-    """SIGTERM, which `docker stop`, a CI that cancels and `timeout` send: an end as by Ctrl-C, with a code of its own."""
+    """SIGTERM, which `docker stop`, a CI that cancels and `timeout` send: an end as by Ctrl-C, with its own code."""
 
 
 @contextmanager
