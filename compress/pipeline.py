@@ -22,7 +22,7 @@ from compress.fit.record import summarise
 from compress.methods.base import Fitted
 from compress.methods.checks import check_recipe
 from compress.methods.registry import fit_model
-from compress.preflight import check, inputs_of
+from compress.preflight import check, inputs_of, look_at_weights
 from compress.progress import log
 from compress.recipe import Recipe
 from compress.requests import request_digest, statistics_digest
@@ -57,6 +57,7 @@ def compress_model(
         inputs = inputs_of(source, recipe)
         model, tokenizer, tokens = inputs.model, inputs.tokenizer, inputs.tokens
         request = request_digest(source, recipe)
+        look_at_weights(model)
         state = artifact.open_state(request | {"versions": versions()})
         folder = None if statistics is None else statistics / statistics_digest(source, recipe)
         fitted = fit_model(model, recipe, tokens, state, runner_device, batch, folder)

@@ -254,7 +254,7 @@ def _parity(baseline: Baseline, args: argparse.Namespace) -> list[Rung]:
 
 
 def _quality(baseline: Baseline, args: argparse.Namespace, text: TextData, windows: Windows) -> dict[str, Any]:
-    from validate.perplexity.scores import LogitsSource, OrtLogits, TorchLogits, compare
+    from validate.perplexity.scores import LogitsSource, OrtLogits, TorchLogits, compare, worse_than_guessing
 
     second: LogitsSource = TorchLogits(baseline.compressed)
     if args.perplexity_runtime == "onnxruntime":
@@ -263,6 +263,9 @@ def _quality(baseline: Baseline, args: argparse.Namespace, text: TextData, windo
         second = OrtLogits(OrtRunner(baseline.onnx, threads=args.threads))
     first = TorchLogits(baseline.dense)
     result = compare(first, second, windows, args.batch)
+    warnings = worse_than_guessing(result, baseline.reader.architecture.vocab_size)
+    for warning in warnings:
+        log(f"warning: {warning}")
     return {
         "data": {
             "name": _portable(text.name),
@@ -283,6 +286,7 @@ def _quality(baseline: Baseline, args: argparse.Namespace, text: TextData, windo
             "compressed_runtime": second.runtime,
         },
         "calibrated_on_this_text": _recipe(baseline)["calibration"]["data"] == _portable(args.data),
+        "warnings": warnings,
         **result.to_dict(),
     }
 

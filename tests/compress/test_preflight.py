@@ -13,8 +13,10 @@ import torch
 import compress.pipeline as pipeline
 from compress.artifact.store import Artifact
 from compress.cli.entry import run_cli
+from compress.errors import ArtifactError
 from compress.run import main as run
 from compress.source import resolve as resolving
+from compress.source.model import ModelSource
 from export.build import main as build
 from tests.compress import helpers
 from tests.compress.helpers import TinyModel
@@ -154,3 +156,61 @@ def test_cheap_refusals_come_before_the_model_is_fetched(
     assert command(*flags.split()) == 2
     with pytest.raises(Worked):
         command()
+
+
+def changed(tiny_model: TinyModel, folder: Path, value: float, *names: str) -> ModelSource:
+    """The tiny Llama with one value of each named weight, or where the value is 0 all of them, replaced."""
+
+    def change(state: dict[str, torch.Tensor]) -> None:
+        for name in state:
+            if any(part in name for part in names):
+                state[name].view(-1)[slice(None) if value == 0 else slice(7, 8)] = value
+
+    return helpers.with_weights(helpers.tiny_source(tiny_model, "tiny_llama"), folder, change)
+
+
+@pytest.fixture
+def no_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Worked` where calibration would begin."""
+
+    def work(*_: object, **__: object) -> None:
+        raise Worked
+
+    monkeypatch.setattr(pipeline, "fit_model", work)
+
+
+@pytest.mark.usefixtures("no_fit")
+@pytest.mark.parametrize("name", ["layers.2.mlp.down_proj.weight", "norm.weight", "lm_head", "embed_tokens"])
+def test_a_value_that_is_not_finite_is_found_before_calibration(
+    name: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    source = changed(tiny_model, tmp_path / "model", float("nan"), name)
+    with pytest.raises(ArtifactError, match="NaN or infinite"):
+        pipeline.compress_model(source, helpers.recipe(helpers.text_file(tmp_path)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_fit")
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("_proj",), "warning: 21 of the 21 linears of this model are zero throughout (layers.0.attn.q, "),
+        (
+            ("layers.1.mlp.up_proj",),
+            "warning: 1 of the 21 linears of this model are zero throughout (layers.1.mlp.up)",
+        ),
+        ((), None),
+    ],
+)
+def test_linears_that_are_zero_are_warned_of(
+    names: tuple[str, ...],
+    words: str | None,
+    tiny_model: TinyModel,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = changed(tiny_model, tmp_path / "model", 0.0, *names)
+    with pytest.raises(Worked):
+        pipeline.compress_model(source, helpers.recipe(helpers.text_file(tmp_path)), tmp_path / "out")
+    printed = capsys.readouterr().err
+    assert words in printed if words is not None else "zero throughout" not in printed
