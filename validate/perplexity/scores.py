@@ -200,8 +200,8 @@ def worse_than_guessing(comparison: Comparison, vocab_size: int) -> list[str]:
     if comparison.dense.perplexity > vocab_size:
         found.append(
             f"the perplexity of the dense model, {comparison.dense.perplexity:.4g}, is above the size of its "
-            f"vocabulary, {vocab_size}: it is worse than guessing, so its tokenizer is another model's, its weights are "
-            f"broken, or the text is nothing it was trained on; the comparison says nothing"
+            f"vocabulary, {vocab_size}: it is worse than guessing, so its tokenizer is another model's, its weights "
+            f"are broken, or the text is nothing it was trained on; the comparison says nothing"
         )
     elif comparison.compressed.perplexity > vocab_size:
         found.append(
