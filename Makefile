@@ -9,6 +9,7 @@ STRUCTURE ?= auto
 WORKERS ?= 2
 
 bin := $(VENV)/bin
+lowest := .venv-lowest/bin
 # More threads than free cores make small matrix products slower, and paired timings worthless.
 one_thread := OMP_NUM_THREADS=1
 # All cores for solvers and perplexity. Threads that wait spin for some microseconds, which small matrices need (eigenvalues
@@ -18,7 +19,7 @@ patient := GOMP_SPINCOUNT=20000
 offline := HF_HUB_OFFLINE=1
 pip := $(bin)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: help venv demo serve-demo serve-table test test-slow quality format clean
+.PHONY: help venv demo serve-demo serve-table test test-slow test-lowest quality format clean
 
 help:
 	@echo 'make demo       set up; compress, export and validate a real model on the CPU; print the summary'
@@ -26,6 +27,7 @@ help:
 	@echo 'make serve-table tokens a second of that model and of the dense one, served side by side'
 	@echo 'make test       set up; lint, format check, types, tests'
 	@echo 'make test-slow  set up; the tests that take minutes or the real model'
+	@echo 'make test-lowest  set up another environment, with the lowest versions that pyproject.toml allows; the quick tests'
 	@echo 'make quality    set up; lint, format check, types'
 	@echo 'make format     set up; let ruff format and mend what it can'
 	@echo 'make venv       set up: $(VENV) with this project, editable, and its tools'
@@ -81,6 +83,13 @@ test: quality $(VENV)/.ready-plugins $(VENV)/serve/.ready
 
 test-slow: $(VENV)/.ready-demo $(VENV)/.ready-plugins $(VENV)/serve/.ready
 	$(one_thread) $(offline) $(bin)/python -m pytest -q -m slow
+
+# The lowest versions that pyproject.toml allows. Not the whole suite: servers, compilers and the plugins are the same.
+test-lowest:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 13) and "$(PYTHON) is too new for the lowest versions: name Python 3.10 to 3.12 with make test-lowest PYTHON=...")'
+	test -x $(lowest)/python || $(PYTHON) -m venv $(dir $(lowest))
+	$(lowest)/python -m pip install --disable-pip-version-check --quiet --constraint constraints-lowest.txt --editable '.[dev,eval]'
+	$(one_thread) $(offline) $(lowest)/python -m pytest -q --numprocesses $(WORKERS) tests/compress tests/export/graph tests/export/runtime tests/export/test_build.py
 
 format: venv
 	$(bin)/ruff check --fix .

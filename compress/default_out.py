@@ -19,8 +19,8 @@ def default_out(model: str, recipe: Recipe) -> Path:
     if name.name in ("", ".", ".."):  # `--model .`: the folder's own name
         name = PurePosixPath(Path(model).expanduser().resolve().as_posix())
     plain = name.name.removesuffix(".gguf")
-    parts = [plain, recipe.structure if recipe.fit != "paper" else f"{recipe.structure}-paper"]
-    if recipe.structure != "dense":
+    parts = [plain, recipe.label()]
+    if recipe.compresses():
         parts.append(_kept(recipe))
     return FOLDER / (re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(parts)).strip("-.") or "model")
 

@@ -7,9 +7,9 @@ from typing import Any
 from compress.allocation.budget import most_parameters, overhead_of, ratio_of, unit_of
 from compress.allocation.size import model_size
 from compress.architecture import Architecture
-from compress.methods.checks import check_recipe
+from compress.methods.registry import check_recipe, method_of
+from compress.methods.space import FLOAT, rotation_bytes
 from compress.recipe import Recipe
-from compress.space import FLOAT, memory_parts, rotation_bytes, state_parts
 
 
 def forecast(arch: Architecture, recipe: Recipe, *, materialize_dense: bool = False) -> dict[str, Any]:
@@ -28,7 +28,8 @@ def forecast(arch: Architecture, recipe: Recipe, *, materialize_dense: bool = Fa
     read = budget + overhead + recipe.embedding * head
     item = 4 if recipe.checkpoint_dtype == "float32" else 2
     kept = budget + overhead + ends + size.rest
-    state, memory = state_parts(arch, recipe), memory_parts(arch, recipe)
+    space = method_of(recipe).space(arch, recipe)
+    state, memory = space.state, space.memory
     checkpoint = int(item * kept) + rotation_bytes(arch, recipe)
     disk = {**{f"state: {name}": size for name, size in state.items()}, "checkpoint": checkpoint}
     if materialize_dense:
@@ -56,7 +57,7 @@ def forecast(arch: Architecture, recipe: Recipe, *, materialize_dense: bool = Fa
 
 def _asked(arch: Architecture, recipe: Recipe) -> dict[str, float]:
     """The budget; a dense copy has none."""
-    if recipe.structure == "dense":
+    if not recipe.compresses():
         return {}
     if recipe.budget_latency is not None:
         return {"seconds_asked": recipe.budget_latency}

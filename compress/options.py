@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from compress import catalog
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,14 +27,14 @@ def add_compress_arguments(parser: argparse.ArgumentParser, *, model_required: b
     what = parser.add_argument_group("what to compress into")
     what.add_argument(
         "--structure",
-        choices=["auto", "kron", "gs", "lowrank", "pifa", "jrk", "compot", "compot24", "slice", "dense"],
-        help="structured matrix; auto lets every matrix choose (default: kron)",
+        choices=catalog.structures(),
+        help=catalog.structure_help(),
     )
     what.add_argument(
         "--menu",
         type=_menu,
         metavar="A,B",
-        help="what --structure auto chooses from beside dense: pifa (default), lowrank, kron, gs",
+        help=catalog.menu_help(),
     )
     what.add_argument(
         "--ratio",
@@ -43,20 +44,19 @@ def add_compress_arguments(parser: argparse.ArgumentParser, *, model_required: b
     )
     what.add_argument(
         "--rotation",
-        choices=["none", "shared", "block"],
+        choices=tuple(catalog.SKIPS_OF),
         help="rotation of the residual stream: one for the whole model (folds away), or one per block",
     )
     what.add_argument(
         "--skip",
-        choices=["none", "dense", "cs", "householder", "slice"],
+        choices=get_args(catalog.SkipName),
         help="form of the skip matrices of --rotation block (default: dense)",
     )
     what.add_argument(
         "--inner",
         type=_names,
         metavar="A,B",
-        help="freedoms inside a block: neurons (drop, refit the rest), vo (drop value coordinates), bias (correct the "
-        "mean); 'none' for none (default: neurons for auto, kron, gs)",
+        help=catalog.inner_help(),
     )
     what.add_argument(
         "--joint", action=argparse.BooleanOptionalAction, help="let q,k,v and gate,up share a low-rank factor"
@@ -92,7 +92,9 @@ def add_compress_arguments(parser: argparse.ArgumentParser, *, model_required: b
         "pass), or each matrix alike (default: fisher)",
     )
     how.add_argument(
-        "--fit", choices=["loss-aware", "paper"], help="our fits, or those of ProcrustesGPT (default: loss-aware)"
+        "--fit",
+        choices=catalog.fits(),
+        help=f"our fits, or those of ProcrustesGPT (default: {catalog.USUAL_FIT})",
     )
     how.add_argument(
         "--allocation",
@@ -255,7 +257,7 @@ _BUDGETS = ("ratio", "budget_bytes", "budget_latency")
 def _one_budget(values: dict[str, Any], given: dict[str, str]) -> None:
     """Let the budget of the command line take the place of the recipe file's.
 
-    `given`: field -> how it was given. Raises UsageError for two of them, and beside structure dense, which keeps all.
+    `given`: field -> how it was given. Raises UsageError for two of them, and beside a structure that keeps all.
     """
     from compress.errors import UsageError
 
@@ -264,11 +266,12 @@ def _one_budget(values: dict[str, Any], given: dict[str, str]) -> None:
         raise UsageError(
             f"{' and '.join(given.values())} are two budgets, and only one can be kept to: give one of them"
         )
+    entry = catalog.find(values.get("structure", catalog.USUAL_STRUCTURE))
     for field, how in given.items():
-        if values.get("structure") == "dense" and values[field] != 1:
+        if entry is not None and not entry.compresses and values[field] != 1:
             raise UsageError(
-                f"{how} has nothing to act on: structure dense keeps every weight as it is; leave it out, or choose a "
-                f"structure that compresses, such as --structure auto"
+                f"{how} has nothing to act on: structure {entry.structure} keeps every weight as it is; leave it out, "
+                f"or choose a structure that compresses, such as --structure auto"
             )
         for other in ("budget_bytes", "budget_latency"):
             if other != field and other in values:

@@ -17,11 +17,11 @@ from compress.artifact.store import Artifact
 from compress.artifact.versions import versions
 from compress.calibration.largest import largest_activations
 from compress.calibration.streams import torch_device
+from compress.calibration.text import TextData
 from compress.checkpoint.writer import ShardWriter, config_for, write_config, write_rotations
 from compress.fit.record import summarise
-from compress.methods.base import Fitted
-from compress.methods.checks import check_recipe
-from compress.methods.registry import fit_model
+from compress.methods.base import Context, Fitted
+from compress.methods.registry import check_recipe, method_of
 from compress.preflight import check, inputs_of, look_at_weights
 from compress.progress import log
 from compress.recipe import Recipe
@@ -40,11 +40,13 @@ def compress_model(
     batch: int = 4,
     materialize_dense: bool = False,
     statistics: Path | None = None,
+    text: TextData | None = None,
 ) -> Artifact:
     """Compress `source` into OUT/checkpoint, and OUT/dense when asked for. Returns the artefact.
 
     A run that was interrupted is resumed from OUT/state when source and recipe are the same. `statistics`: a folder in
-    which the calibration's second moments are kept, for other runs with the same model and text.
+    which the calibration's second moments are kept, for other runs with the same model and text. `text`: the
+    calibration text where it is in memory (`text_in_memory`); its name is that of the recipe.
     """
     artifact = Artifact(out)
     arch = source.architecture()
@@ -54,13 +56,13 @@ def compress_model(
     with artifact.lock():
         artifact.refuse_others()
         artifact.claim("checkpoint", "recipe.yaml", *(["dense"] if materialize_dense else []))
-        inputs = inputs_of(source, recipe)
+        inputs = inputs_of(source, recipe, text)
         model, tokenizer, tokens = inputs.model, inputs.tokenizer, inputs.tokens
         request = request_digest(source, recipe)
         look_at_weights(model)
         state = artifact.open_state(request | {"versions": versions()})
         folder = None if statistics is None else statistics / statistics_digest(source, recipe)
-        fitted = fit_model(model, recipe, tokens, state, runner_device, batch, folder)
+        fitted = method_of(recipe).fit(Context(model, recipe, tokens, state, runner_device, batch, folder))
         summarise(fitted.records)
         dtype = getattr(torch, recipe.checkpoint_dtype)
         size = fitted.size(arch)
@@ -68,7 +70,7 @@ def compress_model(
         section = {"source": record_of(source), "recipe_sha256": resolved.digest(), "versions": versions()}
         facts = {"request": request, "ratio": size.ratio, "model_ratio": size.model_ratio, **asdict(size)}
         with artifact.stage("checkpoint", facts=facts, section=section) as folder:
-            with ShardWriter(folder, dtype) as shards:
+            with ShardWriter(folder, dtype, fitted.structures) as shards:
                 for name, tensor in fitted.ends.items():
                     shards.add(name, tensor)
                 for file in fitted.files:
@@ -92,7 +94,7 @@ def compress_model(
     asked = f"{ratio_of(arch, recipe):.4f}" if seconds is None else f"{seconds:g} seconds"
     log(
         f"kept {size.ratio:.4f} of the projection parameters, skips, head map and added biases counted (asked "
-        f"{'all' if recipe.structure == 'dense' else asked}), {size.model_ratio:.4f} of the model"
+        f"{asked if recipe.compresses() else 'all'}), {size.model_ratio:.4f} of the model"
     )
     return artifact
 

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 from compress.allocation.budget import latency_table
 from compress.artifact.store import Artifact
 from compress.calibration.streams import torch_device
-from compress.calibration.text import load_text, look_for_text
+from compress.calibration.text import TextData, load_text, look_for_text
 from compress.calibration.tokens import token_sequences
 from compress.default_out import default_out, refuse_anothers
 from compress.errors import MissingDependencyError, UsageError
-from compress.methods.planned import within_positions
 from compress.options import recipe_from
 from compress.progress import log, track
 from compress.recipe import Recipe
+from compress.requests import within_positions
 from compress.rewrites.folding import FoldedModel, folded
 from compress.source.families.base import expected_shapes
 from compress.source.model import ModelSource
@@ -136,10 +136,11 @@ class Inputs:
     tokens: Tensor | None
 
 
-def inputs_of(source: ModelSource, recipe: Recipe) -> Inputs:
+def inputs_of(source: ModelSource, recipe: Recipe, text: TextData | None = None) -> Inputs:
     """Weights, tokenizer and text, looked at before anything that takes long, such as hashing the weights.
 
-    Raises UsageError for a text that is too short or is none, ArtifactError for damaged files.
+    `text` is used in place of the one that the recipe names. Raises UsageError for a text that is too short or is none,
+    ArtifactError for damaged files.
     """
     model = folded(source)
     tokenizer = source.tokenizer()
@@ -147,7 +148,7 @@ def inputs_of(source: ModelSource, recipe: Recipe) -> Inputs:
         return Inputs(model, tokenizer, None)
     c, arch = recipe.calibration, source.architecture()
     tokens = token_sequences(
-        load_text(c.data),
+        load_text(c.data) if text is None else text,
         tokenizer,
         samples=c.samples,
         length=c.sequence_length,

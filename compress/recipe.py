@@ -5,38 +5,50 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import PydanticKnownError, core_schema
 
+from compress import catalog
 from compress.artifact import reading
 from compress.artifact.reading import shown
+from compress.catalog import Entry, Inner, MenuName, RotationName, SkipName, Variant
 from compress.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-StructureName = Literal["auto", "kron", "gs", "lowrank", "pifa", "jrk", "compot", "compot24", "slice", "dense"]
-Fit = Literal["loss-aware", "paper"]
 Allocation = Literal["global", "uniform"]
-SkipName = Literal["none", "dense", "cs", "householder", "slice"]
-Inner = Literal["vo", "neurons", "bias"]
-RotationName = Literal["none", "shared", "block"]
 
-# kron: measured best at equal bytes on SmolLM2-135M (docs/quality.md). Low rank and dense gain nothing from rotations;
-# the blocks of gs could, but each alternation refits every matrix, and its gain has not been measured.
-DEFAULT_ROTATION: dict[str, RotationName] = {
-    "kron": "shared",
-    "auto": "none",
-    "gs": "none",
-    "lowrank": "none",
-    "pifa": "none",
-    "slice": "block",
-    "dense": "none",
-}
+
+@dataclass(frozen=True)
+class OneOf:
+    """Names that the catalogue has; a wrong one is reported as pydantic reports a wrong literal."""
+
+    names: Callable[[], tuple[str, ...]]
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._checked)
+
+    def _checked(self, value: object) -> str:
+        *first, last = self.names()
+        if isinstance(value, str) and value in (*first, last):
+            return value
+        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(map(repr, first))} or {last!r}"})
 
 
 class _Strict(BaseModel):
@@ -53,12 +65,15 @@ class Calibration(_Strict):
 
 
 class Recipe(_Strict):
-    """See `python -m compress.run --help` for what each field does; field names are the flags' names."""
+    """See `python -m compress.run --help` for what each field does; field names are the flags' names.
+
+    Raises UsageError, naming each wrong field, what was seen and what is allowed.
+    """
 
     version: Literal[1] = 1
-    structure: StructureName = "kron"
-    menu: tuple[Literal["kron", "gs", "lowrank", "pifa"], ...] = ()
-    fit: Fit = "loss-aware"
+    structure: Annotated[str, OneOf(catalog.structures)] = catalog.USUAL_STRUCTURE
+    menu: tuple[MenuName, ...] = ()
+    fit: Annotated[str, OneOf(catalog.fits)] = catalog.USUAL_FIT
     ratio: float = Field(default=0.75, gt=0, le=1)
     budget_bytes: int | None = Field(default=None, gt=0)
     budget_latency: float | None = Field(default=None, gt=0)
@@ -85,88 +100,88 @@ class Recipe(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_rotation(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Rotation, skip and inner freedoms are the structure's where they are not given."""
         values = dict(values)
-        structure = str(values.get("structure", "kron"))
-        usual = "block" if values.get("fit") == "paper" else DEFAULT_ROTATION.get(structure, "none")
-        rotation = values.setdefault("rotation", usual)
-        values.setdefault("skip", "none" if rotation != "block" else "slice" if structure == "slice" else "dense")
-        skip, ties = values["skip"], values.get("ties", True)
-        menus = structure == "auto" or (structure == "gs" and rotation == "none")
-        menus |= structure == "kron" and rotation != "none" and skip in ("none", "dense") and ties is not False
-        if menus and values.get("fit") != "paper":
-            values.setdefault("inner", ["neurons"])
+        structure, fit = values.get("structure", catalog.USUAL_STRUCTURE), values.get("fit", catalog.USUAL_FIT)
+        entry = catalog.find(structure, fit)
+        rotation = str(values.setdefault("rotation", "none" if entry is None else entry.rotation))
+        usual = catalog.default_skip(rotation) if entry is None else entry.default_skip(rotation)
+        skip = str(values.setdefault("skip", usual))
+        variant = None if entry is None else entry.variant(rotation, skip, values.get("ties", True) is not False)
+        if variant is not None and variant.default_inner:
+            values.setdefault("inner", list(variant.default_inner))
         return values
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        if (self.rotation == "block") != (self.skip != "none"):
-            raise ValueError(
-                f"rotation {self.rotation!r} with skip {self.skip!r}: rotation 'block' needs a skip, for instance "
-                f"'dense' (each block has its own basis), the other rotations need none"
-            )
-        if (self.structure == "slice") != (self.skip == "slice"):
-            raise ValueError(f"structure {self.structure!r} with skip {self.skip!r}: 'slice' goes with 'slice' only")
-        if self.skip in ("cs", "householder") and self.structure != "kron":
-            raise ValueError(f"skip {self.skip!r} serves one kept width of the stream, which is structure 'kron' only")
-        if self.fit == "paper" and (self.structure not in ("kron", "gs") or self.skip != "dense"):
-            raise ValueError(
-                f"fit 'paper' with structure {self.structure!r}, rotation {self.rotation!r}, skip {self.skip!r}: the "
-                f"paper has kron and gs, with rotation 'block' and skip 'dense'"
-            )
-        if self.structure in ("dense", "jrk", "lowrank", "pifa", "compot", "compot24") and self.rotation != "none":
-            raise ValueError(
-                f"structure {self.structure!r} with rotation {self.rotation!r}: low rank is the same in every "
-                f"rotation, compot has dictionaries of its own, and a dense model is not rotated"
-            )
-        if self.menu and self.structure != "auto":
-            raise ValueError(f"menu {list(self.menu)} is for structure 'auto', not {self.structure!r}")
-        if self.joint and self.structure not in ("lowrank", "auto"):
-            raise ValueError(f"joint low rank is for structures 'lowrank' and 'auto', not {self.structure!r}")
-        if not self.ties and (self.structure != "kron" or self.skip in ("cs", "householder") or self.fit == "paper"):
-            raise ValueError(
-                f"ties false with structure {self.structure!r}, skip {self.skip!r}: only structure 'kron' with skip "
-                f"none or dense has mixes to give to each matrix"
-            )
-        if "kron" in self.menu and self.rotation == "none":
-            raise ValueError("a menu with kron needs a rotation, which absorbs its mix: --rotation shared")
-        if self.menu and "kron" not in self.menu and self.rotation != "none":
-            raise ValueError(f"menu {list(self.menu)} with rotation {self.rotation!r}: a rotation serves kron alone")
-        if set(self.inner) & {"neurons", "vo"} and not self.has_menus():
-            raise ValueError(
-                f"inner {list(self.inner)}: neurons and value coordinates are dropped where sizes are chosen by "
-                f"predicted loss: structures auto, pifa, lowrank, kron (with a rotation, ties, and no cheap skip) and "
-                f"gs (without a rotation), each with fit loss-aware"
-            )
-        if "bias" in self.inner and (self.fit == "paper" or self.structure in ("jrk", "slice")):
-            raise ValueError(f"inner 'bias' with structure {self.structure!r}, fit {self.fit!r}, which correct no bias")
-        if self.budget_latency is not None and not self.has_menus():
-            raise ValueError(
-                f"budget_latency with structure {self.structure!r}, fit {self.fit!r}, rotation {self.rotation!r}: it "
-                f"needs sizes chosen by predicted loss; --structure auto chooses them"
-            )
+        problem = catalog.refusal(self)
+        if problem is not None:
+            raise ValueError(problem)
         if self.budget_latency is not None and self.budget_bytes is not None:
             raise ValueError("budget_bytes and budget_latency are two budgets: give one")
         return self
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_words(cls, values: Any, handler: ModelWrapValidatorHandler[Recipe], info: ValidationInfo) -> Recipe:
+        """The errors of pydantic as one UsageError; `parse_recipe` gives the place and the flags as the context.
+
+        The last of the validators: pydantic puts it around those that stand before it.
+        """
+        try:
+            return handler(values)
+        except ValidationError as error:
+            place: tuple[str, Mapping[str, str]] = info.context or ("Recipe(...)", {})
+            raise _usage_error(error, *place) from error
+
+    def entry(self) -> Entry:
+        """What the catalogue has of its structure and fit."""
+        return catalog.get(self.structure, self.fit)
+
+    def variant(self) -> Variant:
+        """Which way of its structure it takes."""
+        variant = self.entry().variant(self.rotation, self.skip, self.ties)
+        assert variant is not None, "checked when the recipe was made"
+        return variant
+
     def has_menus(self) -> bool:
         """Whether sizes are chosen from predicted losses; else every linear of a role has the same, or the method has
         an allocation of its own."""
-        if self.fit == "paper":
-            return False
-        if self.structure == "kron":
-            return self.rotation != "none" and self.ties and self.skip not in ("cs", "householder")
-        return self.structure in ("auto", "lowrank", "pifa") or (self.structure == "gs" and self.rotation == "none")
+        return self.variant().menus
 
     def needs_text(self) -> bool:
         """Whether any calibration text is read: a dense copy has nothing to fit, joint rank-k fits without data."""
-        if self.structure == "jrk":
-            return False
-        return self.structure != "dense" or any(c.get("structure") != "dense" for c in self.layers.values())
+        return self.entry().reads_text(any(c.get("structure") != "dense" for c in self.layers.values()))
 
     def corrects_biases(self) -> bool:
         """Whether linears get biases that make up for the means of what was lost: those of a copy lose nothing."""
         return "bias" in self.inner and self.needs_text()
+
+    def compresses(self) -> bool:
+        """Whether there is a budget to keep to: a dense copy has none."""
+        return self.entry().compresses
+
+    def keeps_one_width(self) -> bool:
+        """Whether the stream keeps the same width at every position."""
+        return catalog.is_one_width(self.skip)
+
+    def absorbs_mixes(self) -> bool:
+        """Whether a rotation absorbs the mix of each Kronecker sum, so that only leading coordinates are kept."""
+        return self.rotation != "none" and self.ties and not self.entry().explicit_mixes
+
+    def has_plain_equivalent(self) -> bool:
+        """Whether the result may be expressed by the source's own class."""
+        return self.variant().plain
+
+    def label(self) -> str:
+        """Its structure, and its fit where that is not the usual one: kron-paper."""
+        return catalog.label(self.structure, self.fit)
+
+    def flags(self) -> str:
+        """The flags that name its structure: --structure kron --fit paper."""
+        menu = f" --menu {','.join(self.menu)}" if self.menu else ""
+        return catalog.flags(self.structure, self.fit) + menu
 
     def digest(self) -> str:
         """sha256 of the canonical JSON: equal for equal choices."""
@@ -182,12 +197,13 @@ def parse_recipe(values: dict[str, Any], where: str, flags: Mapping[str, str] | 
 
     `flags`: field -> the flag of the command line that gave it, by which the message calls it.
     """
-    try:
-        return Recipe.model_validate({str(key): value for key, value in values.items()})
-    except ValidationError as error:
-        problems = [_problem(each, flags or {}) for each in error.errors()[:5]]
-        told = all(problem.startswith("--") for problem in problems)
-        raise UsageError(("" if told else f"{where} is not a valid recipe: ") + "; ".join(problems)) from error
+    return Recipe.model_validate({str(key): value for key, value in values.items()}, context=(where, flags or {}))
+
+
+def _usage_error(error: ValidationError, where: str, flags: Mapping[str, str]) -> UsageError:
+    problems = [_problem(each, flags) for each in error.errors()[:5]]
+    told = all(problem.startswith("--") for problem in problems)
+    return UsageError(("" if told else f"{where} is not a valid recipe: ") + "; ".join(problems))
 
 
 def _problem(error: ErrorDetails, flags: Mapping[str, str]) -> str:
@@ -277,6 +293,4 @@ def put(values: dict[str, Any], key: str, value: object, where: str) -> None:
 
 def kinds_of(recipe: Recipe) -> tuple[str, ...]:
     """The structures that each linear may choose from."""
-    if recipe.structure == "auto":
-        return recipe.menu or (("pifa",) if recipe.rotation == "none" else ("pifa", "kron"))
-    return (recipe.structure,)
+    return catalog.kinds(recipe.entry(), recipe.variant(), recipe.menu)

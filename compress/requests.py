@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from compress.architecture import Architecture
 from compress.artifact.files import sha256_of
 from compress.artifact.store import Artifact
 from compress.calibration.text_files import text_sha256
@@ -15,6 +16,20 @@ from compress.progress import log
 from compress.recipe import Recipe, read_written
 from compress.source.model import ModelSource
 from compress.source.provenance import identity
+
+
+def within_positions(arch: Architecture, recipe: Recipe) -> Recipe:
+    """The recipe with sequences that the model can hold where their length was not given, which is said."""
+    calibration = recipe.calibration
+    given = "sequence_length" in calibration.model_fields_set
+    if given or not recipe.needs_text() or calibration.sequence_length <= arch.max_positions:
+        return recipe
+    log(
+        f"--sequence-length is {arch.max_positions} in place of {calibration.sequence_length}: the model has no more "
+        "positions"
+    )
+    shorter = calibration.model_copy(update={"sequence_length": arch.max_positions})
+    return recipe.model_copy(update={"calibration": shorter})
 
 
 def request_digest(source: ModelSource, recipe: Recipe) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from compress.cli.entry import run_cli
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.lazy import CORE, check_versions, require
 from compress.options import add_compress_arguments, add_output_arguments, given_flags
-from compress.progress import log
+from compress.progress import Listener, log, progress_to
 
 if TYPE_CHECKING:
     from compress.architecture import Architecture
@@ -116,12 +117,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, compress if need be, export, prepare the engine, print."""
-    p = parser()
-    args = p.parse_args(argv)
-    _check(args, p)
-    check_versions(*CORE, "onnx", purpose="compress and export a model")
-    if args.engine == "ort":  # now, and not after hours of work
-        require("onnxruntime", pip="'onnxruntime>=1.24'", purpose="prepare --engine ort")
+    args = parser().parse_args(argv)
+    _check(args)
+    _require(args)
     if args.resume:
         from compress.artifact.store import Artifact
 
@@ -151,23 +149,90 @@ _TAKEN_AS_IT_IS = ("json", "debug", "out", "resume", "engine", "compute_capabili
 """Flags that --resume takes: those of the engine."""
 
 
-def _check(args: argparse.Namespace, p: argparse.ArgumentParser) -> None:
+def export_model(
+    out: str | PathLike[str],
+    *,
+    engine: str = "ort",
+    dtype: str | None = None,
+    logits: str = "all",
+    serve_as: str | None = None,
+    sequences: int | None = None,
+    serve_network: str | None = None,
+    threads: int | None = None,
+    batch: str | None = None,
+    prompt: str | None = None,
+    cache: str | None = None,
+    plugin: str = "auto",
+    plugin_libraries: str | PathLike[str] | None = None,
+    compute_capability: str | None = None,
+    opt_level: int | None = None,
+    workspace: int | None = None,
+    timing_cache: str | PathLike[str] | None = None,
+    progress: Listener | None = None,
+) -> dict[str, Any]:
+    """Export OUT/checkpoint, as `python -m export.build` does after it has compressed, and return what was made.
+
+    The options are the command's, with its defaults; batch, prompt and cache are "MIN,OPT,MAX". What OUT already holds
+    is used again where checkpoint and options are the same. `progress` is called with a `compress.Progress` in place
+    of lines on stderr. Raises UsageError for options that do not go together, MissingDependencyError for what is not
+    installed, ArtifactError for an OUT without a sound checkpoint.
+    """
+    given = {name: value for name, value in locals().items() if name not in ("out", "progress")}
+    args = parser().parse_args(["--out", fspath(out)])
+    for action in parser()._actions:
+        if action.dest in given and action.choices is not None and given[action.dest] not in (*action.choices, None):
+            choices = ", ".join(map(str, action.choices))
+            raise UsageError(f"{action.dest} must be one of {choices}, not {given[action.dest]!r}")
+    for name, value in given.items():
+        setattr(args, name, Path(value) if isinstance(value, PathLike) else value)
+    for name in ("plugin_libraries", "timing_cache"):
+        setattr(args, name, None if given[name] is None else Path(given[name]))
+    with progress_to(progress):
+        _check_engine(args)
+        _require(args)
+        from compress.artifact.store import Artifact
+        from compress.checkpoint.reader import CheckpointReader
+
+        artifact = Artifact(args.out)
+        with artifact.lock():
+            artifact.claim(*(name for name in _written(args) if name not in ("checkpoint", "recipe.yaml")))
+            checkpoint = artifact.require_stage("checkpoint")
+            artifact.verify(["checkpoint"])
+            positions = CheckpointReader(checkpoint).architecture.max_positions
+            options = _tensorrt(args, positions) if args.engine in TENSORRT else None
+            made = _export(args, artifact, options)
+    return {"out": str(args.out), **made}
+
+
+def _require(args: argparse.Namespace) -> None:
+    """Look for the packages now, and not after hours of work."""
+    check_versions(*CORE, "onnx", purpose="compress and export a model")
+    if args.engine == "ort":
+        require("onnxruntime", pip="'onnxruntime>=1.24.1'", purpose="prepare --engine ort")
+
+
+def _check(args: argparse.Namespace) -> None:
     """Refuse values that are none, flags that contradict each other and flags without effect, before any work."""
+    _check_engine(args)
+    if args.resume and args.out is None:
+        raise UsageError("say with --out which folder to go on with: --resume takes it as it is")
+    if args.resume and (idle := given_flags(parser(), args, without=_TAKEN_AS_IT_IS)):
+        raise UsageError(f"--resume takes OUT as it is: leave out {' and '.join(idle)}")
+    if not args.resume and args.model is None:
+        raise UsageError("say which model with --model, or go on with OUT's graph with --resume")
+
+
+def _check_engine(args: argparse.Namespace) -> None:
+    """The part of `_check` that is about the engine alone."""
     _check_values(args)
     if args.engine == "ort" and args.dtype == "bfloat16":
         raise UsageError(
             "ONNX Runtime has no bfloat16 matrix product on the CPU: use --dtype float32, or --engine none"
         )
-    if args.resume and args.out is None:
-        raise UsageError("say with --out which folder to go on with: --resume takes it as it is")
-    if args.resume and (idle := given_flags(p, args, without=_TAKEN_AS_IT_IS)):
-        raise UsageError(f"--resume takes OUT as it is: leave out {' and '.join(idle)}")
-    if not args.resume and args.model is None:
-        raise UsageError("say which model with --model, or go on with OUT's graph with --resume")
     if args.compute_capability is not None and args.engine != "trt-rtx":
         raise UsageError("--compute-capability is for --engine trt-rtx; TensorRT builds for the GPU that is there")
     for flags, engines in ((_SERVING, ("ort", "trt")), (_BUILDING, TENSORRT), (("threads",), ("ort",))):
-        if args.engine not in engines and (idle := given_flags(p, args, only=flags)):
+        if args.engine not in engines and (idle := given_flags(parser(), args, only=flags)):
             raise UsageError(
                 f"{' and '.join(idle)} would change nothing with --engine {args.engine}: for --engine "
                 f"{' and '.join(engines)} only; leave it out"
@@ -229,8 +294,6 @@ def _check_served(args: argparse.Namespace, architecture: Architecture) -> None:
 def _build(args: argparse.Namespace, begun: Begun) -> dict[str, Any]:
     from compress.allocation.budget import shortfall
     from compress.pipeline import compress_model
-    from export.halves import graph_dtype
-    from export.stages import build_onnx
 
     artifact, source, recipe = begun.artifact, begun.source, begun.recipe
     engine = _tensorrt(args, source.architecture().max_positions) if args.engine in TENSORRT else None
@@ -249,10 +312,7 @@ def _build(args: argparse.Namespace, begun: Begun) -> dict[str, Any]:
                 materialize_dense=args.materialize_dense,
                 statistics=args.statistics,
             )
-        watched = artifact.read_manifest()["stages"]["checkpoint"].get("activations")
-        dtype = graph_dtype(args.dtype, args.engine in TENSORRT, watched)
-        graph = build_onnx(artifact, dtype=dtype, logits=args.logits)
-        built = _build_engine(args, artifact, engine)
+        made = _export(args, artifact, engine)
     facts = artifact.read_manifest()["stages"]["checkpoint"]
     note = shortfall(source.architecture(), recipe, facts["ratio"])
     return {
@@ -264,7 +324,22 @@ def _build(args: argparse.Namespace, begun: Begun) -> dict[str, Any]:
         "structured_linears": facts["structured_linears"],
         "dense_linears": facts["dense_linears"],
         **({} if note is None else {"note": note}),
-        **built,
+        **made,
+    }
+
+
+def _export(
+    args: argparse.Namespace, artifact: Artifact, engine: tuple[Options, tuple[int, ...]] | None
+) -> dict[str, Any]:
+    """OUT/onnx and what runs it, from OUT/checkpoint."""
+    from export.halves import graph_dtype
+    from export.stages import build_onnx
+
+    watched = artifact.read_manifest()["stages"]["checkpoint"].get("activations")
+    dtype = graph_dtype(args.dtype, args.engine in TENSORRT, watched)
+    graph = build_onnx(artifact, dtype=dtype, logits=args.logits)
+    return {
+        **_build_engine(args, artifact, engine),
         "dtype": graph["dtype"],
         "nodes": sum(graph["nodes"].values()),
         "custom_operator_nodes": graph["structured_nodes"],
@@ -417,8 +492,8 @@ def _has_checkpoint(args: argparse.Namespace, artifact: Artifact, source: ModelS
 
 def _dry_run(args: argparse.Namespace, begun: Begun) -> dict[str, Any]:
     from compress.forecast import forecast
+    from compress.methods.space import rotation_bytes
     from compress.preflight import device_of_plan, rehearse
-    from compress.space import rotation_bytes
 
     artifact, source, recipe = begun.artifact, begun.source, begun.recipe
     artifact.rehearse(*_written(args))

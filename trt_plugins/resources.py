@@ -48,7 +48,7 @@ def measure(architectures: Sequence[str] = ARCHITECTURES) -> dict[str, dict[str,
         log(f"compiling for sm_{architecture}")
         with tempfile.TemporaryDirectory() as scratch:
             command = [str(tools.nvcc), "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v"]
-            command += ["-ccbin", str(tools.host), str(SOURCES / "plugin" / "linear.cu"), "-o", f"{scratch}/cubin"]
+            command += ["-ccbin", str(tools.host), str(SOURCES / "ops" / "table.cu"), "-o", f"{scratch}/cubin"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise MissingDependencyError(f"the kernels were not compiled: {done.stderr.strip().splitlines()[-1]}")
@@ -75,7 +75,7 @@ def wide_loads(library: Path) -> dict[str, int]:
     places = [find().cuda / "bin", *packages("nvidia/cu13/bin")]
     cuobjdump = next((str(p / "cuobjdump") for p in places if (p / "cuobjdump").is_file()), shutil.which("cuobjdump"))
     if cuobjdump is None:
-        raise MissingDependencyError("there is no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+        raise MissingDependencyError("there is no cuobjdump: pip install 'procrustes-llm[plugins]'")
     path = {"PATH": f"{Path(cuobjdump).parent}:/usr/bin:/bin"}  # it calls nvdisasm
     done = subprocess.run([cuobjdump, "-sass", str(library)], capture_output=True, text=True, check=True, env=path)
     counts: dict[str, list[int]] = {}

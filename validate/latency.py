@@ -65,7 +65,7 @@ def jobs_of(arch: Architecture, structures: Sequence[str], inner: Sequence[str],
     That is every linear, the parts that selections (`inner`) leave of it, and the d x d matrices that rotations add.
     Raises UsageError for a unit that a structure cannot use.
     """
-    from compress.allocation.menus import CORES
+    from compress.structures import cores
     from validate.speed.layers import Shape
 
     whole, parts = dict[Shape, None](), dict[Shape, None]()
@@ -79,7 +79,7 @@ def jobs_of(arch: Architecture, structures: Sequence[str], inner: Sequence[str],
     for shape in (*whole, *parts, Shape("", "rotation", d, d, "in")):
         _, chosen = found.setdefault((shape.in_features, shape.out_features), (shape, {}))
         # What is left of a selection stays dense, or becomes one of these (compress/allocation/groups.py).
-        kinds = structures if shape in whole else [k for k in structures if k in (*CORES, "kron") and shape in parts]
+        kinds = structures if shape in whole else [k for k in structures if k in (*cores(), "kron") and shape in parts]
         for kind in kinds:
             chosen.update(dict.fromkeys(sizes_of(kind, shape, unit)))
     jobs = [Job(shape, tuple(chosen)) for shape, chosen in found.values()]

@@ -11,6 +11,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from compress.cli.entry import run_cli
 from compress.errors import GateError, UsageError
 from compress.lazy import CORE, check_versions, require
 from compress.options import given_flags
-from compress.progress import log
+from compress.progress import Listener, log, progress_to
 
 if TYPE_CHECKING:
     from compress.calibration.text import TextData
@@ -35,6 +36,7 @@ _FLAGS_OF = {
     ("perplexity", "speed"): ("threads",),
 }
 """Parts -> the flags that do nothing where all of them are skipped."""
+RUNTIMES = ("pytorch", "onnxruntime")
 EXAMPLES = """examples:
   python -m validate.run out/demo
   python -m validate.run out/demo --max-ppl-increase 10% --min-speedup 1.0
@@ -74,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     quality.add_argument("--batch", type=int, default=1, metavar="B", help="windows at a time (default: 1)")
     quality.add_argument(
         "--perplexity-runtime",
-        choices=("pytorch", "onnxruntime"),
+        choices=RUNTIMES,
         default="pytorch",
         help="what runs the compressed model (default: pytorch)",
     )
@@ -105,12 +107,76 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, validate, report; 0, or 3 when a gate failed."""
-    p = parser()
-    args = p.parse_args(argv)
-    limits = _check(args, p)
+    args = parser().parse_args(argv)
+    report, failed = _run(args)
+    from validate.report.console import console
+
+    if args.json:
+        print(json.dumps({"out": str(args.out), "passed": not failed, **report.to_dict()}, allow_nan=False))
+    else:
+        print(console(report))
+        print("\n".join(f"FAILED {sentence}" for sentence in failed) or f"OK {args.out / 'reports'}")
+    return GateError.exit_code if failed else 0
+
+
+def validate_artifact(
+    out: str | PathLike[str],
+    *,
+    model: str | None = None,
+    trust_remote_code: bool = False,
+    skip: Sequence[str] = (),
+    max_ppl_increase: str | float | None = None,
+    min_speedup: str | float | None = None,
+    data: str | PathLike[str] = "boolq-heldout",
+    sequence_length: int | None = None,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    batch: int = 1,
+    perplexity_runtime: str = "pytorch",
+    batch_sizes: Sequence[int] = (1, 8),
+    prefill: int | None = None,
+    past: int | None = None,
+    threads: int = 1,
+    seconds: float = 15.0,
+    dense: str | PathLike[str] | None = None,
+    gpu: bool = False,
+    trust_engine: bool = False,
+    plot: bool = True,
+    progress: Listener | None = None,
+) -> dict[str, Any]:
+    """Validate OUT, as `python -m validate.run` does: write OUT/reports and return what is in reports/report.json.
+
+    The options are the command's, with its defaults. "passed" says whether every gate held, and "failed" has a
+    sentence for each that did not; a gate raises nothing. `progress` is called with a `compress.Progress` in place of
+    lines on stderr. Raises UsageError for options that do not go together, MissingDependencyError for what is not
+    installed, ArtifactError when OUT is not what its manifest says.
+    """
+    given = {name: value for name, value in locals().items() if name not in ("out", "progress", "plot")}
+    args = parser().parse_args([fspath(out)])
+    for name, allowed in (("skip", PARTS), ("perplexity_runtime", RUNTIMES)):
+        for value in [given[name]] if isinstance(given[name], str) else given[name]:
+            if value not in allowed:
+                raise UsageError(f"{name} must be of {', '.join(allowed)}, not {value!r}")
+    for name, value in given.items():
+        setattr(args, name, value)
+    args.skip = [skip] if isinstance(skip, str) else list(skip)
+    args.max_ppl_increase = None if max_ppl_increase is None else str(max_ppl_increase)
+    args.min_speedup = None if min_speedup is None else str(min_speedup)
+    args.batch_sizes = ",".join(map(str, batch_sizes))
+    args.data = fspath(data)
+    args.dense = None if dense is None else Path(fspath(dense))
+    args.no_plot = not plot
+    with progress_to(progress):
+        report, failed = _run(args)
+    return {"out": str(args.out), "passed": not failed, "failed": failed, **report.to_dict()}
+
+
+def _run(args: argparse.Namespace) -> tuple[Report, list[str]]:
+    """Validate and write OUT/reports: the report, and a sentence for each gate that failed."""
+    limits = _check(args)
     check_versions(*CORE, "onnx", purpose="validate a model")
     if args.perplexity_runtime == "onnxruntime" or not {"parity", "speed"} <= set(args.skip):
-        require("onnxruntime", pip="'onnxruntime>=1.24'", purpose="validate the exported model")
+        require("onnxruntime", pip="'onnxruntime>=1.24.1'", purpose="validate the exported model")
     if not args.no_plot:
         require(  # now, and not after minutes of work
             "matplotlib", pip="'procrustes-llm[eval]'", purpose="draw the plots of reports/ (or give --no-plot)"
@@ -133,18 +199,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         report, gates = validate(baseline, args, limits)
         _publish(baseline, report, plot=not args.no_plot)
     from validate.gates import failures
-    from validate.report.console import console
 
-    failed = failures(gates)
-    if args.json:
-        print(json.dumps({"out": str(args.out), "passed": not failed, **report.to_dict()}, allow_nan=False))
-    else:
-        print(console(report))
-        print("\n".join(f"FAILED {sentence}" for sentence in failed) or f"OK {args.out / 'reports'}")
-    return GateError.exit_code if failed else 0
+    return report, failures(gates)
 
 
-def _check(args: argparse.Namespace, p: argparse.ArgumentParser) -> dict[str, Any]:
+def _check(args: argparse.Namespace) -> dict[str, Any]:
     """Parse what argparse does not; raises UsageError."""
     from validate.gates import parse_batch_sizes, parse_ppl_increase, parse_speedup
 
@@ -166,7 +225,7 @@ def _check(args: argparse.Namespace, p: argparse.ArgumentParser) -> dict[str, An
     if args.sequence_length is not None and args.sequence_length < 2:
         raise UsageError(f"--sequence-length must be at least 2, not {args.sequence_length}")
     for parts, flags in _FLAGS_OF.items():
-        if set(parts) <= set(args.skip) and (idle := given_flags(p, args, only=flags)):
+        if set(parts) <= set(args.skip) and (idle := given_flags(parser(), args, only=flags)):
             raise UsageError(
                 f"{' and '.join(idle)} would change nothing: --skip {' and '.join(parts)} leaves out what it is for"
             )

@@ -9,7 +9,7 @@ import torch
 from compress.allocation.choose import Cost
 from compress.allocation.latency import LatencyTable
 from compress.allocation.size import bias_parameters, overhead_parameters
-from compress.allocation.width import UNIT, kept_for_ratio
+from compress.allocation.width import kept_for_ratio
 from compress.architecture import Architecture, extra_biases
 from compress.errors import UsageError
 from compress.model.skips import parameters_of
@@ -24,6 +24,11 @@ def default_unit(arch: Architecture) -> int:
 def unit_of(arch: Architecture, recipe: Recipe) -> int:
     """The alignment that the recipe asks for, or the default one."""
     return recipe.unit or default_unit(arch)
+
+
+def width_unit(arch: Architecture, recipe: Recipe) -> int:
+    """The alignment of sizes, of the kept width of the stream where the method has one of its own for it."""
+    return recipe.unit or recipe.variant().unit or unit_of(arch, recipe)
 
 
 def ratio_of(arch: Architecture, recipe: Recipe) -> float:
@@ -42,15 +47,13 @@ def ratio_of(arch: Architecture, recipe: Recipe) -> float:
 def shortfall(arch: Architecture, recipe: Recipe, kept: float) -> str | None:
     """Why `kept`, the fraction of the projection parameters that a checkpoint has, is clearly below what was asked for
     (by more than a hundredth of it); None where it is not, and where no ratio was asked for or linears are named."""
-    if recipe.structure == "dense" or recipe.budget_latency is not None or recipe.layers:
+    if not recipe.compresses() or recipe.budget_latency is not None or recipe.layers:
         return None
     asked = ratio_of(arch, recipe)
     if kept >= 0.99 * asked:
         return None
-    unit = UNIT if recipe.structure == "slice" and not recipe.unit else unit_of(arch, recipe)
-    steps = f"sizes come in steps of {unit} features; a smaller --unit may come closer"
-    if recipe.fit == "paper":
-        steps = "the paper's sizes come in steps, and the next larger one exceeds the budget"
+    by_unit = f"sizes come in steps of {width_unit(arch, recipe)} features; a smaller --unit may come closer"
+    steps = recipe.entry().steps or by_unit
     return f"{kept:.4f} is kept where {asked:.4f} was asked for: {steps}"
 
 
@@ -71,15 +74,14 @@ def kept_width(arch: Architecture, recipe: Recipe) -> int:
 
     Raises UsageError when even the smallest is too much.
     """
-    reflections = recipe.reflections if recipe.skip == "householder" else None
-    unit = UNIT if recipe.structure == "slice" and not recipe.unit else unit_of(arch, recipe)
-    return kept_for_ratio(arch, ratio_of_weights(arch, recipe), recipe.skip, unit=unit, reflections=reflections)
+    unit, ratio = width_unit(arch, recipe), ratio_of_weights(arch, recipe)
+    return kept_for_ratio(arch, ratio, recipe.skip, unit=unit, reflections=recipe.reflections)
 
 
 def overhead_of(arch: Architecture, recipe: Recipe) -> int:
     """Parameters of the skips in their form, of the map before a tied head, and of the biases that are added."""
     skips = None
-    if recipe.skip in ("cs", "householder", "slice"):
+    if recipe.keeps_one_width():
         kept, reflections = kept_width(arch, recipe), recipe.reflections
         skips = parameters_of(recipe.skip, arch.hidden_size, arch.num_layers, kept=kept, reflections=reflections)
     return overhead_parameters(arch, recipe.rotation, skips) + _added_biases(arch, recipe)
@@ -134,7 +136,7 @@ def budget_of(arch: Architecture, recipe: Recipe) -> float:
 def most_parameters(arch: Architecture, recipe: Recipe) -> float:
     """What the projections may take at most: `budget_parameters`, or all that dense ones have where the budget is in
     seconds, which tells nothing of their parameters before the plan is made. Raises as `budget_parameters`."""
-    if recipe.structure == "dense" or recipe.budget_latency is not None:
+    if not recipe.compresses() or recipe.budget_latency is not None:
         return float(arch.projection_parameters())
     return budget_parameters(arch, recipe)
 
@@ -155,4 +157,4 @@ def latency_table(recipe: Recipe) -> LatencyTable:
 
 def uses_leading_mix(recipe: Recipe) -> bool:
     """Whether the mix of each Kronecker sum is absorbed in the rotation, so that only kept widths are to choose."""
-    return "kron" in kinds_of(recipe) and recipe.rotation != "none" and recipe.ties
+    return "kron" in kinds_of(recipe) and recipe.absorbs_mixes()

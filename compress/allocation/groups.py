@@ -10,7 +10,6 @@ from torch import Tensor
 from compress.allocation.choose import Choice, Cost, convex_hull
 from compress.allocation.cuts import Nested
 from compress.allocation.menus import (
-    CORES,
     Linear,
     core_menu,
     dense_choice,
@@ -33,7 +32,7 @@ from compress.rewrites.folding import FoldedModel
 from compress.rewrites.inner import InnerRewrites
 from compress.rotation.nested import StreamTerm
 from compress.rotation.stream import StreamRotations
-from compress.structures import KroneckerStructure, SelectStructure, Structure, core_of
+from compress.structures import KroneckerStructure, SelectStructure, Structure, core_of, cores
 
 CORE_SIZES = 12
 """Of about so many selections, evenly spaced: each takes a decomposition for each of its linears."""
@@ -59,7 +58,7 @@ class LayerMenus:
     ) -> None:
         self.model, self.recipe, self.moments, self.measured = model, recipe, moments, measured
         self.leading, self.kinds = "kron" in kinds, tuple(kind for kind in kinds if kind != "kron")
-        self.cores = tuple(kind for kind in kinds if kind in CORES)
+        self.cores = tuple(kind for kind in kinds if kind in cores())
         self.unit, self.cost, self.keeper = unit, cost, keeper or Nowhere()
         self.head_unit = max(1, min(16, model.arch.head_dim // 4))
         self.neuron_unit = 64 if model.arch.intermediate_size >= 1024 else max(1, model.arch.intermediate_size // 16)

@@ -1,41 +1,25 @@
 """What linears may become: for each group that is chosen together, structures with their cost and predicted loss.
 
-Every curve comes from one decomposition for all sizes of a structure; nothing is fitted here. 'dense' is always on the
-menu. A group is one linear, or several whose choices hang together: v and o when value coordinates may be dropped, the
-whole MLP when neurons may be.
+A structure predicts its losses itself (`Structure.curve`); nothing is fitted here. 'dense' is always on the menu. A
+group is one linear, or several whose choices hang together: v and o when value coordinates may be dropped, the whole
+MLP when neurons may be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from compress.allocation.choose import Choice, Cost, convex_hull
-from compress.errors import UsageError
-from compress.linalg import tails, whitened_spectrum
 from compress.rotation.nested import StreamTerm
-from compress.structures import (
-    DenseStructure,
-    GroupShuffleStructure,
-    KroneckerStructure,
-    LowRankStructure,
-    PivotedStructure,
-    SelectStructure,
-    Structure,
-)
+from compress.structures import DenseStructure, KroneckerStructure, SelectStructure, Structure, registry
 from compress.structures.base import Side
-from compress.structures.gs_fit import cut
 from compress.structures.joint import joint_error_by_rank, joint_ranks, joint_structures
 from compress.structures.select import refit, with_core
 
-CORES: dict[str, type[PivotedStructure]] = {"pifa": PivotedStructure}
-"""Structures that may lie between what a selection keeps, beside sums of Kronecker products. Pivoted low rank took the
-predicted loss of SmolLM2-135M at 0.75 from 0.166 to 0.150; plain low rank gains nothing there (0.1810 to 0.1806)."""
 Label = dict[str, tuple[Structure, float]]
 """Role -> (structure, its part of the predicted loss)."""
 
@@ -68,10 +52,8 @@ def every_choice(linear: Linear, kinds: Sequence[str], unit: int, cost: Cost) ->
     n, m = linear.weight.shape
     menu = [dense_choice(linear.role, m, n, cost)]
     for kind in kinds:
-        curves = _CURVES.get(kind)
-        if curves is None:
-            raise UsageError(f"structure {kind!r} has no predicted loss to allocate by: choose {', '.join(_CURVES)}")
-        menu += [Choice({linear.role: (s, loss)}, cost(s), loss) for s, loss in curves(linear, unit)]
+        curve = registry()[kind].curve(linear.weight, linear.gram, linear.metric, linear.side, unit=unit)
+        menu += [Choice({linear.role: (s, loss)}, cost(s), loss) for s, loss in curve]
     return menu
 
 
@@ -89,62 +71,16 @@ def leading_menu(role: str, sizes: tuple[int, int], side: Side, curve: Tensor, u
     return [Choice({role: (s, losses[s.kept])}, cost(s), losses[s.kept]) for s in structures]
 
 
-def _rank_curve(
-    kind: type[LowRankStructure | PivotedStructure], linear: Linear, unit: int
-) -> Iterable[tuple[Structure, float]]:
-    n, m = linear.weight.shape
-    squares = whitened_spectrum(linear.weight, linear.gram, linear.metric)
-    return _ranks(kind, (m, n), linear.side, squares, unit)
-
-
-def _ranks(
-    kind: type[LowRankStructure | PivotedStructure], sizes: tuple[int, int], side: Side, squares: Tensor, unit: int
-) -> list[tuple[Structure, float]]:
-    losses = tails(squares).tolist()
-    return [(s, losses[s.rank]) for s in kind.menu(*sizes, side, unit=unit)]
-
-
 def core_menu(
     role: str, sizes: tuple[int, int], side: Side, squares: Tensor, kinds: Sequence[str], unit: int, cost: Cost
 ) -> list[Choice]:
-    """The hull of what may lie between the features that a selection keeps, of `sizes` (in, out): dense, or of the
-    structures `kinds` those whose loss is a tail of `squares`, its squared whitened singular values."""
+    """The hull of what may lie between the features that a selection keeps, of `sizes` (in, out): dense, or one of
+    the structures `kinds` by `Structure.ranked`; squares: its squared whitened singular values, descending."""
     menu = [dense_choice(role, *sizes, cost)]
     for kind in kinds:
-        menu += [
-            Choice({role: (s, loss)}, cost(s), loss) for s, loss in _ranks(CORES[kind], sizes, side, squares, unit)
-        ]
+        ranked = registry()[kind].ranked(*sizes, side, squares, unit=unit)
+        menu += [Choice({role: (s, loss)}, cost(s), loss) for s, loss in ranked]
     return convex_hull(menu)
-
-
-def _group_shuffle_curve(linear: Linear, unit: int) -> Iterable[tuple[Structure, float]]:
-    """Each part of the grid by itself, in the diagonal blocks of both moments: exact when nothing couples the parts, an
-    estimate otherwise (derived here). With D these blocks of H (x) G, the optimum lies between the least and the
-    largest eigenvalue of H (x) G relative to D, times the estimate; the fit itself minds the coupling."""
-    n, m = linear.weight.shape
-    curves: dict[tuple[int, int], Tensor] = {}
-    found: list[tuple[Structure, float]] = []
-    for s in GroupShuffleStructure.menu(m, n, linear.side, unit=unit):
-        grid = (s.left_blocks, s.right_blocks)
-        if grid not in curves:
-            grams = _diagonal_blocks(linear.gram, s.left_blocks)[None]  # (1, left, columns, columns)
-            metrics = _diagonal_blocks(linear.metric, s.right_blocks)[:, None]  # (right, 1, rows, rows)
-            parts = cut(linear.weight, s.right_blocks, s.left_blocks)  # (right, left, rows, columns)
-            curves[grid] = tails(whitened_spectrum(parts, grams, metrics)).sum((0, 1))
-        found.append((s, float(curves[grid][s.rank])))
-    return found
-
-
-def _diagonal_blocks(moment: Tensor, count: int) -> Tensor:
-    size = len(moment) // count
-    return torch.stack([moment[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(count)])
-
-
-_CURVES: dict[str, Callable[[Linear, int], Iterable[tuple[Structure, float]]]] = {
-    "pifa": partial(_rank_curve, PivotedStructure),
-    "lowrank": partial(_rank_curve, LowRankStructure),
-    "gs": _group_shuffle_curve,
-}
 
 
 def merged(menus: Sequence[Sequence[Choice]]) -> list[Choice]:

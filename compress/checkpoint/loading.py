@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from compress.checkpoint.reader import CheckpointReader, storage_types
 from compress.errors import ArtifactError
 from compress.model.blocks import StructuredLinear
 from compress.model.config import ProcrustesConfig
 from compress.model.decoder import ProcrustesForCausalLM
-
-if TYPE_CHECKING:
-    pass
-from compress.checkpoint.reader import CheckpointReader
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> ProcrustesForCausalLM:
@@ -23,7 +19,8 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> ProcrustesFo
     with torch.device("meta"):
         model = ProcrustesForCausalLM(reader.config)
     state = {name: reader.get(name) for name in reader.names()}
-    state = {n: t.to(dtype) if t.is_floating_point() and not n.endswith(".A") else t for n, t in state.items()}
+    types = storage_types(reader.config.parsed_structures(), dtype)
+    state = {n: t.to(types.get(n, dtype)) if t.is_floating_point() else t for n, t in state.items()}
     if reader.config.tie_word_embeddings:
         tied = {n: t for n, t in state.items() if n.startswith("model.embed_tokens.")}
         state |= {n.replace("model.embed_tokens", "lm_head"): t for n, t in tied.items()}

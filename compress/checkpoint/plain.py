@@ -97,7 +97,7 @@ def check_plain(name: str, arch: Architecture, recipe: Recipe) -> None:
     """Raise UsageError when the recipe's result cannot be written by `write_plain`, or may turn out so after hours of
     fitting: where --structure auto has a structure on its menu that gives a writer a mean.
     """
-    if recipe.structure == "slice":
+    if not recipe.has_plain_equivalent():
         raise UsageError(SLICED.format(name=name))
     if recipe.corrects_biases():
         added = extra_biases(arch, tuple(arch.linears()))
@@ -109,11 +109,10 @@ def check_plain(name: str, arch: Architecture, recipe: Recipe) -> None:
     if recipe.embedding < 1 and arch.norm == "layernorm" and not arch.tied:
         raise UsageError(HEAD_BIAS.format(name=name))
     if arch.norm == "layernorm" and _writes_means(arch, recipe):
-        how = f"--structure {recipe.structure}{' --fit paper' if recipe.fit == 'paper' else ''}"
-        how, has = (f"{how} --menu {','.join(recipe.menu)}", "may have") if recipe.structure == "auto" else (how, "has")
+        has = "may have" if recipe.entry().chooses else "has"
         raise UsageError(
-            f"{name}: what {how} makes of the linears that write into the stream {has} a mean, which the source's "
-            f"LayerNorm would remove. {NO_PLAIN}"
+            f"{name}: what {recipe.flags()} makes of the linears that write into the stream {has} a mean, which the "
+            f"source's LayerNorm would remove. {NO_PLAIN}"
         )
 
 
@@ -128,8 +127,7 @@ def _writes_means(arch: Architecture, recipe: Recipe) -> bool:
     chosen = {structure(recipe.layers[name]) for name in writers if name in recipe.layers}
     if not all(name in recipe.layers for name in writers):
         chosen |= set(kinds_of(recipe))
-    loose = recipe.rotation == "none" or not recipe.ties or recipe.fit == "paper"
-    return bool(chosen & {"compot", "compot24", "gs"}) or ("kron" in chosen and loose)
+    return bool(chosen & {"compot", "compot24", "gs"}) or ("kron" in chosen and not recipe.absorbs_mixes())
 
 
 def _plain_ends(

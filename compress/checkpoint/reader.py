@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -45,6 +47,18 @@ def read_rotations(folder: Path) -> Rotations:
     if not isinstance(forms, list) or (forms and len(forms) != len(names) - 1):
         raise ArtifactError(f"{path} does not give one skip from each rotation to the next; compress the model again")
     return Rotations(kind, tuple(tensors[name] for name in names), tuple(map(skip_from_config, forms)))
+
+
+def storage_types(structures: Mapping[str, Structure], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Name of each factor in a checkpoint of type `dtype` -> the type in which its structure wants it stored.
+
+    structures: linear "layers.{i}.{role}" -> its structure. What is not in the result is of type `dtype`.
+    """
+    return {
+        f"model.{linear}.{factor}": stored
+        for linear, structure in structures.items()
+        for factor, stored in structure.storage_dtypes(dtype).items()
+    }
 
 
 class CheckpointReader:

@@ -6,34 +6,38 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from compress.checkpoint.reader import INDEX, ROTATION, storage_types
 from compress.errors import ArtifactError
 from compress.linalg import all_finite
 from compress.model.config import ProcrustesConfig
+from compress.rewrites.rotations import Rotations
 from compress.source.generation import write_generation_config
 from compress.structures import Structure
-
-if TYPE_CHECKING:
-    from compress.rewrites.rotations import Rotations
-
-
-from compress.checkpoint.reader import INDEX, ROTATION
-from compress.rewrites.rotations import Rotations
 
 
 class ShardWriter:
     """Writes tensors to numbered safetensors shards as they come; memory is bounded by one shard.
 
-    with ShardWriter(folder) as writer: writer.add(name, tensor). The index is written on a clean exit only.
+    with ShardWriter(folder) as writer: writer.add(name, tensor). The index is written on a clean exit only. The factors
+    of `structures` (linear "layers.{i}.{role}" -> its structure) are stored in the types that these ask for, every
+    other tensor in `dtype`, and integers as they are.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, max_shard_bytes: int = 2 << 30) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        structures: Mapping[str, Structure] | None = None,
+        max_shard_bytes: int = 2 << 30,
+    ) -> None:
         self.folder, self.dtype, self.max_shard_bytes = folder, dtype, max_shard_bytes
+        self._types = storage_types(structures or {}, dtype)
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = self._total = 0
         self._shards: list[list[str]] = []
@@ -64,14 +68,7 @@ class ShardWriter:
         self._total += size
 
     def _stored_dtype(self, name: str, tensor: Tensor) -> torch.dtype:
-        # The float32 mix of a Kronecker structure is tiny and stays float32 (op contract).
-        if name.endswith(".A") and tensor.dtype == torch.float32:
-            return torch.float32
-        # Integers stay what they are, and the bits of a sparsity mask bytes, even where the factors were cast together
-        # on their way here.
-        if name.endswith(".mask"):
-            return torch.uint8
-        return self.dtype if tensor.is_floating_point() else tensor.dtype
+        return self._types.get(name, self.dtype if tensor.is_floating_point() else tensor.dtype)
 
     def _flush(self) -> None:
         number = len(self._shards) + 1

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from compress.cli.own_packages import check_own_packages
 from compress.cli.standard_streams import readers_may_leave
 from compress.errors import _LONG, ArtifactError, MissingDependencyError, ProcrustesError, _cut
 
@@ -54,6 +55,7 @@ def run_cli(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
 
     with readers_may_leave(), _ended_cleanly():
         try:
+            check_own_packages(_module_of(main))
             code = run_telling(main, argv)
             sys.stdout.flush()  # a disk that is full shows here, where it can be told
             return code
@@ -97,6 +99,12 @@ def _ended_cleanly() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _module_of(main: Callable[[Sequence[str] | None], int]) -> str:
+    """The dotted name of the module of a command's `main`, which is `__main__` when it runs."""
+    spec = sys.modules["__main__"].__spec__ if main.__module__ == "__main__" else None
+    return main.__module__ if spec is None else spec.name
 
 
 def describe_os_error(error: OSError) -> str:

@@ -12,15 +12,17 @@ from compress.allocation.budget import (
     budget_parameters,
     ratio_of,
 )
+from compress.allocation.paying import where_it_helps
+from compress.allocation.plan import Plan
 from compress.artifact.ledger import Keeper
 from compress.errors import UsageError
+from compress.methods.layered import Planning
+from compress.methods.uniform import Uniform
 from compress.progress import track
 from compress.recipe import Recipe
 from compress.rewrites.folding import FoldedModel
-from compress.structures import (
-    Structure,
-    registry,
-)
+from compress.rewrites.rotations import Rotations
+from compress.structures import Structure, registry
 
 
 def normalised_spectrum(weight: Tensor) -> Tensor:
@@ -86,23 +88,24 @@ def pooled_structures(model: FoldedModel, recipe: Recipe, unit: int, keeper: Kee
     for layer in track(range(arch.num_layers), description="plan"):
         found = keeper.tensors(f"plan-spectra-{layer}", partial(_spectra, model, layer))
         spectra |= {f"layers.{layer}.{role}": found[role] for role in arch.linears()}
-    # A linear that no aligned size makes as small as its share stays dense, and the others pay for it.
-    left, open_names = budget_parameters(arch, recipe), dict(names)
-    while open_names and left > 0:
-        share = min(1.0, left / sum(n * m for n, m in open_names.values()))
-        ratios = pooled_allocation({name: spectra[name] for name in open_names}, open_names, share)
+
+    def chosen_of(wanted: list[str], left: float) -> tuple[dict[str, Structure], list[str]]:
+        shapes = {name: names[name] for name in wanted}
+        share = min(1.0, left / sum(n * m for n, m in shapes.values()))
+        ratios = pooled_allocation({name: spectra[name] for name in wanted}, shapes, share)
         chosen, stuck = dict[str, Structure](), list[str]()
-        for name, (n, m) in open_names.items():
+        for name, (n, m) in shapes.items():
             try:
                 if ratios[name] < 1:
                     chosen[name] = kind.for_ratio(m, n, arch.side(name.split(".", 2)[2]), ratios[name], unit)
             except UsageError:
                 stuck.append(name)
-        if not stuck:
-            return chosen
-        for name in stuck:
-            n, m = open_names.pop(name)
-            left -= n * m
+        return chosen, stuck
+
+    dense = {name: n * m for name, (n, m) in names.items()}
+    chosen = where_it_helps(dense, budget_parameters(arch, recipe), chosen_of)
+    if chosen is not None:
+        return chosen
     raise UsageError(
         f"no linear of this model has an aligned {recipe.structure} of ratio {ratio_of(arch, recipe):g}: "
         f"lower --unit or raise --ratio"
@@ -112,3 +115,16 @@ def pooled_structures(model: FoldedModel, recipe: Recipe, unit: int, keeper: Kee
 def _spectra(model: FoldedModel, layer: int) -> dict[str, Tensor]:
     weights = model.block(layer)
     return {role: normalised_spectrum(weights[f"{role}.weight"]) for role in model.arch.linears()}
+
+
+class Compot(Uniform):
+    """Pooled sizes under `--allocation global`, one ratio for all otherwise."""
+
+    name = "compot"
+
+    def plan(self, planning: Planning) -> Plan:
+        """As `Layered.plan`."""
+        if planning.recipe.allocation == "uniform":
+            return super().plan(planning)
+        structures = pooled_structures(planning.model, planning.recipe, planning.unit, planning.keeper)
+        return Plan(Rotations.none(), structures, {})

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
+from compress.allocation.budget import ratio_of, unit_of
+from compress.allocation.paying import where_it_helps
 from compress.architecture import Architecture
 from compress.errors import UsageError
-from compress.structures import LowRankStructure, Structure
-from compress.structures.joint import joint_error_by_rank, joint_fit, joint_ranks, joint_structures
+from compress.methods.base import Context, Fitted, Space
+from compress.methods.textless import fit_without_text, named_structures, space_without_text
+from compress.recipe import Recipe
+from compress.structures import Structure
+from compress.structures.joint import joint_error_by_rank, joint_ranks, joint_structures
 
 GROUPS = (("attn.q", "attn.k"), ("attn.v",), ("attn.o",), ("mlp.gate", "mlp.up"), ("mlp.down",))
 
@@ -40,35 +44,42 @@ def jrk_structures(arch: Architecture, ratio: float, unit: int) -> dict[str, Str
     """
     if ratio >= 1:
         return {}
-    left = ratio * arch.projection_parameters() / arch.num_layers
-    open_groups = jrk_groups(arch)
-    while open_groups:
-        share = left / sum(_dense(group) for group in open_groups)
-        wanted = [share * _dense(group) / _per_rank(group) for group in open_groups]
-        fitting = [[k for k in joint_ranks(g, unit) if k <= w] for g, w in zip(open_groups, wanted, strict=True)]
-        stuck = [group for group, ranks in zip(open_groups, fitting, strict=True) if not ranks]
-        if not stuck:
-            break
-        left -= sum(map(_dense, stuck))
-        open_groups = [group for group in open_groups if group not in stuck]
-    else:
+    groups = dict(enumerate(jrk_groups(arch)))
+
+    def ranks_of(names: list[int], left: float) -> tuple[dict[int, int], list[int]]:
+        return _joint_ranks({i: groups[i] for i in names}, left, unit)
+
+    budget = ratio * arch.projection_parameters() / arch.num_layers
+    ranks = where_it_helps({i: _dense(group) for i, group in groups.items()}, budget, ranks_of)
+    if ranks is None:
         raise UsageError(
             f"no group of this model has an aligned joint rank at --ratio {ratio:g}: lower --unit, which is {unit}, "
             f"or raise --ratio"
         )
-    ranks = [max(fit) for fit in fitting]
-    left -= sum(k * _per_rank(group) for k, group in zip(ranks, open_groups, strict=True))
-    for i in sorted(range(len(ranks)), key=lambda i: ranks[i] / wanted[i]):
-        price = unit * _per_rank(open_groups[i])
-        if price <= left and ranks[i] + unit in joint_ranks(open_groups[i], unit):
-            ranks[i] += unit
-            left -= price
     return {
         f"layers.{layer}.{role}": structure
         for layer in range(arch.num_layers)
-        for group, rank in zip(open_groups, ranks, strict=True)
-        for role, structure in joint_structures(group, rank).items()
+        for i, rank in ranks.items()
+        for role, structure in joint_structures(groups[i], rank).items()
     }
+
+
+def _joint_ranks(groups: Mapping[int, Group], left: float, unit: int) -> tuple[dict[int, int], list[int]]:
+    """The rank of every group for `left` parameters; or none, and the groups that have no aligned one."""
+    share = left / sum(_dense(group) for group in groups.values())
+    wanted = {i: share * _dense(group) / _per_rank(group) for i, group in groups.items()}
+    fitting = {i: [k for k in joint_ranks(group, unit) if k <= wanted[i]] for i, group in groups.items()}
+    stuck = [i for i, ranks in fitting.items() if not ranks]
+    if stuck:
+        return {}, stuck
+    ranks = {i: max(fit) for i, fit in fitting.items()}
+    left -= sum(k * _per_rank(groups[i]) for i, k in ranks.items())
+    for i in sorted(ranks, key=lambda i: ranks[i] / wanted[i]):
+        price = unit * _per_rank(groups[i])
+        if price <= left and ranks[i] + unit in joint_ranks(groups[i], unit):
+            ranks[i] += unit
+            left -= price
+    return ranks, []
 
 
 def energy_structures(
@@ -92,29 +103,25 @@ def energy_structures(
     return chosen
 
 
-def jrk_fit_block(weights: Mapping[str, Tensor], structures: Mapping[str, Structure]) -> dict[str, dict[str, Tensor]]:
-    """Role -> factors for one block, all fitted in the Frobenius norm, and those that share a V together.
+class JointRank:
+    """Joint rank-k, every block from its weights alone."""
 
-    weights: "{role}.weight" (out, in); structures: role -> structure. Raises UsageError, see `Structure.fit`.
-    """
-    fitted: dict[str, dict[str, Tensor]] = {}
-    for role, structure in structures.items():
-        if role in fitted:
-            continue
-        followers = [r for r, s in structures.items() if isinstance(s, LowRankStructure) and s.shares == role]
-        if isinstance(structure, LowRankStructure) and followers:
-            V, parts = joint_fit([weights[f"{r}.weight"] for r in (role, *followers)], structure.rank)
-            fitted[role] = {"V": V, "U": parts[0]}
-            fitted |= {r: {"U": U} for r, U in zip(followers, parts[1:], strict=True)}
-        else:
-            fitted[role] = structure.fit(weights[f"{role}.weight"])
-    return {role: fitted[role] for role in structures}
+    name = "joint-rank-k"
 
+    def check(self, arch: Architecture, recipe: Recipe) -> None:
+        """Raise UsageError for an impossible ratio, and for names that do not hold together."""
+        self._structures(arch, recipe)
 
-def frobenius_error(weight: Tensor, structure: Structure, factors: Mapping[str, Tensor]) -> float:
-    """|W - What| / |W|, 0 for a zero weight; factors with the V of the leader where it is shared."""
-    lost = torch.linalg.matrix_norm(weight.double() - structure.dense(factors).double())
-    return float(lost / torch.linalg.matrix_norm(weight.double()).clamp(min=1e-300))
+    def space(self, arch: Architecture, recipe: Recipe) -> Space:
+        """As `Method.space`."""
+        return space_without_text(arch, recipe)
+
+    def fit(self, context: Context) -> Fitted:
+        """As `Method.fit`."""
+        return fit_without_text(context, self._structures(context.arch, context.recipe))
+
+    def _structures(self, arch: Architecture, recipe: Recipe) -> dict[str, Structure]:
+        return named_structures(arch, recipe, jrk_structures(arch, ratio_of(arch, recipe), unit_of(arch, recipe)))
 
 
 def _dense(group: Group) -> int:

@@ -1,74 +1,58 @@
-"""How each recipe becomes fitted blocks: by plan and fit, as the paper does, by slicing, or without any text."""
+"""The method of each recipe: compress/catalog.py says its name, here is what has the name."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from pathlib import Path
-
-import torch
-from torch import Tensor
-
-from compress.allocation.plan import save_plan, saved_plan
-from compress.architecture import extra_biases
-from compress.artifact.ledger import KeptFolder
-from compress.calibration.measured import measured_losses
-from compress.calibration.moments import Moments, collect, shared_folder
-from compress.calibration.streams import Runner
+from compress.allocation.explicit import explicit_layers
+from compress.architecture import Architecture
 from compress.errors import UsageError
-from compress.fit.ends import fitted_ends
-from compress.fit.fallback import FAILURES
-from compress.fit.layers import LayerFitter
-from compress.methods.base import Fitted
-from compress.methods.paper.fit import fit_by_the_paper
-from compress.methods.planned import make_plan, needs_moments
-from compress.methods.slicegpt import fit_sliced
-from compress.methods.textless import fit_without_text
+from compress.methods.base import Method
+from compress.methods.compot import Compot
+from compress.methods.dense import Dense
+from compress.methods.jrk import JointRank
+from compress.methods.one_width import OneWidth
+from compress.methods.paper.method import Paper
+from compress.methods.planned import Planned
+from compress.methods.slicegpt import SliceGPT
+from compress.methods.uniform import Uniform
+from compress.progress import log
 from compress.recipe import Recipe
-from compress.rewrites.folding import FoldedModel
+
+_METHODS: dict[str, Method] = {}
 
 
-def fit_model(
-    model: FoldedModel,
-    recipe: Recipe,
-    tokens: Tensor | None,
-    state: KeptFolder,
-    device: torch.device,
-    batch: int,
-    statistics: Path | None = None,
-) -> Fitted:
-    """Compress by `recipe`; tokens (samples, length) int64, None for a recipe that reads no text.
+def register(method: Method) -> None:
+    """Add a method, by its name. Raises ValueError for a name that is taken."""
+    if method.name in _METHODS:
+        raise ValueError(f"there is a method {method.name!r} already")
+    _METHODS[method.name] = method
 
-    `state` holds what an interrupted run needs to go on; `statistics` the second moments, for other runs too, which
-    wait for each other while they are collected.
-    """
-    if tokens is None:
-        return fit_without_text(model, recipe, state)
-    runner = Runner(model.arch, tokens.shape[1], device, batch, recipe.calibration_dtype == "bfloat16")
-    if recipe.structure == "slice":
-        return fit_sliced(model, recipe, tokens, runner, state)
-    moments: Moments = {}
-    if needs_moments(recipe):
-        few = tokens[: min(recipe.sensitivity_samples, len(tokens))]
-        with nullcontext(state) if statistics is None else shared_folder(statistics) as kept:
-            moments = collect(
-                model, few, sensitivity=recipe.sensitivity, seed=recipe.calibration.seed, runner=runner, kept=kept
-            )
-    if recipe.fit == "paper":
-        return fit_by_the_paper(model, recipe, tokens, moments, state, device)
-    if "plan.json" not in state:
-        measured = None
-        if recipe.sensitivity == "measured":
-            measured = measured_losses(model, few, moments, recipe, runner, state)
-        try:
-            save_plan(state, make_plan(model, recipe, moments, measured, state))
-        except FAILURES as error:
-            raise UsageError(
-                f"the moments of this model and text are singular beyond what damping by {recipe.gram_damping:g} (Gram "
-                f"matrices) and {recipe.metric_damping:g} (metrics) makes up for ({str(error).partition(':')[0]}): "
-                f"raise gram_damping and metric_damping, e.g. --set gram_damping=1e-3"
-            ) from error
-    plan = saved_plan(state)
-    ends, ranks = fitted_ends(model, recipe, plan.rotations, tokens, moments)
-    files, records = LayerFitter(model, plan, recipe, moments, tokens, runner, state, ends).run()
-    biases = extra_biases(model.arch, tuple(model.arch.linears())) if "bias" in recipe.inner else []
-    return Fitted(plan.rotations, plan.structures, ends, files, records, ranks, biases)
+
+for _method in (Planned(), Uniform(), OneWidth(), Compot(), JointRank(), SliceGPT(), Paper(), Dense()):
+    register(_method)
+
+
+def names() -> tuple[str, ...]:
+    """Of all methods."""
+    return tuple(_METHODS)
+
+
+def method_of(recipe: Recipe) -> Method:
+    """What compresses by `recipe`."""
+    return _METHODS[recipe.variant().method]
+
+
+def check_recipe(arch: Architecture, recipe: Recipe) -> None:
+    """Raise UsageError for what no calibration can make work, before anything is read or computed."""
+    slower = [s.macs(1) / (s.in_features * s.out_features) for s in explicit_layers(arch, recipe).values()]
+    if max(slower, default=0) > 1:
+        log(
+            f"warning: {sum(x > 1 for x in slower)} linears of this recipe need more arithmetic than dense ones, up to "
+            f"{max(slower):.2f} times (Kronecker products of two sides do): smaller, but not faster"
+        )
+    length = recipe.calibration.sequence_length
+    if recipe.needs_text() and length > arch.max_positions:
+        raise UsageError(
+            f"sequences of {length} tokens are longer than the {arch.max_positions} positions of this model: "
+            f"give --sequence-length {arch.max_positions} or less"
+        )
+    method_of(recipe).check(arch, recipe)

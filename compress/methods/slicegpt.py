@@ -20,7 +20,7 @@ from torch import Tensor
 
 from compress.allocation.budget import kept_width
 from compress.allocation.width import leading_structures
-from compress.architecture import SUB_BLOCKS, WRITERS
+from compress.architecture import SUB_BLOCKS, WRITERS, Architecture
 from compress.artifact.ledger import KeptFolder
 from compress.artifact.state import mapped, mapped_anew, save_whole
 from compress.calibration.gram import GramSum
@@ -28,7 +28,8 @@ from compress.calibration.streams import Runner, embed
 from compress.fit.ends import fitted_ends
 from compress.fit.record import FitRecord
 from compress.linalg import damped
-from compress.methods.base import Fitted
+from compress.methods.base import Context, Fitted, Space, check_named_layers
+from compress.methods.space import fitted_blocks, larger, memory_with_streams, rotation_bytes, stream_bytes
 from compress.model.blocks import Block, rms_normalise
 from compress.model.skips import SliceSkip
 from compress.progress import track
@@ -202,9 +203,25 @@ def _lost(gram: Tensor, kept: Tensor, weight: Tensor | None = None) -> float:
     return float((lost / whole.clamp(min=1e-300)).clamp(min=0).sqrt())
 
 
-def fit_sliced(model: FoldedModel, recipe: Recipe, tokens: Tensor, runner: Runner, state: KeptFolder) -> Fitted:
-    pass
+class SliceGPT:
+    """Principal components of the stream of each block."""
 
-    found = slice_model(model, tokens, kept_width(model.arch, recipe), runner, state)
-    ends, ranks = fitted_ends(model, recipe, found.rotations, tokens, {})
-    return Fitted(found.rotations, found.structures, ends, found.files, found.records, ranks)
+    name = "slicegpt"
+
+    def check(self, arch: Architecture, recipe: Recipe) -> None:
+        """Raise UsageError where even the smallest width is too much, and for names that are given other sizes."""
+        check_named_layers(arch, recipe, leading_structures(arch, kept_width(arch, recipe), arch.hidden_size))
+
+    def space(self, arch: Architecture, recipe: Recipe) -> Space:
+        """As `Method.space`."""
+        stream = stream_bytes(arch, recipe, few=False)
+        during, after = {"streams": 2 * stream}, {"streams": stream, **fitted_blocks(arch, recipe)}
+        state = {"rotations": rotation_bytes(arch, recipe), **larger(during, after)}
+        return Space(state, memory_with_streams(arch, recipe, (0, 0)))
+
+    def fit(self, context: Context) -> Fitted:
+        """As `Method.fit`."""
+        model, recipe, tokens = context.model, context.recipe, context.text
+        found = slice_model(model, tokens, kept_width(model.arch, recipe), context.runner, context.state)
+        ends, ranks = fitted_ends(model, recipe, found.rotations, tokens, {})
+        return Fitted(found.rotations, found.structures, ends, found.files, found.records, ranks)

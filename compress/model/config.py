@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -69,6 +71,16 @@ class ProcrustesConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             pad_token_id=arch.pad_token_id,
             **choices,
         )
+
+    def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **options: Any) -> None:
+        """config.json, and beside it the Python files that it names for where this package is not installed."""
+        from compress.model.bundle import AUTO_MAP, write_bundle
+
+        self.auto_map = dict(AUTO_MAP)
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bundle(folder)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **options)
 
     def parsed_architecture(self) -> Architecture:
         """The `Architecture`; raises ArtifactError when config.json lacks it."""

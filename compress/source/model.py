@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from compress.source.gguf import GgufHeader
     from compress.source.readers import WeightReader
 
-Kind = Literal["folder", "gguf", "hub"]
+Kind = Literal["folder", "gguf", "hub", "memory"]
 
 # What transformers lets through on damaged files: it indexes and converts as they say.
 _ERRORS = (
@@ -216,6 +216,13 @@ class ModelSource:
             return None
         name = read_json(config, unique=False).get("tokenizer_class")
         return None if name is None else str(name)
+
+
+def tokenizer_in(folder: Path, model_type: str) -> PreTrainedTokenizerFast:
+    """The tokenizer whose files are in `folder`, those of a checkpoint say, with `ModelSource.tokenizer`'s errors."""
+    cls, options = tokenizer_class(folder, model_type, False)
+    source = ModelSource(str(folder), "folder", folder, None, folder.name, None)
+    return cast("PreTrainedTokenizerFast", source._from_pretrained(cls, "tokenizer", **options))
 
 
 def _reason(error: BaseException, tokenizer_class: str | None) -> str:

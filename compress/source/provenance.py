@@ -14,6 +14,7 @@ from typing import Any
 from compress.artifact.files import sha256_of
 from compress.errors import ArtifactError, UsageError
 from compress.source import hub
+from compress.source.memory import content_hashes
 from compress.source.model import ModelSource
 from compress.source.resolve import resolve
 
@@ -28,7 +29,9 @@ def is_local(source: ModelSource) -> bool:
 
 def file_hashes(source: ModelSource) -> dict[str, str]:
     """File name -> SHA-256 of all that makes the model: weights, config, tokenizer."""
-    settings = [] if source.gguf_file is not None else [n for n in _SETTINGS if (source.path / n).is_file()]
+    if source.gguf_file is not None or source.kind == "memory":
+        return dict(source.sha256)
+    settings = [name for name in _SETTINGS if (source.path / name).is_file()]
     return {**source.sha256, **{name: sha256_of(source.path / name) for name in settings}}
 
 
@@ -88,6 +91,11 @@ def stable_name(recorded: Mapping[str, Any]) -> str | None:
 
 
 def _find_local(recorded: Mapping[str, Any], out: Path, trust_remote_code: bool) -> ModelSource:
+    if recorded.get("kind") == "memory":
+        raise UsageError(
+            f"{out} was made from a model in memory ({str(recorded.get('id'))!r}), of which no file is known: save "
+            "that model and its tokenizer with save_pretrained, and name the folder with --model PATH"
+        )
     places = list(_places(recorded))
     if not places:
         raise UsageError(
@@ -138,6 +146,9 @@ def _changed(source: ModelSource, recorded: Mapping[str, Any]) -> list[str]:
         raise ArtifactError("the manifest has no hashes of the source model; compress it again")
     if recorded.get("kind") == "gguf" and source.gguf_file is not None:
         return [] if list(expected.values()) == list(source.sha256.values()) else [source.gguf_file]
+    if recorded.get("kind") == "memory":
+        found = content_hashes(source)
+        return sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     # Older manifests have the weight files alone: what they do not mention is not held against them.
     found = file_hashes(source) if "config.json" in expected else source.sha256
     return sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))

@@ -72,9 +72,9 @@ def _check_model(path: Path) -> bool:
     with path.open("rb") as file:
         is_sentencepiece = file.read(1) == b"\n"  # the first field of the protocol buffer; tiktoken's is base64
     if not is_sentencepiece:
-        require("tiktoken", pip="tiktoken", purpose=f"read {path}, a tokenizer in tiktoken's format")
+        require("tiktoken", pip="'procrustes-llm[tiktoken]'", purpose=f"read {path}, a tokenizer in tiktoken's format")
         return False
-    sentencepiece = require("sentencepiece", pip="sentencepiece", purpose=f"read {path}")
+    sentencepiece = require("sentencepiece", pip="'sentencepiece>=0.2'", purpose=f"read {path}")
     try:
         sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError, ValueError) as error:

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compress.structures.base import Structure, cast, register, registry, structure_from_config
+    from compress.structures.base import Structure, cast, cores, register, registry, structure_from_config
     from compress.structures.compot import Compot24Structure, CompotStructure
     from compress.structures.dense import DenseStructure
     from compress.structures.gs import GroupShuffleStructure
@@ -30,6 +30,7 @@ __all__ = [
     "Structure",
     "cast",
     "core_of",
+    "cores",
     "register",
     "registry",
     "structure_from_config",
@@ -47,6 +48,7 @@ _HOME = {
     "Structure": "base",
     "cast": "base",
     "core_of": "select",
+    "cores": "base",
     "register": "base",
     "registry": "base",
     "structure_from_config": "base",

@@ -37,6 +37,10 @@ class Structure(ABC):
     """The dimensions of a structured out_features x in_features matrix; its factors are passed in by name."""
 
     name: ClassVar[str]
+    predicts_loss: ClassVar[bool] = False
+    """Whether `curve` gives the loss of every size, which global allocation (`--allocation global`) chooses by."""
+    may_be_core: ClassVar[bool] = False
+    """Whether it may lie between the features that a selection keeps in an allocation; `ranked` then gives its loss."""
 
     in_features: int
     out_features: int
@@ -77,6 +81,27 @@ class Structure(ABC):
         """
 
     @classmethod
+    def curve(cls, weight: Tensor, gram: Tensor, metric: Tensor, side: Side, *, unit: int) -> list[tuple[Self, float]]:
+        """(size, its predicted tr(H E G E^T)) of every entry of the menu, from one decomposition; nothing is fitted.
+
+        weight (out, in), gram G (in, in) and metric H (out, out) in float64, both moments positive definite. A
+        structure that has a curve sets `predicts_loss`; one without it raises UsageError.
+        """
+        known = ", ".join(name for name, kind in registry().items() if kind.predicts_loss)
+        raise UsageError(f"structure {cls.name!r} has no predicted loss to allocate by: choose {known}")
+
+    @classmethod
+    def ranked(
+        cls, in_features: int, out_features: int, side: Side, squares: Tensor, *, unit: int
+    ) -> list[tuple[Self, float]]:
+        """`curve` of a matrix of which only the squared singular values of C_H^T W C_G are known, `squares` descending.
+
+        A structure that has it sets `may_be_core`; one without it raises UsageError.
+        """
+        known = ", ".join(name for name, kind in registry().items() if kind.may_be_core)
+        raise UsageError(f"structure {cls.name!r} cannot lie inside a selection that is allocated: choose {known}")
+
+    @classmethod
     def for_ratio(cls, in_features: int, out_features: int, side: Side, ratio: float, unit: int) -> Self:
         """The entry of the menu with most parameters not above ratio * in_features * out_features.
 
@@ -94,6 +119,19 @@ class Structure(ABC):
         """Factor name -> the type in which it is stored in a checkpoint of type `dtype`."""
         return dict.fromkeys(self.shapes(), dtype)
 
+    def random_factors(self, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """Factors that `check_factors` accepts, for tests and benchmarks; floating ones are of type `dtype`.
+
+        Here: normal entries, scaled so that `apply` keeps the size of its input. A structure with integer factors (an
+        order, a mask) draws those itself.
+        """
+
+        def normal(shape: tuple[int, ...]) -> Tensor:
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+            return (drawn / math.sqrt(shape[-1])).to(torch.float32).to(dtype)  # in every type the same numbers
+
+        return {name: normal(shape) for name, shape in self.shapes().items()}
+
     def bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the factors in a checkpoint of type `dtype`; what one decode step reads from memory."""
         stored = self.storage_dtypes(dtype)
@@ -110,12 +148,18 @@ class Structure(ABC):
         return {"structure": self.name, **config}
 
     def check_factors(self, factors: Mapping[str, Tensor]) -> None:
-        """Raise ArtifactError when the factors are not those of this structure (names and shapes)."""
+        """Raise ArtifactError when the factors are not those of this structure: names, shapes, and `check_values`."""
         found = {name: tuple(factor.shape) for name, factor in factors.items()}
         if found != self.shapes():
             raise ArtifactError(
                 f"the factors have shapes {found} but {self} needs {self.shapes()}; compress the model again"
             )
+        for name, factor in factors.items():
+            self.check_values(name, factor)
+
+    def check_values(self, name: str, factor: Tensor) -> None:  # noqa: B027 (most structures have nothing to check)
+        """Raise ArtifactError where one factor, of the right shape, has values that none of this structure has: an
+        order that is no permutation, a mask of another pattern. Here: any values will do."""
 
     def _require_positive(self, field: str) -> None:
         value = getattr(self, field)
@@ -160,6 +204,11 @@ def registry() -> dict[str, type[Structure]]:
     for module in iter_modules(package.__path__, package.__name__ + "."):
         import_module(module.name)
     return dict(sorted(_REGISTRY.items()))
+
+
+def cores() -> tuple[str, ...]:
+    """The structures that may lie between the features that a selection keeps; see `Structure.may_be_core`."""
+    return tuple(name for name, kind in registry().items() if kind.may_be_core)
 
 
 def cast(factors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

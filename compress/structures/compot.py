@@ -105,20 +105,23 @@ class CompotStructure(Structure):
     def dense(self, factors: Mapping[str, Tensor]) -> Tensor:
         return self.coefficients(factors) @ factors["D"]
 
+    def random_factors(self, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """See `Structure.random_factors`; the mask follows the pattern."""
+        size = torch.rand(self.out_features, self.atoms, generator=generator)
+        return {**super().random_factors(generator, dtype), "mask": pack(self._support(size))}
+
     def coefficients(self, factors: Mapping[str, Tensor]) -> Tensor:
         """S (out_features, atoms) from `values` and `mask`, with its zeros."""
         values = factors["values"]
         zeros = values.new_zeros(self.out_features, self.atoms)
         return zeros.masked_scatter(unpack(factors["mask"], self.atoms), values)
 
-    def check_factors(self, factors: Mapping[str, Tensor]) -> None:
-        """Raise ArtifactError for wrong names or shapes, or a mask that is not one of this structure."""
-        super().check_factors(factors)
-        self.check_mask(factors["mask"])
-
-    def check_mask(self, mask: Tensor) -> None:
-        """The part of `check_factors` about the mask, uint8 (out_features, ceil(atoms / 8))."""
-        support = unpack(mask, BITS * mask.shape[1])
+    def check_values(self, name: str, factor: Tensor) -> None:
+        """See `Structure.check_values`: the mask, uint8 (out_features, ceil(atoms / 8)), keeps `kept` atoms of every
+        row in the pattern, and its spare bits are 0."""
+        if name != "mask":
+            return
+        support = unpack(factor, BITS * factor.shape[1])
         spare = bool(support[:, self.atoms :].any())
         if spare or bool((support.sum(1) != self.kept).any()) or not self._follows_pattern(support[:, : self.atoms]):
             raise ArtifactError(

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from compress.errors import UsageError
-from compress.linalg import Problem, balance, result_dtype
+from compress.linalg import Problem, balance, result_dtype, tails, whitened_spectrum
 from compress.structures import gs_fit
 from compress.structures.base import Side, Structure, register
 
@@ -33,6 +34,7 @@ class GroupShuffleStructure(Structure):
     """
 
     name: ClassVar[str] = "gs"
+    predicts_loss: ClassVar[bool] = True
 
     left_blocks: int
     right_blocks: int
@@ -105,3 +107,27 @@ class GroupShuffleStructure(Structure):
             ranks = (r for r in range(step, min(rows, columns) + 1, step) if r * (rows + columns) < rows * columns)
             menu.extend(cls(in_features, out_features, left, right, rank) for rank in ranks)
         return menu
+
+    @classmethod
+    def curve(cls, weight: Tensor, gram: Tensor, metric: Tensor, side: Side, *, unit: int) -> list[tuple[Self, float]]:
+        """See `Structure.curve`. Each part of the grid by itself, in the diagonal blocks of both moments: exact when
+        nothing couples the parts, an estimate otherwise (derived here). With D these blocks of H (x) G, the optimum
+        lies between the least and the largest eigenvalue of H (x) G relative to D, times the estimate; `fit` takes the
+        coupling into account."""
+        out_features, in_features = weight.shape
+        losses: dict[tuple[int, int], Tensor] = {}
+        found: list[tuple[Self, float]] = []
+        for s in cls.menu(in_features, out_features, side, unit=unit):
+            grid = (s.left_blocks, s.right_blocks)
+            if grid not in losses:
+                grams = _diagonal_blocks(gram, s.left_blocks)[None]  # (1, left, columns, columns)
+                metrics = _diagonal_blocks(metric, s.right_blocks)[:, None]  # (right, 1, rows, rows)
+                parts = gs_fit.cut(weight, s.right_blocks, s.left_blocks)  # (right, left, rows, columns)
+                losses[grid] = tails(whitened_spectrum(parts, grams, metrics)).sum((0, 1))
+            found.append((s, float(losses[grid][s.rank])))
+        return found
+
+
+def _diagonal_blocks(moment: Tensor, count: int) -> Tensor:
+    size = len(moment) // count
+    return torch.stack([moment[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(count)])

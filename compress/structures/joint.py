@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compress.architecture import READERS
 from compress.errors import ArtifactError, UsageError
-from compress.linalg import Moment, Problem, balance, low_rank, result_dtype
+from compress.linalg import Moment, Problem, balance, low_rank, result_dtype, tails
 from compress.structures.base import Structure
 from compress.structures.lowrank import LowRankStructure
 
@@ -59,9 +59,7 @@ def joint_error_by_rank(
     scales: Sequence[float] | None = None,
 ) -> Tensor:
     """The optimal sum_i s_i tr(H_i E_i G E_i^T) at every rank 0 ... min(sum n_i, m), in float64."""
-    squares = torch.linalg.svdvals(_Stack(weights, gram, metrics, scales).whitened).square()
-    tails = squares.flip(0).cumsum(0).flip(0)  # entry k: sum of squares k, k + 1, ...
-    return torch.cat([tails, tails.new_zeros(1)])
+    return tails(torch.linalg.svdvals(_Stack(weights, gram, metrics, scales).whitened).square())
 
 
 class _Stack:

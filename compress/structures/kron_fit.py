@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from compress.linalg import Moment, Problem, conjugate_gradient, low_rank
+from compress.linalg import Moment, Problem, conjugate_gradient, low_rank, tails
 
 DESCENT_ROUNDS = 3  # each starts a fresh chart of the Grassmannian at the best point so far
 DESCENT_STEPS = 25
@@ -40,8 +40,7 @@ def leading_errors(problem: Problem) -> Tensor:
     With G = C C^T, E G E^T = (E C)(E C)^T and the optimal E C is W C with its first `kept` columns zeroed: the rest
     of W C is what the kept inputs cannot predict. (Derived here.)
     """
-    squares = problem.whiten(problem.weight).square().sum(0)  # (in,)
-    return torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
+    return tails(problem.whiten(problem.weight).square().sum(0))
 
 
 def fit_mix(problem: Problem, blocks: int, terms: int) -> tuple[Tensor, Tensor]:

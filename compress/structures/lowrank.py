@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from typing_extensions import Self
 
 from compress.errors import UsageError
-from compress.linalg import Problem, balance, low_rank, result_dtype
+from compress.linalg import Problem, balance, low_rank, result_dtype, tails, whitened_spectrum
 from compress.structures.base import Side, Structure, register
 
 
@@ -31,6 +31,7 @@ class LowRankStructure(Structure):
     """
 
     name: ClassVar[str] = "lowrank"
+    predicts_loss: ClassVar[bool] = True
 
     rank: int
     shares: str | None = None
@@ -78,6 +79,13 @@ class LowRankStructure(Structure):
         saving = [r for r in ranks if r * (in_features + out_features) < in_features * out_features]
         return [cls(in_features, out_features, r) for r in saving]
 
+    @classmethod
+    def curve(cls, weight: Tensor, gram: Tensor, metric: Tensor, side: Side, *, unit: int) -> list[tuple[Self, float]]:
+        """See `Structure.curve`: exact."""
+        out_features, in_features = weight.shape
+        losses = tails(whitened_spectrum(weight, gram, metric)).tolist()
+        return [(s, losses[s.rank]) for s in cls.menu(in_features, out_features, side, unit=unit)]
+
 
 def best_factors(problem: Problem, rank: int) -> tuple[Tensor, Tensor]:
     """U (out, rank) and V (rank, in), float64, that minimise tr(H E G E^T), E = W - U V, in closed form.
@@ -107,6 +115,4 @@ def error_by_rank(weight: Tensor, gram: Tensor | None = None, metric: Tensor | N
     Entry k is the sum of the squares of all singular values of C_H^T W C_G after the k-th.
     """
     problem = Problem.of(weight, gram, metric, weight.shape[1], weight.shape[0])
-    squares = torch.linalg.svdvals(problem.whiten(problem.weight)).square()
-    tails = squares.flip(0).cumsum(0).flip(0)  # entry k: sum of squares k, k + 1, ...
-    return torch.cat([tails, tails.new_zeros(1)])
+    return tails(torch.linalg.svdvals(problem.whiten(problem.weight)).square())

@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from typing_extensions import Self
 
 from compress.errors import ArtifactError, UsageError
-from compress.linalg import Problem, result_dtype
+from compress.linalg import Problem, result_dtype, tails, whitened_spectrum
 from compress.structures.base import Side, Structure, cast, register
 from compress.structures.lowrank import best_parts
 
@@ -41,6 +41,10 @@ class PivotedStructure(Structure):
     """
 
     name: ClassVar[str] = "pifa"
+    predicts_loss: ClassVar[bool] = True
+    may_be_core: ClassVar[bool] = True
+    """It took the predicted loss of SmolLM2-135M at 0.75 from 0.166 to 0.150 inside selections; plain low rank gains
+    nothing there (0.1810 to 0.1806)."""
 
     rank: int
     side: Side = "out"
@@ -116,14 +120,15 @@ class PivotedStructure(Structure):
             return torch.cat((factors["U"], factors["U"] @ factors["C"]), dim=1)[:, order.argsort()]
         return torch.cat((factors["V"], factors["C"] @ factors["V"]), dim=0)[order]
 
-    def check_factors(self, factors: Mapping[str, Tensor]) -> None:
-        """Raise ArtifactError for wrong names or shapes, or an order that is no permutation."""
-        super().check_factors(factors)
-        self.check_order(factors["order"])
+    def random_factors(self, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """See `Structure.random_factors`; the order is a permutation."""
+        order = torch.randperm(self.cut, generator=generator, dtype=INDEX)
+        return {**super().random_factors(generator, dtype), "order": order}
 
-    def check_order(self, order: Tensor) -> None:
-        """The part of `check_factors` about the order, (cut,)."""
-        if not torch.equal(order.long().sort().values, torch.arange(self.cut, device=order.device)):
+    def check_values(self, name: str, factor: Tensor) -> None:
+        """See `Structure.check_values`: the order (cut,) is a permutation."""
+        places = torch.arange(self.cut, device=factor.device)
+        if name == "order" and not torch.equal(factor.long().sort().values, places):
             raise ArtifactError(f"the order of {self} is no permutation; compress the model again")
 
     @classmethod
@@ -134,6 +139,20 @@ class PivotedStructure(Structure):
         ranks = range(unit, min(in_features, out_features), unit)
         sizes = [cls(in_features, out_features, rank, pivots) for rank in ranks]
         return [s for s in sizes if s.parameter_count() < in_features * out_features]
+
+    @classmethod
+    def curve(cls, weight: Tensor, gram: Tensor, metric: Tensor, side: Side, *, unit: int) -> list[tuple[Self, float]]:
+        """See `Structure.curve`: exact, that of the same rank as a product U V."""
+        out_features, in_features = weight.shape
+        return cls.ranked(in_features, out_features, side, whitened_spectrum(weight, gram, metric), unit=unit)
+
+    @classmethod
+    def ranked(
+        cls, in_features: int, out_features: int, side: Side, squares: Tensor, *, unit: int
+    ) -> list[tuple[Self, float]]:
+        """See `Structure.ranked`."""
+        losses = tails(squares).tolist()
+        return [(s, losses[s.rank]) for s in cls.menu(in_features, out_features, side, unit=unit)]
 
 
 def pivot_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -98,6 +98,10 @@ class SelectStructure(Structure):
         """As the core."""
         return self.reduced.storage_dtypes(dtype)
 
+    def random_factors(self, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """As the core."""
+        return self.reduced.random_factors(generator, dtype)
+
     def fit(self, weight: Tensor, gram: Tensor | None = None, metric: Tensor | None = None) -> dict[str, Tensor]:
         """See `Structure.fit`. Exact whenever the fit of the core is (derived here).
 
@@ -146,6 +150,10 @@ class SelectStructure(Structure):
     def check_factors(self, factors: Mapping[str, Tensor]) -> None:
         """As the core."""
         self.reduced.check_factors(factors)
+
+    def check_values(self, name: str, factor: Tensor) -> None:
+        """As the core."""
+        self.reduced.check_values(name, factor)
 
     def macs(self, tokens: int) -> int:
         """Those of the core; a cut or a padding costs none."""

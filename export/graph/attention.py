@@ -11,7 +11,7 @@ import torch
 from compress.architecture import Architecture
 from compress.model.blocks import rope_frequencies
 from export.graph.external import ONNX_TYPES
-from export.graph.lowering import Fused
+from export.graph.fusion import Fused
 from export.graph.writer import GraphWriter, Weight
 
 

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from compress.checkpoint.reader import CheckpointReader
 from compress.errors import ArtifactError, UsageError
-from compress.structures import CompotStructure, PivotedStructure, SelectStructure, Structure, core_of
+from compress.structures import SelectStructure, Structure, core_of
 from export.graph.attention import Shared, attend, shared_values, split_heads
 from export.graph.external import ExternalData
-from export.graph.lowering import COEFFICIENTS, STORED_TYPES, Fused, fuse, lower, packed
+from export.graph.fusion import Fused, fuse
 from export.graph.narrow import narrow_width
-from export.graph.ops import DOMAIN, OPSET
+from export.graph.ops import DOMAIN, OPSET, Derived, family_of, lower
 from export.graph.skips import apply_skip
 from export.graph.writer import GraphWriter, Weight
 from export.memory import peak_rss, reset_peak
@@ -308,12 +308,15 @@ class _DecoderGraph:
     def _read_stream(self, layer: int, sub_block: str, h: str) -> Iterable[tuple[Fused, str]]:
         """The readers of the normalised stream, as few nodes as can be: (which roles, their output)."""
         structures = {role: self._structure(layer, role) for role in self.arch.readers(sub_block)}
-        mixes = {
-            role: self._read(f"model.layers.{layer}.{role}.A", structure.shapes()["A"])
+        compared = {
+            role: {
+                factor: self._read(f"model.layers.{layer}.{role}.{factor}", structure.shapes()[factor])
+                for factor in family_of(structure).compared
+                if factor in structure.shapes()
+            }
             for role, structure in structures.items()
-            if "A" in structure.shapes()
         }
-        for fused in fuse(structures, mixes, self._biased(layer)):
+        for fused in fuse(structures, compared, self._biased(layer)):
             yield fused, self._linear(layer, fused, h)
 
     def _linear(self, layer: int, fused: Fused, x: str) -> str:
@@ -324,11 +327,11 @@ class _DecoderGraph:
 
     def _factor(self, layer: int, fused: Fused, factor: str) -> Weight:
         """One factor of a projection node: its role's, or those of all its roles one below the other."""
-        block = fused.roles[0].partition(".")[0]
-        if factor == COEFFICIENTS:
-            return self._coefficients(layer, fused.roles[0], packed(fused.structure))
+        block, family = fused.roles[0].partition(".")[0], family_of(core_of(fused.structure))
+        if factor in family.derived:
+            return self._derived(layer, fused.roles[0], fused.structure, factor, family.derived[factor])
         shape = fused.structure.shapes().get(factor, (fused.structure.out_features,))  # absent: the bias
-        stacked = len(fused.roles) > 1 and factor not in ("A", "V")  # an explicit mix, a shared V: the same for all
+        stacked = len(fused.roles) > 1 and factor not in family.once
 
         def parts() -> Iterable[Tensor]:
             for role, size in zip(fused.roles, fused.out_features, strict=True):
@@ -336,25 +339,27 @@ class _DecoderGraph:
                     yield self._bias(layer, role, size)
                     continue
                 part = self._read(f"model.layers.{layer}.{role}.{factor}", (size, *shape[1:]) if stacked else shape)
-                if factor == "order" and isinstance(core := core_of(fused.structure), PivotedStructure):
-                    core.check_order(part)
+                fused.structure.check_values(factor, part)
                 yield part
                 if not stacked:
                     return
 
         name = "_".join(role.partition(".")[2] for role in fused.roles)
-        return Weight(f"layers.{layer}.{block}.{name}.{factor}", shape, parts, STORED_TYPES.get(factor))
+        stored = fused.structure.storage_dtypes(self.g.dtype).get(factor)
+        return Weight(f"layers.{layer}.{block}.{name}.{factor}", shape, parts, stored)
 
-    def _coefficients(self, layer: int, role: str, structure: CompotStructure) -> Weight:
-        """The coefficients of a sparse dictionary, unpacked when they are written."""
+    def _derived(self, layer: int, role: str, structure: Structure, factor: str, derived: Derived) -> Weight:
+        """A factor that is stored in another form, made when it is written."""
+        core = core_of(structure)
 
         def parts() -> Iterable[Tensor]:
-            shapes = structure.shapes()
-            values, mask = (self._read(f"model.layers.{layer}.{role}.{n}", shapes[n]) for n in ("values", "mask"))
-            structure.check_mask(mask)
-            yield structure.coefficients({"values": values, "mask": mask})
+            shapes = core.shapes()
+            found = {name: self._read(f"model.layers.{layer}.{role}.{name}", shapes[name]) for name in derived.sources}
+            for name, tensor in found.items():
+                core.check_values(name, tensor)
+            yield derived.make(core, found)
 
-        return Weight(f"layers.{layer}.{role}.{COEFFICIENTS}", (structure.out_features, structure.atoms), parts)
+        return Weight(f"layers.{layer}.{role}.{factor}", derived.shape(core), parts)
 
     def _table(self, name: str, rank: int) -> list[str]:
         """The matrix (vocabulary, d) of embedding or head: its weight, or U (vocabulary, rank) and R (rank, d)."""

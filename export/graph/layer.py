@@ -11,7 +11,7 @@ from torch import Tensor
 from compress.structures import Structure
 from export.graph.decoder import MODEL_NAME, check
 from export.graph.external import ExternalData
-from export.graph.lowering import COEFFICIENTS, STORED_TYPES, lower, packed
+from export.graph.ops import graph_factors, lower
 from export.graph.writer import GraphWriter, Weight
 
 
@@ -29,16 +29,15 @@ def export_linear(
     """
     structure.check_factors(factors)
     out.mkdir(parents=True, exist_ok=True)
-    stored = dict(factors) if bias is None else {**factors, "bias": bias}
+    stored = graph_factors(structure, factors) | ({} if bias is None else {"bias": bias})
+    types = structure.storage_dtypes(dtype)
     with ExternalData(out) as data:
         g = GraphWriter(data, dtype)
         x = g.input("x", ("tokens", structure.in_features))
         g.output("y", ("tokens", structure.out_features))
         calls = lower(structure, bias is not None)
         for call in calls:
-            if COEFFICIENTS in call.factors:
-                stored[COEFFICIENTS] = packed(structure).coefficients(factors)
-            weights = [g.weight(_weight(name, stored[name])) for name in call.factors]
+            weights = [g.weight(_weight(name, stored[name], types.get(name))) for name in call.factors]
             x = g.call(call, x, weights, result="y" if call is calls[-1] else None)
         model = g.model("linear", {})
     path = out / MODEL_NAME
@@ -47,5 +46,5 @@ def export_linear(
     return path
 
 
-def _weight(name: str, tensor: Tensor) -> Weight:
-    return Weight(name, tuple(tensor.shape), lambda: [tensor], STORED_TYPES.get(name))
+def _weight(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Weight:
+    return Weight(name, tuple(tensor.shape), lambda: [tensor], dtype)

@@ -16,8 +16,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor
 
 from export.graph.external import ONNX_TYPES, ExternalData
-from export.graph.lowering import Call
-from export.graph.ops import DOMAIN, DOMAIN_VERSION, OPSET, op
+from export.graph.ops import DOMAIN, DOMAIN_VERSION, OPSET, Call, op
 
 IR_VERSION = 11
 Axes = Sequence[int | str]

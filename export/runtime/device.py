@@ -28,7 +28,7 @@ class Executor(Protocol):
     """An engine that is loaded. `axes`: of each input; `types`: of each input and output; `spans`: what it takes."""
 
     device: torch.device
-    axes: dict[str, list[int | str]]
+    axes: dict[str, tuple[int | str, ...]]
     types: dict[str, torch.dtype]
     spans: Spans
     metadata: dict[str, Any]

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.lazy import require
-from export.runtime.profiles import Span, Spans, graph_axes
+from export.graph.header import session_header
+from export.runtime.profiles import Span, Spans
 from export.runtime.runner import Ids, Logits, Runner
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 CPU = ("CPUExecutionProvider",)
 
-_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_NUMPY_TYPES = {"float32": np.float32, "float16": np.float16}
 
 
 class OrtRunner(Runner):
@@ -40,18 +41,17 @@ class OrtRunner(Runner):
         """threads: of one operator; profile: prefix of a file for ONNX Runtime's own profile, if wanted."""
         self.path = Path(path)
         self.session = _session(self.path, threads, providers, profile)
-        self.outputs = [output.name for output in self.session.get_outputs()]
-        caches = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
-        if "logits" not in self.outputs or not caches:
-            raise ArtifactError(f"{path} is not a decoder exported by this project: no logits or no past_key_values")
-        if caches[0].type not in _NUMPY_TYPES:
-            raise UsageError(f"{path} keeps its cache as {caches[0].type}, which numpy has not; use --dtype float32")
+        self.header = session_header(self.path, self.session)
+        self.vocabulary, caches = self.header.vocabulary, self.header.caches
+        if caches[0].dtype not in _NUMPY_TYPES:
+            raise UsageError(
+                f"{path} keeps its cache as {caches[0].dtype}, which numpy does not have; use --dtype float32"
+            )
+        self.outputs = [output.name for output in self.header.outputs]
+        self.metadata = self.header.metadata
         self._caches = [cache.name for cache in caches]
-        self._cache_type = _NUMPY_TYPES[caches[0].type]
-        _, self._kv_heads, _, self._head_dim = caches[0].shape
-        values = self.session.get_modelmeta().custom_metadata_map
-        self.metadata: dict[str, Any] = {k.removeprefix("procrustes."): json.loads(v) for k, v in values.items()}
-        self.vocabulary = int(self.session.get_outputs()[0].shape[2])
+        self._cache_type = _NUMPY_TYPES[caches[0].dtype]
+        self._kv_heads, self._head_dim = self.header.cache_sizes
         self._past: list[onnxruntime.OrtValue] = []
         self._mask: Ids = np.zeros((0, 0), np.int64)
 
@@ -104,12 +104,12 @@ class OrtExecutor:
 
         runner = OrtRunner(path, threads=threads)
         self.session, self.metadata, self.vocabulary = runner.session, runner.metadata, runner.vocabulary
-        self.axes, self.device = graph_axes(path), torch.device("cpu")
+        self.axes, self.device = runner.header.axes, torch.device("cpu")
         most = int(self.metadata["max_positions"])
         self.spans = Spans(Span(1, 1, sys.maxsize), Span(1, 1, most), Span(1, 1, most))
-        kinds = {"tensor(int64)": torch.int64, "tensor(float)": torch.float32, "tensor(float16)": torch.float16}
-        self.types = {value.name: kinds[value.type] for value in self.session.get_inputs()}
-        self._outputs = [output.name for output in self.session.get_outputs()]
+        kinds = {"int64": torch.int64, "float32": torch.float32, "float16": torch.float16}
+        self.types = {value.name: kinds[value.dtype] for value in runner.header.inputs}
+        self._outputs = runner.outputs
 
     def run(self, profile: int, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Executor.run`; a pass is of the same graph whatever the profile. Raises RuntimeError for whatever ONNX
@@ -147,14 +147,15 @@ def executed_nodes(path: Path) -> dict[str, int]:
 
 
 def _session(path: Path, threads: int, providers: Sequence[str], profile: str | None) -> onnxruntime.InferenceSession:
-    ort = require("onnxruntime", pip="'onnxruntime>=1.24'", purpose="run an exported model")
+    ort = require("onnxruntime", pip="'onnxruntime>=1.24.1'", purpose="run an exported model")
     if not path.is_file():
         raise ArtifactError(f"{path} does not exist; run python -m export.build first")
     missing = [p for p in providers if p not in ort.get_available_providers()]
     if missing:
         raise MissingDependencyError(
             f"ONNX Runtime has no {missing[0]} here, only {', '.join(ort.get_available_providers())}; "
-            "install the onnxruntime package that has it (for CUDA: pip install onnxruntime-gpu)"
+            "install the package that has it in place of onnxruntime, whose files it shares (for CUDA: pip uninstall "
+            "onnxruntime, then pip install onnxruntime-gpu)"
         )
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from compress.errors import UsageError
 
@@ -63,17 +62,6 @@ class Spans:
 
 PREFILL, DECODE = 0, 1
 """Which profile is which."""
-
-
-def graph_axes(path: Path) -> dict[str, list[int | str]]:
-    """The axes of each input of an ONNX file; its weights are not read."""
-    import onnx
-
-    graph = onnx.load(str(path), load_external_data=False).graph
-    return {
-        value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
-        for value in graph.input
-    }
 
 
 def shape_at(axes: Sequence[int | str], batch: int, new: int, past: int) -> Shape:

@@ -19,7 +19,8 @@ from compress.errors import MissingDependencyError
 from compress.lazy import LEAST
 from compress.progress import log
 from export.graph.decoder import MODEL_NAME
-from export.runtime.profiles import DECODE, PREFILL, Axes, Profile, Spans, graph_axes
+from export.graph.header import read_header
+from export.runtime.profiles import DECODE, PREFILL, Axes, Profile, Spans
 from export.stages import BUILD_INFO, build_info, is_current, write_json
 from export.tensorrt.gpu import Gpu, find_gpu
 from export.tensorrt.jobs import Job, run_job
@@ -36,11 +37,11 @@ def require() -> Gpu:
         missing.append("an NVIDIA GPU with its driver (nvidia-smi must list it)")
     version = installed("tensorrt")
     if version is None:
-        missing.append("TensorRT (pip install 'procrustes-llm[trt]')")
+        missing.append("TensorRT (pip install 'procrustes-llm[gpu]')")
     elif version_of(version) < LEAST_VERSION:
         missing.append(f"TensorRT {'.'.join(map(str, LEAST_VERSION))} or later in place of {version}")
     if installed("polygraphy") is None:
-        missing.append("polygraphy (pip install polygraphy)")
+        missing.append("polygraphy (pip install 'procrustes-llm[gpu]')")
     if gpu is None or missing:
         raise MissingDependencyError(f"a TensorRT engine needs {'; and '.join(missing)}")
     return gpu
@@ -66,7 +67,7 @@ def build_trt(artifact: Artifact, options: Options) -> dict[str, Any]:
         log(f"re-using {artifact.path('engine')}: same graph, GPU and TensorRT")
         return build_info(artifact, "engine")
     path = artifact.require_stage("onnx") / MODEL_NAME
-    profiles = options.spans.profiles(graph_axes(path))
+    profiles = options.spans.profiles(read_header(path).axes)
     ways = {"native": None, "cpp": library} if options.plugin == "auto" else {options.plugin: library}
     ways = {name: used for name, used in ways.items() if name == "native" or used is not None} or {"native": None}
     with artifact.stage("engine", inputs=inputs, facts=wanted, section={"versions": wanted["versions"]}) as folder:
@@ -138,7 +139,7 @@ def default_timing_cache(version: str | None) -> Path:
 
 def write_script(artifact: Artifact, options: Options) -> Path:
     """OUT/build_engine.sh: the two ways to build the engine on a machine that has a GPU."""
-    axes = graph_axes(artifact.require_stage("onnx") / MODEL_NAME)
+    axes = read_header(artifact.require_stage("onnx") / MODEL_NAME).axes
     return artifact.write_text(SCRIPT, script(axes, options, artifact.has_stage("plugins")), executable=True)
 
 
@@ -158,7 +159,7 @@ def script(axes: Axes, options: Options, plugins: bool) -> str:
     trtexec += ["--timingCacheFile=trtexec.cache", f"--saveEngine=trtexec-{PLAN}"]
     return f"""#!/usr/bin/env bash
 # Builds the TensorRT engine of this folder for the GPU of this machine, which nothing else in it depends on.
-#   {SCRIPT}            with procrustes-llm[trt]: engine/{PLAN}, timed, checked, and entered in manifest.json
+#   {SCRIPT}            with procrustes-llm[gpu]: engine/{PLAN}, timed, checked, and entered in manifest.json
 #   {SCRIPT} trtexec    with TensorRT's own tool alone: trtexec-{PLAN}, which manifest.json does not know
 set -euo pipefail
 cd "$(dirname "${{BASH_SOURCE[0]}}")"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from compress.errors import ArtifactError, MissingDependencyError
 from compress.lazy import require
 from compress.progress import log
 from export.graph.decoder import MODEL_NAME
+from export.graph.header import read_header
 from export.runtime.device import DeviceRunner
-from export.runtime.profiles import DECODE, PREFILL, Span, Spans, graph_axes
+from export.runtime.profiles import DECODE, PREFILL, Span, Spans
 from export.stages import build_info
 from export.tensorrt.gpu import find_gpu
 from export.tensorrt.options import PLAN, installed, plugin_library
@@ -77,13 +77,14 @@ class TrtExecutor:
     """See `device_runner.Executor`. One execution context for each profile, so that none waits for a change."""
 
     def __init__(self, plan: Path, onnx: Path, spans: Spans, library: Path | None) -> None:
-        trt = require("tensorrt", pip="'procrustes-llm[trt]'", purpose="run a TensorRT engine")
+        trt = require("tensorrt", pip="'procrustes-llm[gpu]'", purpose="run a TensorRT engine")
         if not torch.cuda.is_available():
             raise MissingDependencyError(
                 "running a TensorRT engine needs an NVIDIA GPU and a PyTorch built for CUDA; this one sees none"
             )
         self.device, self.spans = torch.device("cuda"), spans
-        self.axes, (self.metadata, self.vocabulary) = graph_axes(onnx), graph_facts(onnx)
+        header = read_header(onnx)
+        self.axes, self.metadata, self.vocabulary = header.axes, header.metadata, header.vocabulary
         if library is not None and trt.get_plugin_registry().load_library(str(library)) is None:
             raise ArtifactError(f"TensorRT {trt.__version__} does not load {library}; build the plugins again")
         self._logger = trt.Logger(trt.Logger.WARNING)  # kept: the runtime refers to it
@@ -125,16 +126,6 @@ class TrtExecutor:
         if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
             raise ArtifactError("the engine failed; what TensorRT said of it is above")
         return outputs
-
-
-def graph_facts(onnx: Path) -> tuple[dict[str, Any], int]:
-    """(metadata that the export wrote, size of the vocabulary) of an ONNX file; its weights are not read."""
-    import onnx as onnx_package
-
-    model = onnx_package.load(str(onnx), load_external_data=False)
-    metadata = {p.key.removeprefix("procrustes."): json.loads(p.value) for p in model.metadata_props}
-    logits = next(value for value in model.graph.output if value.name == "logits")
-    return metadata, int(logits.type.tensor_type.shape.dim[2].dim_value)
 
 
 def seconds_at(plan: Path, onnx: Path, spans: Spans, library: Path | None) -> dict[str, float]:

@@ -11,7 +11,7 @@ from compress.errors import MissingDependencyError, UsageError
 from compress.lazy import LEAST, version_of
 from compress.progress import log
 from export.graph.decoder import MODEL_NAME
-from export.runtime.profiles import graph_axes
+from export.graph.header import read_header
 from export.stages import BUILD_INFO, build_info, is_current, write_json
 from export.tensorrt.jobs import Job, run_job
 from export.tensorrt.options import PLAN, Options, installed, plugin_library
@@ -43,7 +43,7 @@ def require() -> str:
     if version and version_of(version) < version_of(least):
         missing.append(f"TensorRT-RTX {least} or later in place of {version}")
     if installed("polygraphy") is None:
-        missing.append("polygraphy (pip install polygraphy)")
+        missing.append("polygraphy (pip install 'procrustes-llm[trt-rtx]')")
     if version is None or missing:
         raise MissingDependencyError(f"a TensorRT-RTX engine needs {'; and '.join(missing)}")
     return version
@@ -70,7 +70,7 @@ def build_rtx(artifact: Artifact, options: Options, capabilities: Sequence[int])
         log(f"re-using {artifact.path('engine')}: same graph and TensorRT-RTX")
         return build_info(artifact, "engine")
     path = artifact.require_stage("onnx") / MODEL_NAME
-    profiles = options.spans.profiles(graph_axes(path))
+    profiles = options.spans.profiles(read_header(path).axes)
     with artifact.stage("engine", inputs=inputs, facts=wanted, section={"versions": wanted["versions"]}) as folder:
         built = run_job(
             Job(

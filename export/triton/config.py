@@ -11,10 +11,11 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from compress.errors import UsageError
 from export.graph.decoder import MODEL_NAME
+from export.graph.header import TensorHeader, read_header
 from export.runtime.profiles import DECODE, PREFILL
 from export.tensorrt.options import PLAN
 
@@ -59,8 +60,7 @@ WARMUP: dict[str, tuple[str, bytes]] = {
 }
 """The request that Triton makes before it calls the model ready: input -> type, and content of its file in warmup/."""
 
-_TYPES = {1: "TYPE_FP32", 10: "TYPE_FP16", 16: "TYPE_BF16", 7: "TYPE_INT64"}
-"""By the numbers of onnx.TensorProto.DataType."""
+_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "int64": "TYPE_INT64"}
 
 
 @dataclass(frozen=True)
@@ -106,22 +106,20 @@ def network_config(
 
 
 def graph_tensors(onnx: Path) -> tuple[list[Tensor], list[Tensor]]:
-    """Inputs and outputs of an ONNX file; its weights are not read. UsageError for a type that Triton has not."""
-    import onnx as onnx_package
+    """Inputs and outputs of an ONNX file; its weights are not read. Raises UsageError for a type that
+    Triton does not have."""
+    header = read_header(onnx)
+    return [_of(value) for value in header.inputs], [_of(value) for value in header.outputs]
 
-    graph = onnx_package.load(str(onnx), load_external_data=False).graph
-    return [_of(value) for value in graph.input], [_of(value) for value in graph.output]
 
-
-def _of(value: Any) -> Tensor:
-    kind = value.type.tensor_type
-    if kind.elem_type not in _TYPES:
+def _of(value: TensorHeader) -> Tensor:
+    if value.dtype not in _TYPES:
         raise UsageError(
-            f"{value.name} has the ONNX type {kind.elem_type}, which a model in Triton cannot have; export with "
-            "another --dtype, or with --serve-network none"
+            f"{value.name} is of type {value.dtype}, which a model in Triton cannot have; export with another --dtype, "
+            "or with --serve-network none"
         )
-    dims = tuple(-1 if axis.dim_param else int(axis.dim_value) for axis in kind.shape.dim)
-    return Tensor(value.name, _TYPES[kind.elem_type], dims)
+    dims = tuple(axis if isinstance(axis, int) else -1 for axis in value.axes)
+    return Tensor(value.name, _TYPES[value.dtype], dims)
 
 
 def _tensor(field: str, tensor: Tensor, *, optional: bool = False) -> str:

@@ -13,10 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from compress.allocation.plan import Plan
 from compress.artifact.ledger import KeptFolder
 from compress.artifact.store import Artifact
+from compress.calibration.moments import Moments
+from compress.methods.layered import Layered
+from compress.methods.registry import method_of
 from compress.pipeline import compress_model
 from compress.recipe import Recipe, parse_recipe, read_yaml
+from compress.rewrites.folding import FoldedModel
 from compress.source.model import ModelSource
 from compress.source.resolve import resolve
 from tests import tiny
@@ -42,6 +47,13 @@ def recipe(text: Path, **changes: Any) -> Recipe:
     calibration = {"data": str(text), "samples": SAMPLES, "sequence_length": LENGTH, **changes.pop("calibration", {})}
     values = {"sensitivity_samples": 6, "rotation_iterations": 6, "calibration": calibration, **changes}
     return parse_recipe(values, "a test")
+
+
+def make_plan(model: FoldedModel, recipe: Recipe, moments: Moments) -> Plan:
+    """The plan of a recipe whose method makes one."""
+    method = method_of(recipe)
+    assert isinstance(method, Layered)
+    return method.make_plan(model, recipe, moments)
 
 
 def tiny_source(tiny_model: TinyModel, name: str) -> ModelSource:

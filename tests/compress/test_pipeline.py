@@ -183,18 +183,39 @@ def test_from_pretrained_and_generate(name: str, variant: str, build: Build) -> 
     assert AutoTokenizer.from_pretrained(folder)("The mill").input_ids
 
 
-@pytest.mark.parametrize("first", ["import compress", "from transformers import AutoModelForCausalLM"])
-def test_either_import_order(first: str, build: Build) -> None:
+@pytest.mark.parametrize(
+    ("start", "works"),
+    [
+        ("from transformers import AutoModelForCausalLM\nimport compress", True),
+        ("import compress\nfrom transformers import AutoModelForCausalLM\ncompress.register()", True),
+        ("import compress\nfrom transformers import AutoModelForCausalLM\ncompress.load(sys.argv[1])", True),
+        ("import compress\nfrom transformers import AutoModelForCausalLM", False),
+    ],
+    ids=["transformers first", "register", "load", "neither"],
+)
+def test_when_transformers_knows_the_checkpoints(start: str, works: bool, build: Build) -> None:
+    """Without a hook into imports: transformers that is imported later is told by `register` or `load`; without them it
+    says that the checkpoint has Python files, and runs none."""
     folders = [build(name, "kron-shared").path("checkpoint") for name in MODELS]
     script = (
-        f"{first}\nimport compress\nfrom transformers import AutoModelForCausalLM\nimport sys, torch\n"
+        f"import sys, torch\n{start}\n"
         "for folder in sys.argv[1:]:\n"
         "    model = AutoModelForCausalLM.from_pretrained(folder)\n"
         "    print(model.generate(torch.tensor([[5, 6, 7]]), do_sample=False, max_new_tokens=5).tolist())\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, folders)], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script, *map(str, folders)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
     )
+    if not works:
+        assert done.returncode != 0
+        assert "trust_remote_code=True" in done.stderr
+        assert done.stdout.count("[[") == 0
+        return
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == len(folders)

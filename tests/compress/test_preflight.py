@@ -176,7 +176,7 @@ def no_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(*_: object, **__: object) -> None:
         raise Worked
 
-    monkeypatch.setattr(pipeline, "fit_model", work)
+    monkeypatch.setattr(pipeline, "method_of", work)
 
 
 @pytest.mark.usefixtures("no_fit")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from compress.artifact import state
 from compress.artifact.store import Artifact
-from compress.calibration import streams
 from compress.calibration.streams import Runner
 from compress.checkpoint.loading import load_model
 from compress.checkpoint.plain import write_plain
@@ -92,7 +92,7 @@ def build(tiny_model: TinyModel, shared_folder: Path) -> Build:
     def make(name: str, kind: str) -> Artifact:
         def run(folder: Path) -> None:
             with pytest.MonkeyPatch.context() as patch:
-                calls = interrupted_at(patch, streams, "save_file", 0)
+                calls = interrupted_at(patch, state, "save_file", 0)
                 compressed(tiny_source(tiny_model, name), folder, **changes_of(kind))
             (folder / "writes").write_text(str(calls[0]))
 
@@ -193,11 +193,11 @@ def test_interrupted_and_resumed_is_the_same(
     assert writes >= 3
     for _ in range(2):
         with monkeypatch.context() as patch:
-            interrupted_at(patch, streams, "save_file", writes // 3 + 1)
+            interrupted_at(patch, state, "save_file", writes // 3 + 1)
             with pytest.raises(KeyboardInterrupt):
                 compressed(source, tmp_path, **changes)
     with monkeypatch.context() as patch:
-        calls = interrupted_at(patch, streams, "save_file", 0)
+        calls = interrupted_at(patch, state, "save_file", 0)
         same_files(compressed(source, tmp_path, **changes), whole)
     # What was done is not done again, but for one file where a piece of two was cut in half (the plan is one).
     assert writes - 2 * (writes // 3) <= calls[0] <= writes - 2 * (writes // 3) + 1

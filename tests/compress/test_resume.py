@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from compress.artifact import state
 from compress.artifact.store import Artifact
-from compress.calibration import streams
 from compress.calibration.streams import Runner
 from compress.errors import ArtifactError, UsageError
 from compress.pipeline import compress_model
@@ -145,7 +145,7 @@ def until(condition: Callable[[], bool]) -> None:
 def test_two_processes_share_statistics_one_after_the_other(
     source: ModelSource, wanted: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shared, save, logs = tmp_path / "statistics", streams.save_file, {n: tmp_path / f"{n}.log" for n in "ab"}
+    shared, save, logs = tmp_path / "statistics", state.save_file, {n: tmp_path / f"{n}.log" for n in "ab"}
     go_on = tmp_path / "go-on"
 
     def paused(*arguments: Any) -> None:
@@ -153,7 +153,7 @@ def test_two_processes_share_statistics_one_after_the_other(
         save(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(streams, "save_file", paused)  # the first has begun, and has kept no moments yet
+        patch.setattr(state, "save_file", paused)  # the first has begun, and has kept no moments yet
         first = started(lambda: compress_model(source, wanted, tmp_path / "a", statistics=shared), logs["a"])
         until(lambda: any(shared.rglob("dense-1.f32")))
     second = started(lambda: compress_model(source, wanted, tmp_path / "b", statistics=shared), logs["b"])

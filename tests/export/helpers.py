@@ -14,8 +14,7 @@ from compress.checkpoint.loading import load_model
 from compress.checkpoint.writer import ShardWriter, write_config
 from compress.model.config import ProcrustesConfig
 from compress.model.decoder import ProcrustesForCausalLM
-from compress.structures import CompotStructure, Structure
-from compress.structures.compot import pack
+from compress.structures import Structure
 
 VOCABULARY = 61
 
@@ -86,16 +85,12 @@ def write_checkpoint(
         shapes = {name: value.shape for name, value in ProcrustesForCausalLM(config).state_dict().items()}
     if config.tie_word_embeddings:
         shapes = {n: s for n, s in shapes.items() if n not in ("lm_head.weight", "lm_head.U", "lm_head.R")}
-    with ShardWriter(folder, dtype) as writer:
+    with ShardWriter(folder, dtype, structures) as writer:
         for name, shape in shapes.items():
             structure = (structures or {}).get(name.removeprefix("model.").rpartition(".")[0])
-            if name.endswith(".mask") and isinstance(structure, CompotStructure):
-                size = torch.rand(structure.out_features, structure.atoms, generator=generator)
-                value = pack(structure._support(size))
-            elif name.endswith(".order"):
-                value = torch.randperm(shape[0], generator=generator, dtype=torch.int32)
-            else:
-                value = _random(name, shape, generator)
+            value, factor = _random(name, shape, generator), name.rpartition(".")[2]
+            if structure is not None and not structure.storage_dtypes(dtype).get(factor, dtype).is_floating_point:
+                value = structure.random_factors(generator)[factor]
             writer.add(name, value if override is None else override.get(name, value))
     write_config(folder, config, dtype)
     return load_model(folder)

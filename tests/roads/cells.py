@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from itertools import combinations, product
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from compress.errors import UsageError
-from compress.recipe import Recipe, parse_recipe
+from compress.recipe import OneOf, Recipe, parse_recipe
 from tests import tiny
 from tests.roads.sources import MODELS_OF, SOURCES, TOKENIZERS, in_gguf
 from validate.quality.methods import METHODS as METHODS_OF_THE_TABLE
@@ -50,6 +50,8 @@ def _names(hint: Any) -> tuple[Any, ...] | None:
     """What a field may be: names, truth values, lists of names; None for a number or a group."""
     if get_origin(hint) is Literal:
         return get_args(hint)
+    if get_origin(hint) is Annotated:
+        return next((each.names() for each in hint.__metadata__ if isinstance(each, OneOf)), None)
     if hint is bool:
         return (False, True)
     if get_origin(hint) is tuple:
@@ -59,7 +61,7 @@ def _names(hint: Any) -> tuple[Any, ...] | None:
 
 
 def _recipe_axes() -> dict[str, tuple[Any, ...]]:
-    hints = get_type_hints(Recipe)
+    hints = get_type_hints(Recipe, include_extras=True)
     named = {field: _names(hints[field]) for field in Recipe.model_fields if field not in NUMBERS}
     return {field: names for field, names in named.items() if names is not None}
 

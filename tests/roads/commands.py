@@ -44,11 +44,17 @@ class Done:
         return f"{self.command}\nexit {self.code}\n{self.out[-1500:]}\n{self.err[-1500:]}"
 
 
+def command_module(name: str) -> Any:
+    """The module that `python -m name` runs."""
+    module = importlib.import_module(name)
+    return importlib.import_module(f"{name}.__main__") if hasattr(module, "__path__") else module
+
+
 def run(module: str, arguments: Sequence[object]) -> Done:
     """`python -m module arguments`: exit code and streams of the real thing, but for an interpreter of its own."""
     words = [str(argument) for argument in arguments]
     out, err = io.StringIO(), io.StringIO()
-    main = importlib.import_module(module if module != "validate.quality" else f"{module}.__main__").main
+    main = command_module(module).main
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = run_cli(main, words)

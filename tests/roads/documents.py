@@ -91,7 +91,7 @@ def epilogs() -> dict[str, str]:
         for module in walk_packages(package.__path__, package.__name__ + ".")
         if "EXAMPLES = " in _source(module.name)
     ]
-    return {name: str(importlib.import_module(name).EXAMPLES) for name in names}
+    return {name.removesuffix(".__main__"): str(importlib.import_module(name).EXAMPLES) for name in names}
 
 
 def _source(name: str) -> str:

@@ -10,9 +10,9 @@ import pytest
 
 from compress.options import add_compress_arguments
 from compress.recipe import Recipe
-from compress.source import resolve as models
 from compress.source import tokenizer_files, weight_files
 from compress.source.families import supported_model_types
+from compress.source.model import Kind
 from tests import tiny
 from tests.roads.arguments import flags_of
 from tests.roads.cells import (
@@ -42,7 +42,7 @@ def test_every_model_type_has_a_tiny_model() -> None:
 
 def test_every_kind_of_source_is_written() -> None:
     assert tuple(ENTRIES) == weight_files.ENTRIES
-    assert set(SOURCES) == {*ENTRIES, *get_args(models.Kind)} - {"folder"}  # folders are told apart by their files
+    assert set(SOURCES) == {*ENTRIES, *get_args(Kind)} - {"folder"}  # folders are told apart by their files
     assert tuple(sorted(TOKENIZERS)) == tuple(sorted(tokenizer_files.ANY_OF))
 
 

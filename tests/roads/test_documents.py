@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.roads.commands import Done, run
+from tests.roads.commands import Done, command_module, run
 from tests.roads.documents import ROOT, Shown, all_shown, shown_in
 from validate.tasks.data import Example, Task
 
@@ -93,7 +92,7 @@ def test_every_command_parses() -> None:
     for command in shown:
         if str(command.module).startswith("tests."):
             continue
-        module = importlib.import_module(str(command.module).replace("validate.quality", "validate.quality.__main__"))
+        module = command_module(str(command.module))
         words = [word.replace("P", "3") if word == "P" else word for word in command.arguments]
         try:
             module.parser().parse_args(words)

@@ -1,7 +1,9 @@
-// Every op of ops.cuh and many.cuh on CPU threads against float64, over random shapes and all types. Usage: kernels_test [cases [seed]]
+// Every op of csrc/ops on CPU threads against float64, over random shapes and all types. Usage: kernels_test [cases [seed]]
 #include "shim/cuda_on_threads.h"
 
-#include "many.cuh"
+#include "ops/group_shuffle.cuh"
+#include "ops/kronecker.cuh"
+#include "ops/pivoted.cuh"
 
 #include <cstdio>
 #include <numeric>
@@ -104,6 +106,14 @@ cudaError_t plain_gemm(Gemm<T> const& p) {
 
 bool many = false;  // which kernels are tried
 
+// The op `Kind` on its factors, in a workspace of the bytes that it asks for.
+template <typename Kind, typename T>
+cudaError_t run(Sizes const& s, int tokens, T const* x, std::vector<void const*> const& factors, T const* bias, T* y) {
+  Workspace<T> workspace(many ? Kind::template many_workspace<T>(s, tokens) : Kind::template few_workspace<T>(s, tokens));
+  Operands<T> const operands{tokens, x, factors.data(), bias, y, workspace.data(), nullptr};
+  return many ? Kind::run_many(&plain_gemm<T>, s, operands) : Kind::run_few(s, operands);
+}
+
 std::string sizes(char const* op, int tokens, int in, int out, std::vector<int> const& more, int away, bool bias) {
   std::string text = std::string(op) + " tokens " + std::to_string(tokens) + " " + std::to_string(in) + " -> " +
                      std::to_string(out) + " [";
@@ -153,26 +163,16 @@ void kronecker(char const* type, bool out_side, bool leading, int tokens) {
           }
   }
   Output<T> y(size_t(tokens) * out);
-  float const* const a = leading ? nullptr : A.data();
   T const* const shift = biased ? bias.data() : nullptr;
-  cudaError_t error;
-  if (many) {
-    Workspace<T> workspace(kronecker_many_workspace<T>(tokens, out_side ? out : in, terms, blocks, leading));
-    auto const op = out_side ? &kronecker_out_many<T, decltype(&plain_gemm<T>)> : &kronecker_in_many<T, decltype(&plain_gemm<T>)>;
-    error = op(&plain_gemm<T>, x.data(), B.data(), a, shift, y.storage.data(), tokens, in, out, terms, blocks,
-               workspace.data(), nullptr);
-  } else if (out_side) {
-    Workspace<T> workspace(kronecker_out_workspace<T>(tokens, in, out, terms, blocks, leading));
-    error = kronecker_out(x.data(), B.data(), a, shift, y.storage.data(), tokens, in, out, terms, blocks,
-                          workspace.data(), nullptr);
-  } else {
-    Workspace<T> workspace(kronecker_in_workspace<T>(tokens, in, out, terms, blocks, leading));
-    error = kronecker_in(x.data(), B.data(), a, shift, y.storage.data(), tokens, in, out, terms, blocks,
-                         workspace.data(), nullptr);
-  }
-  std::string const op = std::string(type) + (leading ? " KroneckerLeadingLinear" : " KroneckerLinear") +
-                         (out_side ? "Out" : "");
-  compare(sizes(op.c_str(), tokens, in, out, {terms, blocks}, away, biased), error, y, expected,
+  std::vector<void const*> factors = {B.data()};
+  if (!leading) factors.push_back(A.data());
+  auto const op = out_side ? (leading ? &run<KroneckerOut<true>, T> : &run<KroneckerOut<false>, T>)
+                           : (leading ? &run<KroneckerIn<true>, T> : &run<KroneckerIn<false>, T>);
+  Sizes const given{in, out, terms, blocks, 0, 0, 0};
+  cudaError_t const error = op(given, tokens, x.data(), factors, shift, y.storage.data());
+  std::string const name = std::string(type) + (leading ? " KroneckerLeadingLinear" : " KroneckerLinear") +
+                           (out_side ? "Out" : "");
+  compare(sizes(name.c_str(), tokens, in, out, {terms, blocks}, away, biased), error, y, expected,
           biased ? bias.exact : std::vector<double>{}, out);
 }
 
@@ -201,13 +201,8 @@ void shuffled(char const* type, int tokens) {
           }
   Output<T> y(size_t(tokens) * out);
   T const* const shift = biased ? bias.data() : nullptr;
-  Workspace<T> workspace(many ? group_shuffle_many_workspace<T>(tokens, left, right, rank)
-                              : group_shuffle_workspace<T>(tokens, in, out, left, right, rank));
-  cudaError_t const error =
-      many ? group_shuffle_many(&plain_gemm<T>, x.data(), L.data(), R.data(), shift, y.storage.data(), tokens, in, out,
-                                left, right, rank, workspace.data(), nullptr)
-           : group_shuffle(x.data(), L.data(), R.data(), shift, y.storage.data(), tokens, in, out, left, right, rank,
-                           workspace.data(), nullptr);
+  Sizes const given{in, out, 0, 0, left, right, rank};
+  cudaError_t const error = run<GroupShuffle, T>(given, tokens, x.data(), {L.data(), R.data()}, shift, y.storage.data());
   compare(sizes((std::string(type) + " GroupShuffleLinear").c_str(), tokens, in, out, {left, right, rank}, away, biased),
           error, y, expected, biased ? bias.exact : std::vector<double>{}, out);
 }
@@ -225,6 +220,7 @@ void pivots(char const* type, bool in_side, int tokens) {
   Sums expected(size_t(tokens) * out);
   Output<T> y(size_t(tokens) * out);
   T const* const shift = biased ? bias.data() : nullptr;
+  Sizes const given{in, out, 0, 0, 0, 0, rank};
   cudaError_t error;
   if (in_side) {
     Sums sum(size_t(tokens) * rank);
@@ -242,12 +238,8 @@ void pivots(char const* type, bool in_side, int tokens) {
           expected.size[size_t(t) * out + o] += std::abs(w) * size;
         }
       }
-    Workspace<T> workspace(many ? pivoted_in_many_workspace<T>(tokens, in)
-                                : pivoted_in_workspace<T>(tokens, in, out, rank));
-    error = many ? pivoted_in_many(&plain_gemm<T>, x.data(), C.data(), other.data(), order.data(), shift,
-                                   y.storage.data(), tokens, in, out, rank, workspace.data(), nullptr)
-                 : pivoted_in(x.data(), C.data(), other.data(), order.data(), shift, y.storage.data(), tokens, in, out,
-                              rank, workspace.data(), nullptr);
+    std::vector<void const*> const factors = {C.data(), other.data(), order.data()};
+    error = run<PivotedIn, T>(given, tokens, x.data(), factors, shift, y.storage.data());
   } else {
     Sums z(size_t(tokens) * rank);
     multiply(x.exact, other.exact, tokens, in, rank, z);
@@ -261,12 +253,8 @@ void pivots(char const* type, bool in_side, int tokens) {
           size += std::abs(w) * z.size[size_t(t) * rank + i];
         }
       }
-    Workspace<T> workspace(many ? pivoted_many_workspace<T>(tokens, out, rank)
-                                : pivoted_workspace<T>(tokens, in, out, rank));
-    error = many ? pivoted_many(&plain_gemm<T>, x.data(), other.data(), C.data(), order.data(), shift,
-                                y.storage.data(), tokens, in, out, rank, workspace.data(), nullptr)
-                 : pivoted(x.data(), other.data(), C.data(), order.data(), shift, y.storage.data(), tokens, in, out,
-                           rank, workspace.data(), nullptr);
+    std::vector<void const*> const factors = {other.data(), C.data(), order.data()};
+    error = run<Pivoted, T>(given, tokens, x.data(), factors, shift, y.storage.data());
   }
   std::string const op = std::string(type) + (in_side ? " PivotedLinearIn" : " PivotedLinear");
   compare(sizes(op.c_str(), tokens, in, out, {rank}, away, biased), error, y, expected,

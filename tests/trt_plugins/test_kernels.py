@@ -14,7 +14,7 @@ from tests.tools import unavailable
 from trt_plugins import toolchain
 
 HERE = Path(__file__).parent
-KERNELS = HERE.parents[1] / "trt_plugins" / "csrc" / "kernels"
+SOURCES = HERE.parents[1] / "trt_plugins" / "csrc"
 SANITIZERS = {
     "plain": ["-O1"],
     "threads": ["-O1", "-fsanitize=thread"],
@@ -22,7 +22,7 @@ SANITIZERS = {
 }
 
 
-def compiled(kernels: Path, out: Path, flags: list[str]) -> Path:
+def compiled(sources: Path, out: Path, flags: list[str]) -> Path:
     try:
         tools = toolchain.find()
     except MissingDependencyError as error:
@@ -33,7 +33,7 @@ def compiled(kernels: Path, out: Path, flags: list[str]) -> Path:
         *["-std=c++20", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread"],
         *flags,
     ]
-    command += ["-isystem", str(tools.cuda / "include"), f"-I{HERE}", f"-I{kernels}", str(HERE / "kernels_test.cpp")]
+    command += ["-isystem", str(tools.cuda / "include"), f"-I{HERE}", f"-I{sources}", str(HERE / "kernels_test.cpp")]
     command += ["-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -49,7 +49,7 @@ def run(program: Path, cases: int) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_every_op_in_every_type(sanitizer: str, tmp_path: Path) -> None:
-    done = run(compiled(KERNELS, tmp_path, SANITIZERS[sanitizer]), 3 if sanitizer == "plain" else 1)
+    done = run(compiled(SOURCES, tmp_path, SANITIZERS[sanitizer]), 3 if sanitizer == "plain" else 1)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     lines = done.stdout.splitlines()
     assert lines[-1] == "0 failures"
@@ -58,32 +58,33 @@ def test_every_op_in_every_type(sanitizer: str, tmp_path: Path) -> None:
 
 def planted(tmp_path: Path, old: str, new: str) -> Path:
     """A copy of the kernels with a defect."""
-    copy = tmp_path / "kernels"
-    shutil.copytree(KERNELS, copy)
-    text = (copy / "skinny.cuh").read_text()
+    copy = tmp_path / "csrc"
+    shutil.copytree(SOURCES, copy)
+    skinny = copy / "kernels" / "skinny.cuh"
+    text = skinny.read_text()
     assert old in text
-    (copy / "skinny.cuh").write_text(text.replace(old, new))
+    skinny.write_text(text.replace(old, new))
     return copy
 
 
 def test_a_missing_barrier_is_reported(tmp_path: Path) -> None:
     """The barrier between filling shared memory and reading it."""
     old = "  __syncthreads();\n\n  T const* const weight"
-    kernels = planted(tmp_path, old, old.replace("__syncthreads();", ""))
-    done = run(compiled(kernels, tmp_path, SANITIZERS["threads"]), 1)
+    sources = planted(tmp_path, old, old.replace("__syncthreads();", ""))
+    done = run(compiled(sources, tmp_path, SANITIZERS["threads"]), 1)
     assert done.returncode == 66
     assert "data race" in done.stderr
 
 
 def test_an_index_out_of_shared_memory_is_reported(tmp_path: Path) -> None:
-    kernels = planted(tmp_path, "z[t * columns + c + i]", "z[t * columns + c + i + 4096]")
-    done = run(compiled(kernels, tmp_path, SANITIZERS["addresses"]), 1)
+    sources = planted(tmp_path, "z[t * columns + c + i]", "z[t * columns + c + i + 4096]")
+    done = run(compiled(sources, tmp_path, SANITIZERS["addresses"]), 1)
     assert done.returncode != 0
     assert "AddressSanitizer" in done.stderr
 
 
 def test_wrong_sums_are_seen(tmp_path: Path) -> None:
-    kernels = planted(tmp_path, "fold<0, Distance / 2>(values, lane);", "")
-    done = run(compiled(kernels, tmp_path, SANITIZERS["plain"]), 1)
+    sources = planted(tmp_path, "fold<0, Distance / 2>(values, lane);", "")
+    done = run(compiled(sources, tmp_path, SANITIZERS["plain"]), 1)
     assert done.returncode == 1
     assert "FAIL" in done.stdout

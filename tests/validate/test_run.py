@@ -348,7 +348,7 @@ def test_a_bfloat16_graph_is_for_a_gpu(
     assert "is in bfloat16, which ONNX Runtime does not run on the CPU: give --gpu" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", ["validate.run", "validate.speed"])
+@pytest.mark.parametrize("module", ["validate.run", "validate.speed.__main__"])
 def test_help_imports_nothing_heavy(module: str) -> None:
     code = (
         f"import sys, {module} as m\n"

@@ -98,8 +98,8 @@ def engine_speed(
 
     The three engines are built for this, with the sizes and options of OUT's own; only a GPU can do it.
     """
+    from export.graph.header import read_header
     from export.runtime.device import DeviceRunner
-    from export.runtime.profiles import graph_axes
     from export.tensorrt.build import build_plan
     from export.tensorrt.engine import TrtExecutor, spans_of
     from export.tensorrt.options import PLAN, Options, plugin_library
@@ -114,7 +114,7 @@ def engine_speed(
     with baseline.artifact.scratch("engines") as folder:
         for name, (onnx, used) in ways.items():
             log(f"speed on the GPU: the {name} engine")
-            build_plan(onnx, folder / name, used, spans.profiles(graph_axes(onnx)), options)
+            build_plan(onnx, folder / name, used, spans.profiles(read_header(onnx).axes), options)
             runners[name] = DeviceRunner(TrtExecutor(folder / name / PLAN, onnx, spans, used))
         cases = compare_runners(runners, spans, batch_sizes=batch_sizes, seconds=seconds)
     return {"gpu": info["gpu"], "versions": info["versions"], "kept": info["plugin"], "cases": cases}

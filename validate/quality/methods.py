@@ -1,4 +1,5 @@
-"""The methods of the quality table, as recipes: what `python -m validate.quality` runs. Edit here to tune a line.
+"""The methods of the quality table, as recipes: what `python -m validate.quality` runs. Edit here to tune a line;
+each structure at its defaults has one by compress/catalog.py.
 
 `recipe` has fields of compress/recipe.py. What all methods share (calibration text and its size, the ratio) is put
 in by the command, unless a recipe says otherwise.
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from compress import catalog
 from compress.errors import UsageError
 
 Fields = Mapping[str, Any]
@@ -47,25 +49,25 @@ FINE = {"allocation": "uniform", "unit": 2}
 UNIFORM = {"allocation": "uniform", "unit": 16}
 WHITENED = {"sensitivity": "none", "correction": 0.0, "gram_damping": 1e-4}
 KRON_UNIFORM = {"structure": "kron", "inner": [], "allocation": "uniform"}
-PAPER = {"fit": "paper", "rotation": "block", "skip": "dense"}
+
+
+def _catalogued() -> dict[str, Method]:
+    """The line of every structure at its defaults, dense first."""
+    entries = sorted(catalog.entries(), key=lambda entry: entry.compresses)
+    return {e.quality.name: Method(e.quality.name, e.quality.title, e.fields(), e.quality.ratios) for e in entries}
+
+
+_OTHERS: Mapping[str, tuple[Method, ...]] = {
+    "gs": (
+        Method("svd-llm", "low rank, whitened, uniform (SVD-LLM)", {"structure": "lowrank", **WHITENED, **FINE}),
+        Method("lowrank-uniform", "low rank, two-sided, uniform", {"structure": "lowrank", **FINE}),
+    ),
+    "lowrank": (Method("lowrank-joint", "low rank, joint q,k,v and gate,up", {"structure": "lowrank", "joint": True}),),
+}
+"""Further lines, by the one that they come after."""
 
 METHODS: tuple[Method, ...] = (
-    Method("dense", "dense", {"structure": "dense"}, (1.0,)),
-    Method("auto", "best recipe (auto)", BEST, (0.75, 0.85, 0.9375, 0.678)),  # 0.678: the bytes of `embedding`
-    Method("kron", "kron (and selected neurons)", {"structure": "kron"}),
-    Method("gs", "gs (and selected neurons)", {"structure": "gs"}),
-    Method("svd-llm", "low rank, whitened, uniform (SVD-LLM)", {"structure": "lowrank", **WHITENED, **FINE}),
-    Method("lowrank-uniform", "low rank, two-sided, uniform", {"structure": "lowrank", **FINE}),
-    Method("lowrank", "low rank, two-sided, global", {"structure": "lowrank"}),
-    Method("lowrank-joint", "low rank, joint q,k,v and gate,up", {"structure": "lowrank", "joint": True}),
-    Method("pifa", "pivoted low rank (PIFA), two-sided, global", {"structure": "pifa"}),
-    Method("jrk", "joint rank-k, data-free", {"structure": "jrk"}),
-    Method("compot", "COMPOT", {"structure": "compot"}),
-    Method("compot24", "COMPOT, 2:4", {"structure": "compot24"}),
-    Method("slice", "SliceGPT", {"structure": "slice"}),
-    # Dense skips take 0.1875 of this model: 0.75 is the paper's half size, 0.96 its three quarters.
-    Method("kron-paper", "kron, the paper's fit and rotations", {"structure": "kron", **PAPER}, (0.75, 0.96)),
-    Method("gs-paper", "gs, the paper's fit and rotations", {"structure": "gs", **PAPER}),
+    *(line for name, method in _catalogued().items() for line in (method, *_OTHERS.get(name, ()))),
     Method("kron-cs", "kron, block rotations, CS skips", {"structure": "kron", "rotation": "block", "skip": "cs"}),
     Method(
         "kron-householder",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compress import catalog
 from compress.artifact.reading import read_artefact_json, shown
 from compress.errors import ArtifactError
 from validate.report.files import write_json
@@ -334,13 +335,13 @@ def kept_of(record: dict[str, Any]) -> float:
 
 def _read_text(report: Report) -> bool:
     """Whether the compression read a calibration text; see `Recipe.needs_text`."""
-    dense = report.recipe["structure"] == "dense" and not report.size["structured_linears"]
-    return report.recipe["structure"] != "jrk" and not dense
+    entry = catalog.get(report.recipe["structure"], report.recipe.get("fit", catalog.USUAL_FIT))
+    return entry.reads_text(fits_named=bool(report.size["structured_linears"]))
 
 
 def asked(recipe: dict[str, Any]) -> str:
     """The budget as the recipe has it; a dense copy has none."""
-    if recipe["structure"] == "dense":
+    if not catalog.get(recipe["structure"], recipe.get("fit", catalog.USUAL_FIT)).compresses:
         return "all"
     if recipe.get("budget_latency") is not None:
         return f"{recipe['budget_latency']:g} s"

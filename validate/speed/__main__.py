@@ -64,13 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"{flag} must be at least 1, not {value}")
     if args.seconds is not None and not 0 < args.seconds < 3600:
         raise UsageError(f"--seconds must be above 0 and below 3600, not {args.seconds}")
-    other = (
-        ("model", "trust_remote_code", "dense", "prefill", "past", "batch_sizes") if args.layers else ("write_docs",)
-    )
-    if idle := given_flags(p, args, only=other):
+    of_models = ("model", "trust_remote_code", "dense", "prefill", "past", "batch_sizes")
+    if idle := given_flags(p, args, only=of_models if args.layers else ("write_docs",)):
         what = "the layer benchmark" if args.layers else f"the speed of {args.out}"
         raise UsageError(f"{' and '.join(idle)} would change nothing in {what}: leave it out")
-    require("onnxruntime", pip="'onnxruntime>=1.24'", purpose="measure speed")
+    require("onnxruntime", pip="'onnxruntime>=1.24.1'", purpose="measure speed")
     if args.layers:
         return _layers(args)
     from validate.baseline import Baseline

@@ -1,6 +1,6 @@
 """One layer at a time: each structure over dense in ONNX Runtime, at the shapes of large models.
 
-The graphs are made of the real op function bodies (export/graph/ops.py), one layer each, float32. Weights come from
+The graphs are made of the real op function bodies (export/graph/ops), one layer each, float32. Weights come from
 memory, as in a model: each side has as many copies of its layer, run in turn, as fill `WORKING_SET` bytes,
 which is more than a cache holds. Nothing here depends on the weights' values; they are random.
 """
@@ -21,7 +21,6 @@ from validate.report.markdown import markdown_table, with_table
 from validate.speed.timing import Paired, paired
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx
 
     from compress.structures import Structure
@@ -107,14 +106,13 @@ def layer_model(structure: Structure, seed: int = 0) -> onnx.ModelProto:
 
     Raises UsageError for a selection: what lies between its kept features is a layer of its own.
     """
-    import numpy as np
+    import torch
     from onnx import TensorProto, helper, numpy_helper
 
-    from export.graph.lowering import lower
-    from export.graph.ops import DOMAIN, DOMAIN_VERSION, OPSET, op
+    from export.graph.ops import DOMAIN, DOMAIN_VERSION, OPSET, graph_factors, lower, op
     from export.graph.writer import IR_VERSION
 
-    weights = random_factors(structure, np.random.default_rng(seed))
+    weights = graph_factors(structure, structure.random_factors(torch.Generator().manual_seed(seed)))
     nodes, functions, value = [], {}, "x"
     calls = lower(structure, bias=False)
     if any(call.constants for call in calls):
@@ -131,33 +129,10 @@ def layer_model(structure: Structure, seed: int = 0) -> onnx.ModelProto:
         "layer",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["tokens", structure.in_features])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["tokens", structure.out_features])],
-        [numpy_helper.from_array(weight, name) for name, weight in weights.items()],
+        [numpy_helper.from_array(weight.numpy(), name) for name, weight in weights.items()],
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
     return helper.make_model(graph, ir_version=IR_VERSION, opset_imports=opsets, functions=list(functions.values()))
-
-
-def random_factors(structure: Structure, generator: np.random.Generator) -> dict[str, Any]:
-    """Random float32 factors as a graph holds them: of a dictionary structure the coefficients S with their zeros,
-    `kept` in every row in its pattern (a dense engine multiplies with the zeros as well); an order is int32."""
-    import numpy as np
-
-    from compress.structures import CompotStructure, PivotedStructure
-    from export.graph.lowering import COEFFICIENTS
-
-    def normal(shape: tuple[int, ...]) -> Any:
-        return generator.standard_normal(shape, np.float32) / np.float32(math.sqrt(shape[-1]))
-
-    if not isinstance(structure, CompotStructure):
-        factors = {name: normal(shape) for name, shape in structure.shapes().items()}
-        if isinstance(structure, PivotedStructure):
-            factors["order"] = generator.permutation(structure.cut).astype(np.int32)
-        return factors
-    n, atoms = structure.out_features, structure.atoms
-    group, kept = (4, 2) if structure.pattern == "2:4" else (atoms, structure.kept)
-    order = generator.random((n, atoms // group, group)).argsort(-1).argsort(-1)  # a permutation of each group
-    support = (order < kept).reshape(n, atoms)
-    return {"D": normal((atoms, structure.in_features)), COEFFICIENTS: normal((n, atoms)) * support}
 
 
 class Copies:

@@ -33,7 +33,7 @@ def load_harness_model(target: str | Path, dtype: str = "float32") -> Any:
 
 def harness_model(model: ProcrustesForCausalLM, tokenizer: Any) -> Any:
     """An `lm_eval.api.model.LM` of this model; the class is made here, since lm-eval need not be installed."""
-    api = require("lm_eval.api.model", pip="lm-eval", purpose="run tasks of lm-eval-harness")
+    api = require("lm_eval.api.model", pip="'procrustes-llm[harness]'", purpose="run tasks of lm-eval-harness")
     return type("ProcrustesLM", (_Adapter, api.LM), {})(model, tokenizer)
 
 

@@ -8,20 +8,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, device
 
-from compress.allocation.budget import ratio_of
 from compress.artifact.ledger import KeptFolder
 from compress.artifact.state import save_whole
-from compress.calibration.moments import Moments
-from compress.fit.embedding import token_counts
-from compress.fit.ends import fitted_ends
 from compress.fit.record import FitRecord
-from compress.methods.base import Fitted
 from compress.methods.paper.shapes import Kind, paper_structures
 from compress.methods.paper.solver import (
     ALS_ITERATIONS,
@@ -33,7 +26,6 @@ from compress.methods.paper.solver import (
 )
 from compress.model.blocks import structured_state
 from compress.progress import log, track
-from compress.recipe import Recipe
 from compress.rewrites.folding import FoldedModel
 from compress.rewrites.rotations import Rotations, rotate_block
 from compress.structures import Structure
@@ -144,18 +136,3 @@ def _record(
         return FitRecord(linear, "dense", dense_parameters, dense_parameters, 0.0, None)
     error = max(errors[linear], 0.0) ** 0.5
     return FitRecord(linear, structure.name, structure.parameter_count(), dense_parameters, error, None)
-
-
-def fit_by_the_paper(
-    model: FoldedModel, recipe: Recipe, tokens: Tensor, moments: Moments, state: KeptFolder, device: torch.device
-) -> Fitted:
-    from compress.methods.paper.accounting import largest_kept
-
-    pass
-
-    kind: Literal["kron", "gs"] = "kron" if recipe.structure == "kron" else "gs"
-    kept = largest_kept(model.arch, kind, ratio_of(model.arch, recipe))
-    counts = token_counts(tokens, model.arch.vocab_size)
-    found = fit_paper(model, kind, kept, moments, counts, device=device, state=state)
-    ends, ranks = fitted_ends(model, recipe, found.rotations, tokens, moments)
-    return Fitted(found.rotations, found.structures, ends, found.files, found.records, ranks)

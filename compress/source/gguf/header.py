@@ -210,7 +210,7 @@ class _Parser:
         return found
 
     def _tensors(self, count: int, alignment: int) -> dict[str, GgufTensor]:
-        gguf = require("gguf", pip="gguf", purpose="read GGUF files")
+        gguf = require("gguf", pip="'gguf>=0.17'", purpose="read GGUF files")
         sizes: dict[int, tuple[int, int]] = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
         entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(count):

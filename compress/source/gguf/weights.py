@@ -101,7 +101,7 @@ def read_tensor(header: GgufHeader, name: str) -> npt.NDArray[np.float32]:
 
 def _check_readable(header: GgufHeader, tensor: GgufTensor) -> Any:
     """The package gguf; UsageError when it has no way from the type of `tensor` to float32."""
-    gguf = require("gguf", pip="gguf", purpose="read GGUF files")
+    gguf = require("gguf", pip="'gguf>=0.17'", purpose="read GGUF files")
     kind = gguf.GGMLQuantizationType(tensor.kind)
     block, size = gguf.GGML_QUANT_SIZES[kind]
     try:

@@ -18,7 +18,6 @@ from compress.calibration.metric import loss_metric
 from compress.calibration.moments import StatisticsFolder, collect
 from compress.calibration.streams import Runner
 from compress.linalg import damped, weighted_error
-from compress.methods.planned import make_plan
 from compress.recipe import Recipe, kinds_of
 from compress.rewrites.folding import folded
 from compress.rewrites.inner import InnerRewrites, RewrittenModel
@@ -28,7 +27,7 @@ from compress.structures import LowRankStructure, SelectStructure, Structure, st
 from compress.structures.joint import joint_fit, leader_of
 from tests import tiny
 from tests.compress import helpers
-from tests.compress.helpers import LENGTH, TinyModel, relative, tiny_source
+from tests.compress.helpers import LENGTH, TinyModel, make_plan, relative, tiny_source
 
 F64 = torch.float64
 

@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 
-from compress.allocation.budget import budget_parameters, ratio_of
+from compress.allocation.budget import budget_of, budget_parameters, cost_of, ratio_of, unit_of
 from compress.allocation.latency import LatencyTable, variant_of
 from compress.architecture import Architecture
 from compress.checkpoint.reader import CheckpointReader
 from compress.cli.entry import run_cli
 from compress.errors import UsageError
 from compress.forecast import forecast
-from compress.methods.checks import check_recipe
-from compress.methods.planned import budget_of, cost_of, unit_of
+from compress.methods.registry import check_recipe
 from compress.run import main
 from compress.structures import (
     DenseStructure,
@@ -304,7 +303,9 @@ def test_a_dry_run_tells_no_ratio_that_was_not_asked_for(
     command += ["--sequence-length", "32", "--inner", "none"]
     found = []
     for ratio in ("0.3", "0.75"):
-        assert run_cli(main, [*command, "--json", "--ratio", ratio]) == 0
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(f"ratio: {ratio}\n")
+        assert run_cli(main, [*command, "--json", "--recipe", str(recipe)]) == 0
         found.append(json.loads(capsys.readouterr().out))
     assert found[0] == found[1]
     said = found[0]

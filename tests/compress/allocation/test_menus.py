@@ -201,7 +201,7 @@ def only_structure(choice: Choice) -> Structure:
 
 def test_a_structure_without_a_curve_is_refused() -> None:
     with pytest.raises(
-        UsageError, match=r"structure 'compot' has no predicted loss to allocate by: choose pifa, lowrank, gs"
+        UsageError, match=r"structure 'compot' has no predicted loss to allocate by: choose gs, lowrank, pifa"
     ):
         linear_menu(linear(24, 16, seed=6), ("compot",), 4, parameters)
 

@@ -245,7 +245,7 @@ def test_disk_full_inside_safetensors_is_recognised(tmp_path, capsys):
         "from pathlib import Path\n"
         "from safetensors.numpy import save_file\n"
         "from compress.artifact import Artifact\n"
-        "from compress.errors import run_cli\n"
+        "from compress.cli.entry import run_cli\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "def main(argv):\n"
         "    with Artifact(Path(argv[0])).stage('checkpoint') as folder:\n"
@@ -284,7 +284,7 @@ def test_a_failure_while_publishing_keeps_the_older_stage(tmp_path, monkeypatch,
     if failing == "hash":
         monkeypatch.setattr(compress.artifact.files, "sha256_of", refuse)
     elif failing == "manifest":
-        monkeypatch.setattr(compress.artifact.Manifest, "to_json", refuse)
+        monkeypatch.setattr(compress.artifact.store.Manifest, "to_json", refuse)
     else:
         monkeypatch.setattr(os, "rename", refuse_one)
     with pytest.raises(OSError, match="No space left"):

@@ -17,7 +17,7 @@ from compress.checkpoint.reader import INDEX, ROTATION, CheckpointReader, read_r
 from compress.checkpoint.writer import ShardWriter, write_rotations
 from compress.errors import ArtifactError
 from compress.rewrites.rotations import Rotations
-from compress.structures import DenseStructure, KroneckerStructure
+from compress.structures import CompotStructure, DenseStructure, KroneckerStructure
 from tests import tiny
 from tests.compress.helpers import TinyModel, compressed, logits_of, tiny_source
 
@@ -82,13 +82,27 @@ def test_views_are_written_as_what_they_show(tmp_path: Path) -> None:
     assert torch.equal(found["row"], base[1])
 
 
-def test_mixes_keep_float32(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path, torch.float16) as writer:
-        writer.add("x.A", torch.ones(2, 4))
-        writer.add("x.B", torch.ones(2, 4))
-    found = load_file(tmp_path / SHARD)
-    assert found["x.A"].dtype == torch.float32
-    assert found["x.B"].dtype == torch.float16
+def test_factors_are_stored_in_the_types_that_their_structure_asks_for(tmp_path: Path) -> None:
+    """Whatever they are called: a weight that ends like the mix of a Kronecker sum is a weight."""
+    structures = {"layers.0.attn.q": KroneckerStructure(8, 4, 4, 2), "layers.0.attn.k": CompotStructure(8, 4, 8, 4)}
+    tensors = {
+        f"model.{linear}.{name}": factor.float()  # integers cast along with their neighbours
+        for linear, structure in structures.items()
+        for name, factor in structure.random_factors(torch.Generator()).items()
+    }
+    with ShardWriter(tmp_path, torch.float16, structures) as writer:
+        for name, tensor in {**tensors, "model.other.A": torch.ones(2, 4), "model.other.mask": torch.ones(2)}.items():
+            writer.add(name, tensor)
+    found = {name.removeprefix("model."): tensor.dtype for name, tensor in load_file(tmp_path / SHARD).items()}
+    assert found == {
+        "layers.0.attn.q.A": torch.float32,
+        "layers.0.attn.q.B": torch.float16,
+        "layers.0.attn.k.D": torch.float16,
+        "layers.0.attn.k.values": torch.float16,
+        "layers.0.attn.k.mask": torch.uint8,
+        "other.A": torch.float16,
+        "other.mask": torch.float16,
+    }
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

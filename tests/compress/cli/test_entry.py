@@ -124,7 +124,8 @@ def test_debug_shows_the_traceback(capsys, monkeypatch):
 
 TALK = """
 import os, sys
-from compress.errors import UsageError, run_cli
+from compress.cli.entry import run_cli
+from compress.errors import UsageError
 from compress.progress import log, track
 def main(argv):
     for line in track(range(20000), description="line") if "progress" in argv else range(20000):
@@ -197,7 +198,7 @@ def test_streams_may_be_closed_since_the_start(
 
 
 def test_a_disk_that_is_full_is_told() -> None:
-    code = "import sys; from compress.errors import run_cli; sys.exit(run_cli(lambda argv: print(1) or 0, []))"
+    code = "import sys; from compress.cli.entry import run_cli; sys.exit(run_cli(lambda argv: print(1) or 0, []))"
     command = f"{sys.executable} -c '{code}' > /dev/full"
     root = Path(__file__).resolve().parents[3]
     environment = {**os.environ, "PYTHONPATH": str(root)}
@@ -224,7 +225,7 @@ def test_no_temporary_folder_is_4(wanted: str, tmp_path: Path) -> None:
     """No byte can be written anywhere, as on a read-only or full disk, which also stops root."""
     code = f"""
 import resource, sys, tempfile
-from compress.errors import run_cli
+from compress.cli.entry import run_cli
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 sys.exit(run_cli(lambda argv: {wanted}))
 """
@@ -251,10 +252,10 @@ def test_require_gives_the_module():
 
 def test_require_names_the_package_and_the_purpose():
     with pytest.raises(MissingDependencyError) as caught:
-        require("no_such_module.part", pip="'procrustes-llm[trt]'", purpose="build TensorRT engines")
+        require("no_such_module.part", pip="'procrustes-llm[gpu]'", purpose="build TensorRT engines")
     assert str(caught.value) == (
         "The Python package 'no_such_module.part' is not installed; it is needed to build TensorRT engines. "
-        "Run: pip install 'procrustes-llm[trt]'"
+        "Run: pip install 'procrustes-llm[gpu]'"
     )
 
 

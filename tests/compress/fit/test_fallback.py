@@ -143,7 +143,7 @@ def test_damping_is_told(
     assert all("Gram matrix" in r["damped"] for r in records.values())
     structured = [r for r in records.values() if r["structure"] != "dense"]
     assert all("metric" in r["damped"] for r in structured)
-    line = f"the Gram matrices of {len(records)} linears, the metrics of {len(structured)}"
+    line = f"the Gram matrices of {len(structured)} structured linears, the metrics of {len(structured)}"
     assert line in capsys.readouterr().err
     model = load_model(artifact.path("checkpoint"))
     assert torch.isfinite(logits_of(model, tiny.token_ids(1, 8))).all()

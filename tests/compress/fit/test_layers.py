@@ -22,7 +22,6 @@ from compress.checkpoint.reader import read_rotations
 from compress.fit.layers import LayerFitter
 from compress.fit.record import FitRecord
 from compress.linalg import damped
-from compress.methods.planned import make_plan
 from compress.rewrites.folding import folded
 from compress.rewrites.rotations import rotate_block
 from compress.source.model import ModelSource
@@ -40,6 +39,7 @@ from tests.compress.helpers import (
     compressed,
     kept_in,
     logits_of,
+    make_plan,
     relative,
     text_file,
     tiny_source,

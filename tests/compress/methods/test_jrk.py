@@ -15,7 +15,8 @@ from compress.calibration import text as textdata
 from compress.checkpoint.loading import load_model
 from compress.checkpoint.reader import CheckpointReader
 from compress.errors import UsageError
-from compress.methods.jrk import energy_structures, jrk_fit_block, jrk_groups, jrk_structures
+from compress.methods.jrk import energy_structures, jrk_groups, jrk_structures
+from compress.methods.textless import fit_alone
 from compress.pipeline import compress_model
 from compress.recipe import Recipe, parse_recipe, read_yaml
 from compress.requests import has_checkpoint
@@ -90,7 +91,7 @@ def test_blocks_are_fitted_to_the_optimum(tiny_model: TinyModel) -> None:
     """Eckart-Young on the stacked weights, by torch's own SVD."""
     model = folded(tiny_source(tiny_model, "tiny_llama"), torch.float64)
     weights, structures = model.block(1), of_block(jrk_structures(model.arch, 0.6, UNIT), 1)
-    fitted = jrk_fit_block(weights, structures)
+    fitted = fit_alone(weights, structures)
     assert list(fitted) == list(structures)
     for roles in (["attn.q", "attn.k"], ["attn.v"], ["attn.o"], ["mlp.gate", "mlp.up"], ["mlp.down"]):
         first = structures[roles[0]]
@@ -106,7 +107,7 @@ def test_blocks_are_fitted_to_the_optimum(tiny_model: TinyModel) -> None:
 def test_other_structures_are_fitted_without_data_too() -> None:
     weight = torch.randn(8, 8, dtype=torch.float64)
     spec = KroneckerStructure(8, 8, 4, 3)
-    fitted = jrk_fit_block({"attn.q.weight": weight}, {"attn.q": spec})
+    fitted = fit_alone({"attn.q.weight": weight}, {"attn.q": spec})
     torch.testing.assert_close(fitted["attn.q"], spec.fit(weight))
 
 
@@ -115,7 +116,7 @@ def test_energy_ranks(threshold: float, tiny_model: TinyModel) -> None:
     model = folded(tiny_source(tiny_model, "tiny_llama"), torch.float64)
     weights = model.block(0)
     structures = energy_structures(weights, model.arch, threshold, 2)
-    fitted = jrk_fit_block(weights, structures)
+    fitted = fit_alone(weights, structures)
     leader = structures["mlp.gate"]
     assert isinstance(leader, LowRankStructure)
     stacked = torch.cat([weights["mlp.gate.weight"], weights["mlp.up.weight"]])

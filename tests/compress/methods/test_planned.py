@@ -15,15 +15,14 @@ from compress.allocation.size import model_size, overhead_parameters
 from compress.architecture import SUB_BLOCKS, WRITERS
 from compress.calibration.moments import StreamMoments
 from compress.errors import UsageError
-from compress.methods.checks import check_recipe
-from compress.methods.planned import make_plan
+from compress.methods.registry import check_recipe
 from compress.recipe import Recipe
 from compress.rewrites.folding import folded
 from compress.rewrites.rotations import orthogonality_error
 from compress.source.model import ModelSource
 from compress.structures import KroneckerStructure
 from tests.compress import helpers
-from tests.compress.helpers import TinyModel, tiny_source
+from tests.compress.helpers import TinyModel, make_plan, tiny_source
 
 MODELS = ["tiny_llama", "tiny_llama_tied", "tiny_opt", "tiny_qwen3"]
 VARIANTS = [

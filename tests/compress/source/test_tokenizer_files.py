@@ -90,14 +90,14 @@ def test_without_the_package_that_reads_it(
 ) -> None:
     (folder / "tokenizer.model").write_bytes(sentencepiece_model)
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(MissingDependencyError, match="pip install sentencepiece"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'sentencepiece>=0\.2'"):
         resolve(str(folder)).tokenizer()
 
 
 def test_a_model_in_the_format_of_tiktoken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
     monkeypatch.setitem(sys.modules, "tiktoken", None)
-    with pytest.raises(MissingDependencyError, match=r"tiktoken's format.*pip install tiktoken"):
+    with pytest.raises(MissingDependencyError, match=r"tiktoken's format.*pip install 'procrustes-llm\[tiktoken\]'"):
         resolve(str(folder)).tokenizer()
 
 

@@ -130,7 +130,7 @@ def test_masks_stay_bytes_from_model_to_model(dtype: torch.dtype, checkpoint: tu
     import compress  # noqa: F401  (registers the model type)
 
     model, folder = checkpoint
-    with ShardWriter(tmp_path / "again", dtype) as writer:
+    with ShardWriter(tmp_path / "again", dtype, structures()) as writer:
         for name, tensor in state_of(folder).items():
             writer.add(name, tensor.float())
     shutil.copy(folder / "config.json", tmp_path / "again")

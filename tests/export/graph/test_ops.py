@@ -25,8 +25,7 @@ from compress.structures import (
     Structure,
 )
 from export.graph.layer import export_linear
-from export.graph.lowering import lower
-from export.graph.ops import DOMAIN, GROUP_SHUFFLE_GRIDS, PLUGIN_ATTRIBUTES, op, op_types
+from export.graph.ops import DOMAIN, GROUP_SHUFFLE_GRIDS, PLUGIN_ATTRIBUTES, lower, op, op_types
 
 ort = pytest.importorskip("onnxruntime")
 
@@ -83,15 +82,7 @@ STRUCTURES = {
 
 
 def random_factors(structure: Structure, seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    factors = {
-        # An explicit mix is float32 in every graph, so its values are float32 numbers here too.
-        name: torch.randn(shape, generator=generator).double()
-        for name, shape in structure.shapes().items()
-    }
-    if isinstance(structure, PivotedStructure):
-        factors["order"] = torch.randperm(structure.cut, generator=generator, dtype=torch.int32)
-    return factors
+    return structure.random_factors(torch.Generator().manual_seed(seed), torch.float64)
 
 
 def run(path: Path, x: np.ndarray) -> np.ndarray:
@@ -191,6 +182,8 @@ def test_table_is_complete_and_calls_match_it() -> None:
             assert set(call.attributes) == {*found.attributes, *PLUGIN_ATTRIBUTES}
             assert ("x", *call.factors) == found.inputs
             assert set(found.function().attribute) == set(call.attributes)
+            fixed = {name: t for name, t in structure.storage_dtypes(torch.float16).items() if t != torch.float16}
+            assert {name: getattr(torch, words) for name, words in found.types.items()} == fixed
             seen.add(call.op_type)
     assert seen == {*op_types(), "GroupShuffleLinear_4x2", "GroupShuffleLinear_4x2Bias"}
 

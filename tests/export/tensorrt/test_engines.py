@@ -18,7 +18,8 @@ from compress.artifact.store import Artifact
 from compress.cli.entry import run_cli
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from export.build import main, parser
-from export.runtime.profiles import Span, Spans, graph_axes, shape_at
+from export.graph.header import read_header
+from export.runtime.profiles import Span, Spans, shape_at
 from export.stages import BUILD_INFO, build_info, write_json
 from export.tensorrt import build as trt
 from export.tensorrt import engine as trt_runner
@@ -74,7 +75,7 @@ def test_without_a_gpu_all_but_the_engine_is_made(
     arguments = command("--engine", "trt", "--plugin-libraries", str(libraries))
     assert run_cli(main, arguments) == 4
     said = capsys.readouterr().err
-    for needed in ("NVIDIA GPU", "procrustes-llm[trt]", "polygraphy", "build_engine.sh"):
+    for needed in ("NVIDIA GPU", "procrustes-llm[gpu]", "polygraphy", "build_engine.sh"):
         assert needed in said.splitlines()[-1]
     artifact = Artifact(out)
     artifact.verify()
@@ -120,7 +121,7 @@ def test_the_script_holds_the_exact_commands(
     assert values["builderOptimizationLevel"] == "4"
     assert values["memPoolSize"] == "workspace:512M"
     assert {"stronglyTyped", "skipInference"} <= set(values)
-    axes = graph_axes(tmp_path / "out" / "onnx" / "model.onnx")
+    axes = read_header(tmp_path / "out" / "onnx" / "model.onnx").axes
     starts = [i for i, flag in enumerate(flags) if flag.startswith("--profile=")]
     assert [flags[i] for i in starts] == ["--profile=0", "--profile=1"]
     sizes = {0: ((1, 1, 0), (2, 8, 0), (4, 16, 40)), 1: ((1, 1, 1), (2, 1, 16), (4, 1, 40))}
@@ -206,7 +207,7 @@ def test_what_tensorrt_refuses_is_told_in_its_words(
     broken = path.with_name("broken.onnx")
     broken.write_bytes(model.SerializeToString())
     spans = Spans(Span(1, 1, 1), Span(1, 2, 4), Span(1, 2, 4))
-    job = Job(str(broken), str(tmp_path / "plan"), tuple(spans.profiles(graph_axes(path))), rtx=True)
+    job = Job(str(broken), str(tmp_path / "plan"), tuple(spans.profiles(read_header(path).axes)), rtx=True)
     with pytest.raises(ArtifactError, match=r"TensorRT-RTX built no engine.*Kronecker"):
         trt_rtx.run_job(job)
     assert not (tmp_path / "plan").exists()

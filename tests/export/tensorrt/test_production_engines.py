@@ -13,7 +13,8 @@ from compress.pipeline import compress_model
 from compress.recipe import parse_recipe
 from compress.source.model import ModelSource
 from compress.structures import GroupShuffleStructure, KroneckerStructure, PivotedStructure, Structure
-from export.runtime.profiles import Spans, graph_axes
+from export.graph.header import read_header
+from export.runtime.profiles import Spans
 from export.stages import build_onnx, structured_ops
 from export.tensorrt.jobs import Job, run_job
 from tests.export.cases import Case, export
@@ -45,7 +46,7 @@ def pifa(name: str, n: int, m: int, side: str) -> Structure:
 
 
 def built(onnx: Path, plan: Path, plugins: tuple[str, ...] = (), **options: object) -> dict[str, object]:
-    profiles = tuple(Spans.parse(None, None, None, POSITIONS).profiles(graph_axes(onnx)))
+    profiles = tuple(Spans.parse(None, None, None, POSITIONS).profiles(read_header(onnx).axes))
     job = Job(str(onnx), str(plan), profiles, rtx=True, capabilities=(80, 89, 120), plugins=plugins)
     return run_job(dataclasses.replace(job, **options))  # type: ignore[arg-type]
 
@@ -70,7 +71,7 @@ def test_a_library_that_is_none_and_a_profile_that_does_not_fit(tmp_path: Path) 
     (tmp_path / "empty.so").write_bytes(b"")
     with pytest.raises(ArtifactError, match=r"does not load .*empty\.so"):
         built(info.path, tmp_path / "plan", (str(tmp_path / "empty.so"),))
-    profiles = Spans.parse(None, None, None, 64).profiles(graph_axes(info.path))
+    profiles = Spans.parse(None, None, None, 64).profiles(read_header(info.path).axes)
     for profile in profiles:
         least, best, most = profile["past_key_values.0.key"]
         profile["past_key_values.0.key"] = ((least[0], 7, *least[2:]), (best[0], 7, *best[2:]), (most[0], 7, *most[2:]))

@@ -129,7 +129,7 @@ def test_peak_memory_of_a_broken_file(tmp_path: Path) -> None:
 def test_a_memory_probe_that_fails(
     ending: str, error: type[Exception], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    imports = "import os, sys\nfrom pathlib import Path\nfrom compress.errors import run_cli\n"
+    imports = "import os, sys\nfrom pathlib import Path\nfrom compress.cli.entry import run_cli\n"
     (tmp_path / "python").write_text(
         f"#!{sys.executable}\n{imports}from export.runtime.ort import OrtRunner\n{ending}\n"
     )

@@ -25,6 +25,7 @@ from tests.validate.conftest import LLAMA, fill
 from validate.tasks import __main__ as tasks
 from validate.tasks import data as taskdata
 from validate.tasks.data import Example, Task, arc, hellaswag, lambada, piqa, winogrande
+from validate.tasks.scores import difference, figures
 from validate.tasks.scoring import Item, Score, encode, score
 
 MakeModel = Callable[..., ProcrustesForCausalLM]
@@ -188,7 +189,7 @@ def test_figures() -> None:
     """The longer choice wins once it is taken by its characters."""
     pair = Example((("c", " ab"), ("c", " abcdef")), 1, (2, 6))
     scores = [[Score(-2.0, False), Score(-3.0, False)], [Score(-4.0, False), Score(-3.0, True)]]
-    found = tasks.figures(made_task([pair, pair]), [pair, pair], scores)
+    found = figures(made_task([pair, pair]), [pair, pair], scores)
     assert (found["acc"], found["acc_norm"]) == (0.5, 1.0)
     assert (found["acc_answers"], found["acc_norm_answers"]) == ("01", "11")
     assert found["acc_standard_error"] == pytest.approx(statistics.stdev([0, 1]) / math.sqrt(2))
@@ -199,7 +200,7 @@ def test_figures() -> None:
 def test_a_single_choice_is_right_when_it_is_greedy() -> None:
     one = Example((("c", " word"),), 0, (4,))
     scores = [[Score(-1.0, True)], [Score(-3.0, False)], [Score(-2.0, True)]]
-    found = tasks.figures(made_task([one], normalised=False), [one] * 3, scores)
+    found = figures(made_task([one], normalised=False), [one] * 3, scores)
     assert found["acc"] == pytest.approx(2 / 3)
     assert found["perplexity"] == pytest.approx(math.exp(2))
     error = statistics.stdev([1, 3, 2]) / math.sqrt(3)
@@ -210,14 +211,14 @@ def test_a_single_choice_is_right_when_it_is_greedy() -> None:
 def test_the_difference_is_paired() -> None:
     dense = {"piqa": {"main": "acc", "acc_answers": "1111"}}
     other = {"piqa": {"main": "acc", "acc_answers": "1101"}}
-    entry = tasks.difference(dense, other)["piqa"]
+    entry = difference(dense, other)["piqa"]
     assert entry["difference"] == -0.25
     assert entry["standard_error"] == pytest.approx(statistics.stdev([0, 0, -1, 0]) / 2)
 
 
 def test_one_question_has_no_standard_error() -> None:
     one = Example((("c", " word"),), 0, (4,))
-    assert tasks.figures(made_task([one], normalised=False), [one], [[Score(-1.0, True)]])["acc_standard_error"] is None
+    assert figures(made_task([one], normalised=False), [one], [[Score(-1.0, True)]])["acc_standard_error"] is None
 
 
 # --- The command ---
@@ -363,5 +364,5 @@ def test_adapter_without_the_harness(make_model: MakeModel, monkeypatch: pytest.
     from validate.tasks.harness import harness_model
 
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-    with pytest.raises(MissingDependencyError, match="pip install lm-eval"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'procrustes-llm\[harness\]'"):
         harness_model(make_model("llama"), tiny.tokenizer())

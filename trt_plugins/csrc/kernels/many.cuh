@@ -1,14 +1,12 @@
-// The ops of the contract (export/graph/ops.py) for many tokens: matrix products by a library, which is given as `gemm`, and what
-// goes before, between and after them: mixing, the order of features, biases.
-//
-// As in ops.cuh: device memory, (tokens, features) row by row, a workspace of the bytes that `*_many_workspace` says.
+// What ops do with many tokens beside matrix products, which a library computes (`gemm`): mixing, the order of features,
+// biases. As in product.cuh: device memory, (tokens, features) row by row.
 #pragma once
 
-#include "ops.cuh"
+#include "product.cuh"
 
 namespace procrustes {
 
-constexpr int kFewTokens = 32;  // up to this many the kernels of ops.cuh read weights once and need no library
+constexpr int kFewTokens = 32;  // up to this many the kernels of skinny.cuh read weights once and need no library
 
 // y[b] (tokens, rows) = x[b] (tokens, columns) W[b]^T, or with `add` that added to y, for `batches` of them. Each *_row is
 // the distance of two rows, each *_step that of two batches, in elements. W[b] is (rows, columns).
@@ -103,99 +101,6 @@ cudaError_t onto_bias(Multiply const& gemm, Gemm<T> p, T const* bias, int tokens
     p.add = true;
   }
   return gemm(p);
-}
-
-template <typename T>
-int64_t kronecker_many_workspace(int tokens, int whole, int terms, int blocks, bool leading) {
-  return leading ? 0 : aligned(int64_t(tokens) * terms * (whole / blocks) * sizeof(T));
-}
-
-template <typename T, typename Multiply>
-cudaError_t kronecker_in_many(Multiply const& gemm, T const* x, T const* B, float const* A, T const* bias, T* y,
-                              int tokens, int in, int out, int terms, int blocks, void* workspace,
-                              cudaStream_t stream) {
-  int const width = in / blocks, kept = terms * width;
-  Gemm<T> p{B, kept, 0, x, in, 0, y, out, 0, out, kept, tokens, 1, false};
-  if (A != nullptr) {
-    T* const mixed = static_cast<T*>(workspace);
-    if (cudaError_t const error = mix<T>(x, A, nullptr, mixed, tokens, terms, blocks, width, false, stream)) return error;
-    p.x = mixed, p.x_row = kept;
-  }
-  return onto_bias(gemm, p, bias, tokens, out, stream);
-}
-
-template <typename T, typename Multiply>
-cudaError_t kronecker_out_many(Multiply const& gemm, T const* x, T const* B, float const* A, T const* bias, T* y,
-                               int tokens, int in, int out, int terms, int blocks, void* workspace,
-                               cudaStream_t stream) {
-  int const width = out / blocks, kept = terms * width;
-  if (A == nullptr) {  // the columns beyond `kept` are bias or zeros
-    if (cudaError_t const error = fill(y, bias, tokens, out, stream)) return error;
-    return gemm(Gemm<T>{B, in, 0, x, in, 0, y, out, 0, kept, in, tokens, 1, true});
-  }
-  T* const z = static_cast<T*>(workspace);
-  cudaError_t const error = gemm(Gemm<T>{B, in, 0, x, in, 0, z, kept, 0, kept, in, tokens, 1, false});
-  return error ? error : mix(z, A, bias, y, tokens, blocks, terms, width, true, stream);
-}
-
-template <typename T>
-int64_t group_shuffle_many_workspace(int tokens, int left, int right, int rank) {
-  return aligned(int64_t(tokens) * left * right * rank * sizeof(T));
-}
-
-// The first products write z as (right, tokens, left, rank), so that the second ones read it as it lies: the shuffle is in
-// where the blocks of L put their results.
-template <typename T, typename Multiply>
-cudaError_t group_shuffle_many(Multiply const& gemm, T const* x, T const* L, T const* R, T const* bias, T* y,
-                               int tokens, int in, int out, int left, int right, int rank, void* workspace,
-                               cudaStream_t stream) {
-  T* const z = static_cast<T*>(workspace);
-  int const m = in / left, n = out / right, columns = left * rank;
-  for (int r = 0; r < right; ++r) {
-    Gemm<T> const first{L + int64_t(r) * rank * m, m, int64_t(right) * rank * m, x, in, m,
-                        z + int64_t(r) * tokens * columns, columns, rank, rank, m, tokens, left, false};
-    if (cudaError_t const error = gemm(first)) return error;
-  }
-  Gemm<T> const second{R, columns, int64_t(n) * columns, z, columns, int64_t(tokens) * columns, y, out, n, n, columns,
-                       tokens, right, false};
-  return onto_bias(gemm, second, bias, tokens, out, stream);
-}
-
-template <typename T>
-int64_t pivoted_many_workspace(int tokens, int out, int rank) {
-  return aligned(int64_t(tokens) * rank * sizeof(T)) + aligned(int64_t(tokens) * (out - rank) * sizeof(T));
-}
-
-template <typename T, typename Multiply>
-cudaError_t pivoted_many(Multiply const& gemm, T const* x, T const* V, T const* C, int const* order, T const* bias, T* y,
-                         int tokens, int in, int out, int rank, void* workspace, cudaStream_t stream) {
-  int const rest = out - rank;
-  T* const z = static_cast<T*>(workspace);
-  T* const others = reinterpret_cast<T*>(static_cast<char*>(workspace) + aligned(int64_t(tokens) * rank * sizeof(T)));
-  if (cudaError_t const error = gemm(Gemm<T>{V, in, 0, x, in, 0, z, rank, 0, rank, in, tokens, 1, false})) return error;
-  if (cudaError_t const error = gemm(Gemm<T>{C, rank, 0, z, rank, 0, others, rest, 0, rest, rank, tokens, 1, false})) {
-    return error;
-  }
-  return gather<T>(z, rank, others, rest, order, bias, y, tokens, out, stream);
-}
-
-template <typename T>
-int64_t pivoted_in_many_workspace(int tokens, int in) {
-  return aligned(int64_t(tokens) * in * sizeof(T));
-}
-
-template <typename T, typename Multiply>
-cudaError_t pivoted_in_many(Multiply const& gemm, T const* x, T const* C, T const* U, int const* order, T const* bias,
-                            T* y, int tokens, int in, int out, int rank, void* workspace, cudaStream_t stream) {
-  int const rest = in - rank;
-  T* const sorted = static_cast<T*>(workspace);  // (tokens, in): pivots, to which what the others make is added, and those
-  if (cudaError_t const error = gather<T>(x, in, x, 0, order, nullptr, sorted, tokens, in, stream)) return error;
-  if (cudaError_t const error =
-          gemm(Gemm<T>{C, rest, 0, sorted + rank, in, 0, sorted, in, 0, rank, rest, tokens, 1, true})) {
-    return error;
-  }
-  return onto_bias(gemm, Gemm<T>{U, rank, 0, sorted, in, 0, y, out, 0, out, rank, tokens, 1, false}, bias, tokens, out,
-                   stream);
 }
 
 }  // namespace procrustes

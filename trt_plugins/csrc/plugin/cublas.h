@@ -1,7 +1,7 @@
 // Matrix products by cuBLAS, which is loaded when the first of them is asked for: the plugin library links nothing of it.
 #pragma once
 
-#include "linear.h"
+#include "../ops/op.h"
 
 namespace procrustes {
 

@@ -1,7 +1,7 @@
-// The TensorRT plugins of domain `procrustes`: one class for every op of the contract (export/graph/ops.py), one creator for each
+// The TensorRT plugins of domain `procrustes`: one class for every op of the table (ops/table.cu), one creator for each
 // op_type. The library links neither libnvinfer nor libcuda; TensorRT finds the creators through `getCreators`.
 #include "cublas.h"
-#include "linear.h"
+#include "../ops/op.h"
 
 #include <NvInferRuntime.h>
 
@@ -46,76 +46,46 @@ bool with_cublas() {
   });
 }
 
-// An op_type, without sizes.
-struct Op {
+// An op_type: an op of the table, with the grid of the name where it has one, with a bias or without.
+struct OpType {
   std::string name;
-  Linear linear;  // `kind`, `leading`, and the grid of GroupShuffleLinear
+  Op const* op;
+  Sizes grid;  // `left` and `right`, 0 where the name has none
   bool bias;
-  std::vector<char const*> fields;  // sizes that the node must give
 
   // x, the factors, and the bias where there is one.
-  int inputs() const {
-    int const factors = linear.kind == Kind::kPivoted || linear.kind == Kind::kPivotedIn ? 3
-                        : linear.leading                                                ? 1
-                                                                                         : 2;
-    return 1 + factors + bias;
+  int inputs() const { return 1 + int(op->inputs.size()) + bias; }
+
+  // Sizes that the node must give.
+  std::vector<char const*> fields() const {
+    std::vector<char const*> all = {"in_features", "out_features"};
+    all.insert(all.end(), op->fields.begin(), op->fields.end());
+    return all;
   }
 };
 
-int32_t* place(Linear& linear, std::string const& field) {
-  static std::map<std::string, int32_t Linear::*> const fields = {
-      {"in_features", &Linear::in}, {"out_features", &Linear::out}, {"terms", &Linear::terms},
-      {"blocks", &Linear::blocks},  {"left_blocks", &Linear::left}, {"right_blocks", &Linear::right},
-      {"rank", &Linear::rank}};
-  auto const found = fields.find(field);
-  return found == fields.end() ? nullptr : &(linear.*found->second);
+int32_t* place(Sizes& sizes, std::string const& field) {
+  static std::map<std::string, int32_t Sizes::*> const fields = {
+      {"in_features", &Sizes::in}, {"out_features", &Sizes::out}, {"terms", &Sizes::terms},
+      {"blocks", &Sizes::blocks},  {"left_blocks", &Sizes::left}, {"right_blocks", &Sizes::right},
+      {"rank", &Sizes::rank}};
+  return &(sizes.*fields.at(field));
 }
 
-// Why these sizes are none, or an empty string.
-std::string wrong(Linear const& l) {
-  auto const number = [](int32_t value) { return std::to_string(value); };
-  if (l.in < 1 || l.out < 1) return "in_features " + number(l.in) + " and out_features " + number(l.out);
-  switch (l.kind) {
-    case Kind::kKroneckerIn:
-    case Kind::kKroneckerOut: {
-      int32_t const whole = l.kind == Kind::kKroneckerIn ? l.in : l.out;
-      if (l.blocks < 1 || whole % l.blocks != 0) return number(l.blocks) + " blocks do not divide " + number(whole);
-      if (l.terms < 1 || (l.leading && l.terms > l.blocks)) return number(l.terms) + " terms of " + number(l.blocks);
-      return "";
-    }
-    case Kind::kGroupShuffle:
-      if (l.left < 1 || l.in % l.left != 0) return number(l.left) + " left blocks do not divide " + number(l.in);
-      if (l.right < 1 || l.out % l.right != 0) return number(l.right) + " right blocks do not divide " + number(l.out);
-      return l.rank < 1 ? "rank " + number(l.rank) : "";
-    case Kind::kPivoted: return l.rank < 1 || l.rank >= l.out ? "rank " + number(l.rank) + " of out_features" : "";
-    case Kind::kPivotedIn: return l.rank < 1 || l.rank >= l.in ? "rank " + number(l.rank) + " of in_features" : "";
+// Why these sizes are none of this op_type, or an empty string.
+std::string wrong(OpType const& type, Sizes const& sizes) {
+  if (type.op->grids && (sizes.left != type.grid.left || sizes.right != type.grid.right)) {
+    return "the grid is not that of the name";
   }
-  return "an unknown kind";
-}
-
-// Shapes of the factors, in the order of the inputs; of `order` and A as well.
-std::vector<std::vector<int64_t>> factor_shapes(Linear const& l) {
-  int64_t const in = l.in, out = l.out, rank = l.rank;
-  switch (l.kind) {
-    case Kind::kKroneckerIn:
-    case Kind::kKroneckerOut: {
-      bool const reads = l.kind == Kind::kKroneckerIn;
-      int64_t const kept = int64_t(l.terms) * ((reads ? in : out) / l.blocks);
-      std::vector<std::vector<int64_t>> shapes = {reads ? std::vector{out, kept} : std::vector{kept, in}};
-      if (!l.leading) shapes.push_back({l.terms, l.blocks});
-      return shapes;
-    }
-    case Kind::kGroupShuffle:
-      return {{l.left, l.right * rank, in / l.left}, {l.right, out / l.right, l.left * rank}};
-    case Kind::kPivoted: return {{rank, in}, {out - rank, rank}, {out}};
-    case Kind::kPivotedIn: return {{rank, in - rank}, {out, rank}, {in}};
+  if (sizes.in < 1 || sizes.out < 1) {
+    return "in_features " + std::to_string(sizes.in) + " and out_features " + std::to_string(sizes.out);
   }
-  return {};
+  return type.op->check(sizes);
 }
 
 class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuild, public IPluginV3OneRuntime {
  public:
-  Plugin(Op const& op, Linear const& linear) : op_(op), linear_(linear) {}
+  Plugin(OpType const& type, Sizes const& sizes) : type_(type), sizes_(sizes) {}
 
   // --- IPluginV3
 
@@ -130,16 +100,16 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
 
   IPluginV3* clone() noexcept override {
     try {
-      return new Plugin(op_, linear_);
+      return new Plugin(type_, sizes_);
     } catch (std::exception const& error) {
-      report("%s: %s", op_.name.c_str(), error.what());
+      report("%s: %s", type_.name.c_str(), error.what());
       return nullptr;
     }
   }
 
   // --- core
 
-  AsciiChar const* getPluginName() const noexcept override { return op_.name.c_str(); }
+  AsciiChar const* getPluginName() const noexcept override { return type_.name.c_str(); }
   AsciiChar const* getPluginVersion() const noexcept override { return kVersion; }
   AsciiChar const* getPluginNamespace() const noexcept override { return kNamespace; }
 
@@ -149,27 +119,27 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
 
   int32_t getOutputDataTypes(DataType* types, int32_t outputs, DataType const* inputs,
                              int32_t count) const noexcept override {
-    if (outputs != 1 || count != op_.inputs()) return refuse_counts(count, outputs);
+    if (outputs != 1 || count != type_.inputs()) return refuse_counts(count, outputs);
     types[0] = inputs[0];
     return 0;
   }
 
   int32_t getOutputShapes(DimsExprs const* inputs, int32_t count, DimsExprs const*, int32_t, DimsExprs* outputs,
                           int32_t made, IExprBuilder& builder) noexcept override {
-    if (made != 1 || count != op_.inputs()) return refuse_counts(count, made);
+    if (made != 1 || count != type_.inputs()) return refuse_counts(count, made);
     auto const known = [](IDimensionExpr const* d) { return d->isConstant() ? d->getConstantValue() : kAny; };
     for (int32_t i = 0; i < count; ++i) {
       if (int32_t const code = check(i, inputs[i].nbDims, [&](int32_t d) { return known(inputs[i].d[d]); })) return code;
     }
     outputs[0].nbDims = 2;
     outputs[0].d[0] = inputs[0].d[0];
-    outputs[0].d[1] = builder.constant(linear_.out);
+    outputs[0].d[1] = builder.constant(sizes_.out);
     return 0;
   }
 
   bool supportsFormatCombination(int32_t position, DynamicPluginTensorDesc const* tensors, int32_t inputs,
                                  int32_t outputs) noexcept override {
-    if (inputs != op_.inputs() || outputs != 1) return false;
+    if (inputs != type_.inputs() || outputs != 1) return false;
     PluginTensorDesc const& tensor = tensors[position].desc;
     if (tensor.format != TensorFormat::kLINEAR) return false;
     if (position == 0) {
@@ -187,9 +157,9 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
                           int32_t) const noexcept override {
     int64_t const most = inputs[0].max.d[0];
     Type const type = own_type(inputs[0].desc.type);
-    int64_t bytes = workspace_bytes(linear_, type, int32_t(most));
+    int64_t bytes = type_.op->workspace(sizes_, type, int32_t(most));
     for (int32_t tokens = 1; tokens < most && tokens <= kTokensChecked; ++tokens) {
-      int64_t const needed = workspace_bytes(linear_, type, tokens);
+      int64_t const needed = type_.op->workspace(sizes_, type, tokens);
       bytes = needed > bytes ? needed : bytes;
     }
     return size_t(bytes);
@@ -206,10 +176,10 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
                   void* workspace, cudaStream_t stream) noexcept override {
     int64_t const tokens = inputs[0].dims.d[0];
     if (tokens == 0) return 0;
-    void const* const bias = op_.bias ? in[op_.inputs() - 1] : nullptr;
-    int32_t const error = run(linear_, own_type(inputs[0].type), int32_t(tokens), in[0], in + 1, bias, out[0],
-                              workspace, with_cublas(), stream);
-    if (error != 0) report("%s: CUDA error %d", op_.name.c_str(), error);
+    void const* const bias = type_.bias ? in[type_.inputs() - 1] : nullptr;
+    int32_t const error = type_.op->run(sizes_, own_type(inputs[0].type), int32_t(tokens), in[0], in + 1, bias, out[0],
+                                        workspace, with_cublas(), stream);
+    if (error != 0) report("%s: CUDA error %d", type_.name.c_str(), error);
     return error;
   }
 
@@ -217,7 +187,9 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
 
   PluginFieldCollection const* getFieldsToSerialize() noexcept override {
     fields_.clear();
-    for (char const* const name : op_.fields) fields_.push_back({name, place(linear_, name), PluginFieldType::kINT32, 1});
+    for (char const* const name : type_.fields()) {
+      fields_.push_back({name, place(sizes_, name), PluginFieldType::kINT32, 1});
+    }
     collection_ = {int32_t(fields_.size()), fields_.data()};
     return &collection_;
   }
@@ -227,16 +199,19 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
 
   // Dimensions of input i; kAny: of any size.
   std::vector<int64_t> shape_of(int32_t i) const {
-    if (i == 0) return {kAny, linear_.in};
-    if (op_.bias && i == op_.inputs() - 1) return {linear_.out};
-    return factor_shapes(linear_)[i - 1];
+    if (i == 0) return {kAny, sizes_.in};
+    if (type_.bias && i == type_.inputs() - 1) return {sizes_.out};
+    return type_.op->shapes(sizes_)[i - 1];
   }
 
   DataType type_of(int32_t position, DataType own) const {
-    bool const kronecker = linear_.kind == Kind::kKroneckerIn || linear_.kind == Kind::kKroneckerOut;
-    if (kronecker && !linear_.leading && position == 2) return DataType::kFLOAT;  // A
-    bool const pivoted = linear_.kind == Kind::kPivoted || linear_.kind == Kind::kPivotedIn;
-    return pivoted && position == 3 ? DataType::kINT32 : own;  // order
+    if (position == 0 || position > int32_t(type_.op->inputs.size())) return own;  // x, the bias, y
+    switch (type_.op->inputs[position - 1].type) {
+      case InputType::kOwn: return own;
+      case InputType::kFloat: return DataType::kFLOAT;
+      case InputType::kInt32: return DataType::kINT32;
+    }
+    return own;
   }
 
   static Type own_type(DataType type) {
@@ -257,7 +232,7 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
 
   template <typename DimsOf>
   int32_t check_all(int32_t inputs, int32_t outputs, DimsOf const& dims_of) const {
-    if (outputs != 1 || inputs != op_.inputs()) return refuse_counts(inputs, outputs);
+    if (outputs != 1 || inputs != type_.inputs()) return refuse_counts(inputs, outputs);
     for (int32_t i = 0; i < inputs; ++i) {
       Dims const& dims = dims_of(i);
       if (int32_t const code = check(i, dims.nbDims, [&](int32_t d) { return int64_t(dims.d[d]); })) return code;
@@ -266,42 +241,42 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
   }
 
   int32_t refuse_counts(int32_t inputs, int32_t outputs) const {
-    report("%s takes %d inputs and makes 1 output, not %d and %d", op_.name.c_str(), op_.inputs(), inputs, outputs);
+    report("%s takes %d inputs and makes 1 output, not %d and %d", type_.name.c_str(), type_.inputs(), inputs, outputs);
     return -1;
   }
 
   int32_t refuse_shape(int32_t i, std::vector<int64_t> const& expected) const {
     std::string text;
     for (int64_t const size : expected) text += (text.empty() ? "" : ", ") + (size < 0 ? "any" : std::to_string(size));
-    report("%s: input %d must have the shape (%s) by the node's attributes", op_.name.c_str(), i, text.c_str());
+    report("%s: input %d must have the shape (%s) by the node's attributes", type_.name.c_str(), i, text.c_str());
     return -1;
   }
 
-  Op op_;
-  Linear linear_;
+  OpType type_;
+  Sizes sizes_;
   std::vector<PluginField> fields_;
   PluginFieldCollection collection_{};
 };
 
 class Creator final : public IPluginCreatorV3One {
  public:
-  explicit Creator(Op op) : op_(std::move(op)) {
-    for (char const* const name : op_.fields) fields_.push_back({name, nullptr, PluginFieldType::kINT32, 1});
+  explicit Creator(OpType type) : type_(std::move(type)) {
+    for (char const* const name : type_.fields()) fields_.push_back({name, nullptr, PluginFieldType::kINT32, 1});
     collection_ = {int32_t(fields_.size()), fields_.data()};
   }
 
-  AsciiChar const* getPluginName() const noexcept override { return op_.name.c_str(); }
+  AsciiChar const* getPluginName() const noexcept override { return type_.name.c_str(); }
   AsciiChar const* getPluginVersion() const noexcept override { return kVersion; }
   AsciiChar const* getPluginNamespace() const noexcept override { return kNamespace; }
   PluginFieldCollection const* getFieldNames() noexcept override { return &collection_; }
 
   IPluginV3* createPlugin(AsciiChar const*, PluginFieldCollection const* given, TensorRTPhase) noexcept override {
     try {
-      Linear linear = op_.linear;
-      for (char const* const name : op_.fields) {
+      Sizes sizes{};
+      for (char const* const name : type_.fields()) {
         PluginField const* const field = find(given, name);
         if (field == nullptr) {
-          report("%s needs the attribute %s", op_.name.c_str(), name);
+          report("%s needs the attribute %s", type_.name.c_str(), name);
           return nullptr;
         }
         int64_t value = 0;
@@ -310,25 +285,23 @@ class Creator final : public IPluginCreatorV3One {
         } else if (field->length == 1 && field->type == PluginFieldType::kINT64) {
           value = *static_cast<int64_t const*>(field->data);
         } else {
-          report("%s: the attribute %s must be one integer", op_.name.c_str(), name);
+          report("%s: the attribute %s must be one integer", type_.name.c_str(), name);
           return nullptr;
         }
         if (value < 1 || value > INT32_MAX) {
-          report("%s: the attribute %s is %lld", op_.name.c_str(), name, static_cast<long long>(value));
+          report("%s: the attribute %s is %lld", type_.name.c_str(), name, static_cast<long long>(value));
           return nullptr;
         }
-        *place(linear, name) = int32_t(value);
+        *place(sizes, name) = int32_t(value);
       }
-      bool const grid = op_.linear.kind != Kind::kGroupShuffle ||
-                        (linear.left == op_.linear.left && linear.right == op_.linear.right);
-      std::string const reason = grid ? wrong(linear) : "the grid is not that of the name";
+      std::string const reason = wrong(type_, sizes);
       if (!reason.empty()) {
-        report("%s: %s", op_.name.c_str(), reason.c_str());
+        report("%s: %s", type_.name.c_str(), reason.c_str());
         return nullptr;
       }
-      return new Plugin(op_, linear);
+      return new Plugin(type_, sizes);
     } catch (std::exception const& error) {
-      report("%s: %s", op_.name.c_str(), error.what());
+      report("%s: %s", type_.name.c_str(), error.what());
       return nullptr;
     }
   }
@@ -341,40 +314,48 @@ class Creator final : public IPluginCreatorV3One {
     return nullptr;
   }
 
-  Op op_;
+  OpType type_;
   std::vector<PluginField> fields_;
   PluginFieldCollection collection_{};
 };
 
-// Every op_type of the contract that has a plugin. KroneckerLinearGeneral and its twin have none: their bodies run.
-std::vector<std::unique_ptr<Creator>> creators() {
-  std::vector<std::unique_ptr<Creator>> found;
-  auto const add = [&](std::string const& name, Linear const& linear, std::vector<char const*> const& sizes) {
-    std::vector<char const*> fields = {"in_features", "out_features"};
-    fields.insert(fields.end(), sizes.begin(), sizes.end());
-    for (bool const bias : {false, true}) {
-      found.push_back(std::make_unique<Creator>(Op{name + (bias ? "Bias" : ""), linear, bias, fields}));
-    }
+std::vector<OpType> op_types() {
+  std::vector<OpType> found;
+  auto const add = [&](std::string const& name, Op const& op, Sizes const& grid) {
+    for (bool const bias : {false, true}) found.push_back({name + (bias ? "Bias" : ""), &op, grid, bias});
   };
-  auto const of = [](Kind kind, bool leading = false, int32_t left = 0, int32_t right = 0) {
-    Linear linear{};
-    linear.kind = kind, linear.leading = leading, linear.left = left, linear.right = right;
-    return linear;
-  };
-  for (bool const leading : {false, true}) {
-    std::string const name = leading ? "KroneckerLeadingLinear" : "KroneckerLinear";
-    add(name, of(Kind::kKroneckerIn, leading), {"terms", "blocks"});
-    add(name + "Out", of(Kind::kKroneckerOut, leading), {"terms", "blocks"});
-  }
-  add("PivotedLinear", of(Kind::kPivoted), {"rank"});
-  add("PivotedLinearIn", of(Kind::kPivotedIn), {"rank"});
-  for (int32_t left = 1; left <= kGrid; ++left) {
-    for (int32_t right = 1; right <= kGrid; ++right) {
-      add("GroupShuffleLinear_" + std::to_string(left) + "x" + std::to_string(right),
-          of(Kind::kGroupShuffle, false, left, right), {"left_blocks", "right_blocks", "rank"});
+  for (Op const& op : ops()) {
+    if (!op.grids) add(op.name, op, {});
+    for (int32_t left = 1; op.grids && left <= kGrid; ++left) {
+      for (int32_t right = 1; right <= kGrid; ++right) {
+        Sizes grid{};
+        grid.left = left, grid.right = right;
+        add(op.name + std::to_string(left) + "x" + std::to_string(right), op, grid);
+      }
     }
   }
   return found;
+}
+
+std::vector<std::unique_ptr<Creator>> creators() {
+  std::vector<std::unique_ptr<Creator>> found;
+  for (OpType const& type : op_types()) found.push_back(std::make_unique<Creator>(type));
+  return found;
+}
+
+// {"name": ..., "version": ..., "namespace": ..., "inputs": [[name, type], ...], "attributes": [...]}; types are "own",
+// that of x, "float32" and "int32".
+std::string described(OpType const& type) {
+  auto const quoted = [](std::string const& text) { return "\"" + text + "\""; };
+  std::string inputs = "[\"x\", \"own\"]", attributes;
+  for (Input const& input : type.op->inputs) {
+    char const* const its = input.type == InputType::kFloat ? "float32" : input.type == InputType::kInt32 ? "int32" : "own";
+    inputs += ", [" + quoted(input.name) + ", " + quoted(its) + "]";
+  }
+  if (type.bias) inputs += ", [\"bias\", \"own\"]";
+  for (char const* const field : type.fields()) attributes += (attributes.empty() ? "" : ", ") + quoted(field);
+  return "{\"name\": " + quoted(type.name) + ", \"version\": " + quoted(kVersion) + ", \"namespace\": " +
+         quoted(kNamespace) + ", \"inputs\": [" + inputs + "], \"attributes\": [" + attributes + "]}";
 }
 
 }  // namespace
@@ -393,4 +374,14 @@ extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterf
 
 extern "C" __attribute__((visibility("default"))) void setLoggerFinder(nvinfer1::ILoggerFinder* given) {
   procrustes::finder = given;
+}
+
+// Every op_type that the library has a creator of, as a JSON list; see `described`.
+extern "C" __attribute__((visibility("default"))) char const* describeOps() {
+  static std::string const text = [] {
+    std::string all;
+    for (auto const& type : procrustes::op_types()) all += (all.empty() ? "" : ", ") + procrustes::described(type);
+    return "[" + all + "]";
+  }();
+  return text.c_str();
 }

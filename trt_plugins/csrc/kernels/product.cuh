@@ -1,7 +1,6 @@
-// The ops of the contract (export/graph/ops.py) for few tokens, each as one or two products of skinny.cuh.
+// One product for few tokens by skinny.cuh: how it is cut into blocks, and the sum over its slices.
 //
-// All pointers are device memory; x is (tokens, in) and y (tokens, out), row by row, and `workspace` has the bytes that
-// the op's `*_workspace` says. Everything is enqueued on `stream`; nothing is allocated and nothing waits.
+// All pointers are device memory. Everything is enqueued on `stream`; nothing is allocated and nothing waits.
 #pragma once
 
 #include "skinny.cuh"
@@ -135,111 +134,6 @@ Product<T> dense(T const* weight, int rows, int columns, int tokens) {
 template <typename T>
 Sink<T> into(T* y, int64_t stride, T const* bias) {
   return Sink<T>{y, stride, bias, nullptr, 0, nullptr, 0, nullptr, 0};
-}
-
-// --- KroneckerLinear, KroneckerLeadingLinear: x mixed from `blocks` blocks into `terms` terms by A (terms, blocks), or
-//     cut to its leading columns (A null); then B (out, terms * in / blocks).
-
-template <typename T>
-int64_t kronecker_in_workspace(int tokens, int in, int out, int terms, int blocks, bool leading) {
-  int const width = in / blocks;
-  return leading ? partial_bytes<T>(tokens, out, 1, 1, terms * width, 0, false)
-                 : partial_bytes<T>(tokens, out, 1, terms, width, blocks, false);
-}
-
-template <typename T>
-cudaError_t kronecker_in(T const* x, T const* B, float const* A, T const* bias, T* y, int tokens, int in, int out,
-                         int terms, int blocks, void* workspace, cudaStream_t stream) {
-  int const width = in / blocks;
-  Source<T> source = plain(x, in, terms * width);
-  if (A != nullptr) source = Source<T>{x, in, terms, width, 0, 0, nullptr, A, blocks};
-  return product(dense(B, out, terms * width, tokens), source, into(y, out, bias), static_cast<float*>(workspace),
-                 stream);
-}
-
-// --- KroneckerLinearOut, KroneckerLeadingLinearOut: B (terms * out / blocks, in), then A or a padding with zeros.
-
-template <typename T>
-int64_t kronecker_out_workspace(int tokens, int in, int out, int terms, int blocks, bool leading) {
-  return leading ? partial_bytes<T>(tokens, out, 1, 1, in, 0, false)
-                 : partial_bytes<T>(tokens, terms * (out / blocks), 1, 1, in, 0, true);
-}
-
-template <typename T>
-cudaError_t kronecker_out(T const* x, T const* B, float const* A, T const* bias, T* y, int tokens, int in, int out,
-                          int terms, int blocks, void* workspace, cudaStream_t stream) {
-  int const kept = terms * (out / blocks);
-  Product<T> p = dense(B, kept, in, tokens);
-  if (A == nullptr) p.rows = out;  // those beyond `kept` are zeros
-  return product(p, plain(x, in, in), into(y, out, bias), static_cast<float*>(workspace), stream, A, terms, blocks);
-}
-
-// --- GroupShuffleLinear: L (left, right * rank, in / left), then R (right, out / right, left * rank).
-
-template <typename T>
-int64_t group_shuffle_workspace(int tokens, int in, int out, int left, int right, int rank) {
-  int64_t const first = partial_bytes<T>(tokens, right * rank, left, 1, in / left, 0, false);
-  int64_t const second = partial_bytes<T>(tokens, out / right, right, 1, left * rank, 0, false);
-  return between_and_partial<T>(int64_t(tokens) * left * right * rank, first, second);
-}
-
-template <typename T>
-cudaError_t group_shuffle(T const* x, T const* L, T const* R, T const* bias, T* y, int tokens, int in, int out,
-                          int left, int right, int rank, void* workspace, cudaStream_t stream) {
-  int const inner = left * right * rank;
-  T* const z = static_cast<T*>(workspace);  // (tokens, left, right, rank)
-  float* const partial = partial_after<T>(workspace, int64_t(tokens) * inner);
-  int const m = in / left, rows = right * rank;
-  Product<T> first{L, rows, m, left, m, int64_t(rows) * m, rows, nullptr, 0, tokens, 0, 0};
-  cudaError_t const error = product(first, plain(x, in, m), into<T>(z, inner, nullptr), partial, stream);
-  if (error != cudaSuccess) return error;
-  int const n = out / right, columns = left * rank;
-  Product<T> second{R, n, columns, right, rank, int64_t(n) * columns, n, nullptr, 0, tokens, 0, 0};
-  Source<T> const shuffled{z, inner, 1, columns, right * rank, rank, nullptr, nullptr, 0};
-  return product(second, shuffled, into(y, out, bias), partial, stream);
-}
-
-// --- PivotedLinear: z = x V^T, V (rank, in); y = entries `order` of [z, z C^T], C (out - rank, rank).
-
-template <typename T>
-int64_t pivoted_workspace(int tokens, int in, int out, int rank) {
-  int64_t const first = partial_bytes<T>(tokens, rank, 1, 1, in, 0, false);
-  int64_t const second = partial_bytes<T>(tokens, out, 1, 1, rank, 0, false);
-  return between_and_partial<T>(int64_t(tokens) * rank, first, second);
-}
-
-template <typename T>
-cudaError_t pivoted(T const* x, T const* V, T const* C, int const* order, T const* bias, T* y, int tokens, int in,
-                    int out, int rank, void* workspace, cudaStream_t stream) {
-  T* const z = static_cast<T*>(workspace);
-  float* const partial = partial_after<T>(workspace, int64_t(tokens) * rank);
-  cudaError_t const error =
-      product(dense(V, rank, in, tokens), plain(x, in, in), into<T>(z, rank, nullptr), partial, stream);
-  if (error != cudaSuccess) return error;
-  Product<T> second{C, out, rank, 1, 0, 0, out - rank, order, rank, tokens, 0, 0};
-  Sink<T> const sink{y, out, bias, z, rank, order, rank, nullptr, 0};
-  return product(second, plain<T>(z, rank, rank), sink, partial, stream);
-}
-
-// --- PivotedLinearIn: [p, q] = entries `order` of x, C (rank, in - rank); y = (p + q C^T) U^T, U (out, rank).
-
-template <typename T>
-int64_t pivoted_in_workspace(int tokens, int in, int out, int rank) {
-  int64_t const first = partial_bytes<T>(tokens, rank, 1, 1, in - rank, 0, false);
-  int64_t const second = partial_bytes<T>(tokens, out, 1, 1, rank, 0, false);
-  return between_and_partial<T>(int64_t(tokens) * rank, first, second);
-}
-
-template <typename T>
-cudaError_t pivoted_in(T const* x, T const* C, T const* U, int const* order, T const* bias, T* y, int tokens, int in,
-                       int out, int rank, void* workspace, cudaStream_t stream) {
-  T* const sum = static_cast<T*>(workspace);
-  float* const partial = partial_after<T>(workspace, int64_t(tokens) * rank);
-  Source<T> const rest{x, in, 1, in - rank, 0, 0, order + rank, nullptr, 0};
-  Sink<T> const sink{sum, rank, nullptr, x, in, order, in, nullptr, 0};
-  cudaError_t const error = product(dense(C, rank, in - rank, tokens), rest, sink, partial, stream);
-  if (error != cudaSuccess) return error;
-  return product(dense(U, out, rank, tokens), plain<T>(sum, rank, rank), into(y, out, bias), partial, stream);
 }
 
 }  // namespace procrustes
