@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from compress import catalog
+from compress.cli.parser import fraction
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,9 +39,10 @@ def add_compress_arguments(parser: argparse.ArgumentParser, *, model_required: b
     )
     what.add_argument(
         "--ratio",
-        type=float,
+        type=fraction,
         metavar="R",
-        help="fraction of all projection weight bytes to keep, skip and head maps counted (default: 0.75)",
+        help="fraction of all projection weight bytes to keep, skip and head maps counted, as 0.75 or 75%% "
+        "(default: 0.75)",
     )
     what.add_argument(
         "--rotation",
@@ -63,7 +65,7 @@ def add_compress_arguments(parser: argparse.ArgumentParser, *, model_required: b
     )
     what.add_argument(
         "--embedding",
-        type=float,
+        type=fraction,
         metavar="R",
         help="fraction of embedding and head to keep, in two factors (default: 1, untouched). A lower --ratio saves "
         "the same bytes at a far smaller loss on the model measured in docs/quality.md",
@@ -123,7 +125,7 @@ def add_compress_arguments(parser: argparse.ArgumentParser, *, model_required: b
     how.add_argument("--seed", type=int, help="of the text order and the sampled labels (default: 0)")
     how.add_argument(
         "--correction",
-        type=float,
+        type=fraction,
         metavar="BETA",
         help="share of the error made so far that each fit tries to undo, 0 to 1 (default: 0.5)",
     )

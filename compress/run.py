@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from compress.cli.entry import run_cli
+from compress.cli.parser import CommandParser
 from compress.lazy import CORE, check_versions
 from compress.options import add_compress_arguments, add_output_arguments
 
@@ -21,7 +22,7 @@ examples:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog="python -m compress.run",
         description=__doc__,
         epilog=EXAMPLES,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.cli.entry import run_cli
+from compress.cli.parser import CommandParser
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.lazy import CORE, check_versions, require
 from compress.options import add_compress_arguments, add_output_arguments, given_flags
@@ -45,7 +46,7 @@ NOT_SERVED = "a model with a sliding window cannot be batched continuously"
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog="python -m export.build",
         description=__doc__,
         epilog=EXAMPLES,

@@ -11,6 +11,11 @@ from compress.artifact.store import Artifact
 from compress.cli.entry import run_cli
 from compress.source import resolve as resolving
 
+COMMANDS = (
+    *("compress.run", "export.build", "trt_plugins.build", "trt_plugins.resources", "compress.methods.paper.compare"),
+    *("validate.latency", "validate.quality", "validate.run", "validate.serving", "validate.speed", "validate.tasks"),
+)
+MAINS = ("validate.quality.__main__", "validate.speed.__main__", "validate.tasks.__main__")
 BUILD = "export.build --model MODEL"
 RUN = "validate.run OUT --no-plot"
 
@@ -91,8 +96,7 @@ def test_refused_before_any_work(
     command: str, words: str, fill: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module, *arguments = [fill.get(word, word) for word in command.split()]
-    if module in ("validate.tasks", "validate.quality", "validate.speed"):
-        module += ".__main__"
+    module = f"{module}.__main__" if f"{module}.__main__" in MAINS else module
     before = sorted(tmp_path.rglob("*"))
     main = importlib.import_module(module).main
     try:
@@ -120,3 +124,28 @@ def test_taken(command: str, fill: dict[str, str]) -> None:
     module += ".__main__" if module == "validate.speed" else ""
     with pytest.raises(Worked):
         run_cli(importlib.import_module(module).main, arguments)
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_a_wrong_flag_is_told_in_one_line(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """And not below 30 lines of usage."""
+    entry = importlib.import_module(f"{module}.__main__" if f"{module}.__main__" in MAINS else module)
+    with pytest.raises(SystemExit) as caught:
+        entry.main(["--no-such-flag"])
+    assert caught.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith(f"; see python -m {module} --help")
+
+
+@pytest.mark.parametrize(("text", "ratio"), [("75%", 0.75), ("0.75", 0.75), ("12.5%", 0.125)])
+def test_a_ratio_may_be_a_percentage(text: str, ratio: float) -> None:
+    args = importlib.import_module("compress.run").parser().parse_args(["--model", "m", "--ratio", text])
+    assert args.ratio == ratio
+
+
+@pytest.mark.parametrize("text", ["75%%", "%", "three quarters"])
+def test_a_ratio_that_is_none_is_told_how_to_write_one(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        importlib.import_module("compress.run").parser().parse_args(["--model", "m", "--ratio", text])
+    assert "write 0.75, or 75%; see python -m compress.run --help" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compress.cli.entry import run_cli
+from compress.cli.parser import CommandParser
 from compress.errors import MissingDependencyError, UsageError
 from compress.progress import log
 from trt_plugins.toolchain import find
@@ -68,7 +69,7 @@ def _run(command: list[str], environment: dict[str, str], log_file: Path) -> Non
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog="python -m trt_plugins.build",
         description="Compile the TensorRT plugins of the ops in an exported model. No GPU is needed.",
         epilog=EXAMPLES,

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.cli.entry import run_cli
+from compress.cli.parser import CommandParser
 from compress.errors import UsageError
 from compress.progress import log, track
 
@@ -242,7 +243,7 @@ def dense_seconds(arch: Architecture, entries: Sequence[dict[str, Any]]) -> floa
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog="python -m validate.latency",
         description=__doc__,
         epilog=EXAMPLES,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.cli.entry import run_cli
+from compress.cli.parser import CommandParser
 from compress.errors import GateError, UsageError
 from compress.lazy import CORE, check_versions, require
 from compress.options import given_flags
@@ -47,7 +48,7 @@ EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog="python -m validate.run",
         description=__doc__,
         epilog=EXAMPLES,

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.cli.entry import run_cli
+from compress.cli.parser import CommandParser
 from compress.errors import ArtifactError, GateError, MissingDependencyError, UsageError
 from compress.progress import log
 
@@ -73,7 +74,7 @@ Ask = Callable[[str, str, int], Answer]
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog="python -m validate.serving",
         description=__doc__,
         epilog=EXAMPLES,

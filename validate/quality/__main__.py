@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.artifact.reading import RefusedError, read_json, shown
 from compress.cli.entry import run_cli
+from compress.cli.parser import CommandParser, fraction
 from compress.errors import GateError, UsageError
 from compress.progress import log
 
@@ -38,7 +39,7 @@ SIZES, SOURCES = "4,8,16,32,64,128,256", "boolq,lambada"
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog="python -m validate.quality",
         description=__doc__,
         epilog=EXAMPLES,
@@ -219,8 +220,8 @@ def _numbers(text: str | None, flag: str) -> list[float] | None:
     if text is None:
         return None
     try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
+        numbers = [fraction(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
         raise UsageError(f"{flag} {text!r} is not a list of numbers such as 0.75,0.85") from None
     if flag == "--ratios" and not all(0 < number <= 1 for number in numbers):
         raise UsageError(f"{flag} {text!r}: a ratio is above 0 and at most 1")

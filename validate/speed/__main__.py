@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.cli.entry import run_cli
+from compress.cli.parser import CommandParser
 from compress.errors import UsageError
 from compress.lazy import require
 from compress.options import given_flags
@@ -25,7 +26,7 @@ from validate.speed.pairs import measure_model
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog="python -m validate.speed",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

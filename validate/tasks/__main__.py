@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.cli.entry import run_cli
+from compress.cli.parser import CommandParser
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog="python -m validate.tasks",
         description=__doc__,
         epilog=EXAMPLES,

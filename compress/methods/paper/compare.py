@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from compress.cli.entry import run_cli
+from compress.cli.parser import CommandParser
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ examples:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog="python -m compress.methods.paper.compare",
         description=__doc__,
         epilog=EXAMPLES,
