@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.artifact.files import fsync, named, open_to_umask, refuse_links, remove, sha256_of
 from compress.errors import ArtifactError, UsageError
-from compress.progress import log
+from compress.progress import LARGE, log, track
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,7 +144,9 @@ class KeptFolder:
         fsync(self.folder)
 
     def _verify(self) -> None:
-        for name, (size, digest) in self._files.items():
+        large = sum(size for size, _ in self._files.values() if isinstance(size, int)) > LARGE
+        entries = self._files.items()
+        for name, (size, digest) in track(entries, description="check kept files") if large else entries:
             path = self.folder / name
             try:
                 refuse_links(path, self.folder)

@@ -214,3 +214,24 @@ def test_linears_that_are_zero_are_warned_of(
         pipeline.compress_model(source, helpers.recipe(helpers.text_file(tmp_path)), tmp_path / "out")
     printed = capsys.readouterr().err
     assert words in printed if words is not None else "zero throughout" not in printed
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_run_that_ends_before_its_first_piece_leaves_nothing(
+    there: bool, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where OUT was there before; a piece that was being written is not one yet."""
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+
+    def work(*_: object) -> None:
+        (out / "state" / "dense-0.f32").write_bytes(b"begun")
+        raise Worked
+
+    monkeypatch.setattr(pipeline, "method_of", work)
+    source = helpers.tiny_source(tiny_model, "tiny_llama")
+    with pytest.raises(Worked):
+        pipeline.compress_model(source, helpers.recipe(helpers.text_file(tmp_path)), out)
+    assert out.exists() == there
+    assert not there or list(out.iterdir()) == []
