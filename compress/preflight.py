@@ -59,6 +59,8 @@ def begin(args: argparse.Namespace) -> Begun:
     if unnamed:
         args.out = default_out(args.model, recipe)
         log(f"OUT is {args.out}")
+    if "structure" not in recipe.model_fields_set:
+        log(f"structure {recipe.structure}, the default; --structure auto has measured better (docs/quality.md)")
     artifact = Artifact(args.out)
     artifact.refuse_others()
     if recipe.needs_text():

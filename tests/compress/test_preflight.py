@@ -235,3 +235,21 @@ def test_a_run_that_ends_before_its_first_piece_leaves_nothing(
         pipeline.compress_model(source, helpers.recipe(helpers.text_file(tmp_path)), out)
     assert out.exists() == there
     assert not there or list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"), [([], True), (["--structure", "kron"], False), (["--set", "structure=gs"], False)]
+)
+def test_a_structure_that_was_not_chosen_is_told(
+    flags: list[str], said: bool, tiny_model: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [
+        "--model",
+        str(tiny_model("tiny_llama")),
+        "--calibration-data",
+        str(helpers.text_file(tmp_path)),
+        "--dry-run",
+    ]
+    given += ["--calibration-samples", "2", "--sequence-length", "32", "--out", str(tmp_path / "out")]
+    assert run_cli(run, [*given, *flags]) == 0
+    assert ("structure kron, the default; --structure auto" in capsys.readouterr().err) == said
