@@ -239,15 +239,6 @@ def _check_now(args: argparse.Namespace) -> None:
     present = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
     if not present.is_dir():
         raise UsageError(f"--out {args.out} is not, or is not in, a folder; choose another one")
-    from compress.calibration.text import look_for_text
-    from compress.run import parser as compress_parser
-    from compress.source.resolve import look_up
-
-    look_up(args.model)
-    sources = [] if args.sensitivity_plot is None else args.sensitivity_sources.split(",")
-    for text in (args.data, args.calibration_data, *sources):
-        look_for_text(text)
-    compress_parser().parse_args(["--model", args.model, *args.compress_arg])
     if args.write_docs is not None:
         from validate.report.markdown import surroundings
 
@@ -261,6 +252,15 @@ def _check_now(args: argparse.Namespace) -> None:
 
         for task in tasks_named(args.tasks or None):
             task.load(1)
+    from compress.calibration.text import look_for_text
+    from compress.run import parser as compress_parser
+    from compress.source.resolve import look_up
+
+    look_up(args.model)
+    sources = [] if args.sensitivity_plot is None else args.sensitivity_sources.split(",")
+    for text in (args.data, args.calibration_data, *sources):
+        look_for_text(text)
+    compress_parser().parse_args(["--model", args.model, *args.compress_arg])
 
 
 def _bench(args: argparse.Namespace) -> Bench:

@@ -61,11 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from compress.source.resolve import look_up
     from validate.tasks.data import tasks_named
 
+    tasks = tasks_named(args.tasks)
     if args.model is not None:
         look_up(args.model)
     if args.target is not None:
         _look_at(args.target)
-    tasks = tasks_named(args.tasks)
     examples = {task.name: task.load(args.limit) for task in tasks}  # now, and not after minutes of work
     results: dict[str, Any] = {}
     if args.model is not None:
