@@ -204,8 +204,8 @@ class Artifact:
             others = sorted(name for name in names - ours if not _LEFT_ALONE.fullmatch(name))
             if others:
                 raise UsageError(
-                    f"{self.out} has {others[0]!r} in it and was not made by this program, which therefore writes "
-                    f"nothing there: choose another --out, such as {self.out / 'compressed'}"
+                    f"{self.out} has {others[0]!r} in it, which was not written by this program: nothing is written "
+                    f"there; choose another --out, such as {self.out / 'compressed'}"
                 )
         check_folder(self.path("state"))
 

@@ -86,7 +86,7 @@ def test_what_is_no_artefact_is_left_alone(command: Callable[..., int], capsys: 
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
     assert command() == 2
-    assert "has 'notes.txt' in it and was not made by this program" in capsys.readouterr().err
+    assert "has 'notes.txt' in it, which was not written by this program" in capsys.readouterr().err
 
 
 def test_the_command_of_the_mission(
