@@ -2,7 +2,7 @@
 
 Every message is one sentence or two: what was wrong, the value seen, where, and what to do next. Exit codes:
 0 ok; 1 a bug; 2 usage; 3 a gate failed; 4 the environment lacks something; 5 an artefact is corrupt, does not
-match, or cannot be written; 130 interrupted, 143 by SIGTERM.
+match, or cannot be written; 130 interrupted.
 """
 
 from __future__ import annotations
