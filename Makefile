@@ -22,17 +22,17 @@ pip := $(bin)/python -m pip install --disable-pip-version-check --quiet
 .PHONY: help venv demo serve-demo serve-table test test-slow test-lowest quality format docs clean
 
 help:
-	@echo 'make demo       set up; compress, export and validate a real model on the CPU; print the summary'
-	@echo 'make serve-demo set up; serve what make demo made by a Triton server on the CPU, until Ctrl-C'
-	@echo 'make serve-table tokens a second of that model and of the dense one, served side by side'
-	@echo 'make test       set up; lint, format check, types, tests'
-	@echo 'make test-slow  set up; the tests that take minutes or the real model'
+	@echo 'make demo         set up; compress, export and validate a real model on the CPU; print the summary'
+	@echo 'make serve-demo   set up; serve that model by a Triton server on the CPU, until Ctrl-C; another one: OUT=out/mine'
+	@echo 'make serve-table  set up; tokens a second of that model and of the dense one, in one server'
+	@echo 'make test         set up; lint, format check, types, tests'
+	@echo 'make test-slow    set up; the tests that take minutes or the real model'
 	@echo 'make test-lowest  set up another environment, with the lowest versions that pyproject.toml allows; the quick tests'
-	@echo 'make quality    set up; lint, format check, types'
-	@echo 'make format     set up; let ruff format and mend what it can'
-	@echo 'make docs       set up; the documents as a site in build/site, its links checked'
-	@echo 'make venv       set up: $(VENV) with this project, editable, and its tools'
-	@echo 'make clean      remove caches and the output of the demo; the environment stays'
+	@echo 'make quality      set up; lint, format check, types'
+	@echo 'make format       set up; let ruff format and mend what it can'
+	@echo 'make docs         set up; the documents as a site in build/site, its links checked'
+	@echo 'make venv         set up: $(VENV) with this project, editable, and its tools'
+	@echo 'make clean        remove caches and the output of the demo; the environment stays'
 	@echo
 	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) OUT=$(OUT) STRUCTURE=$(STRUCTURE) WORKERS=$(WORKERS)'
 

@@ -11,7 +11,6 @@ from compress.recipe import Recipe
 from compress.source.model import ModelSource
 
 FOLDER = Path("out")
-_OURS = re.compile(r"state|\..*")  # what an interrupted first run leaves: it may go on there
 
 
 def default_out(model: str, recipe: Recipe) -> Path:
@@ -41,10 +40,6 @@ def refuse_anothers(artifact: Artifact, source: ModelSource, recipe: Recipe) -> 
 
     out = artifact.out
     advice = f"name another folder with --out, or say --out {out} to replace it"
-    if out.exists() and (not out.is_dir() or not artifact.exists()):
-        if not out.is_dir() or any(not _OURS.fullmatch(path.name) for path in out.iterdir()):
-            raise UsageError(f"{out}, the folder that would be used, has something else in it; {advice}")
-        return
     if not artifact.exists() or has_checkpoint(artifact, source, recipe):
         return
     manifest = artifact.read_manifest()

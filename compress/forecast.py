@@ -64,17 +64,36 @@ def _asked(arch: Architecture, recipe: Recipe) -> dict[str, float]:
     return {"ratio_asked": ratio_of(arch, recipe)}
 
 
+_MEANING = {
+    "unit": "sizes are multiples of it",
+    "ratio_asked": "of the projection weights",
+    "dense_projection_parameters": "the linears of all layers",
+    "projection_budget": "parameters that the structures may have",
+    "rotation_overhead": "parameters of skip matrices and head map, which count towards the ratio",
+    "model_ratio": "kept of the whole model, embeddings and head counted",
+    "decode_ceiling": "times as fast as dense at the most: bytes of weights read for one token, at batch 1",
+}
+"""Key -> what a reader who does not know it is told."""
+
+
 def lines(result: dict[str, Any]) -> list[str]:
-    """A forecast as text, the parts of disk and memory one a line."""
+    """A forecast as text, the parts of disk and memory one a line; sums of theirs in bytes are for programs."""
     found = []
     for key, value in result.items():
+        if key.endswith("_bytes_about"):
+            continue
         if value is None:
             found.append(f"{key}: known once sizes are planned by --latency-table")
         elif key in ("disk", "memory"):
             found.append(f"{key}: about {readable(sum(value.values()))} at most, of that")
             found += [f"  {name}: {readable(size)}" for name, size in value.items()]
+        elif key == "linears":
+            found.append("linears: of each layer, outputs x inputs")
+            found += [f"  {role}: {n} x {m}" for role, (n, m) in value.items()]
+        elif isinstance(value, list):
+            found.append(f"{key}: {'; '.join(value)}")
         else:
-            found.append(f"{key}: {value}")
+            found.append(f"{key}: {value}" + (f" ({_MEANING[key]})" if key in _MEANING else ""))
     return found
 
 

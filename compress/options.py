@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from compress import catalog
 from compress.cli.commands import add_common_arguments
+from compress.cli.parser import fraction
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,9 +40,10 @@ def add_compress_arguments(parser: argparse.ArgumentParser, *, model_required: b
     )
     what.add_argument(
         "--ratio",
-        type=float,
+        type=fraction,
         metavar="R",
-        help="fraction of all projection weight bytes to keep, skip and head maps counted (default: 0.75)",
+        help="fraction of all projection weight bytes to keep, skip and head maps counted, as 0.75 or 75%% "
+        "(default: 0.75)",
     )
     what.add_argument(
         "--rotation",
@@ -63,7 +66,7 @@ def add_compress_arguments(parser: argparse.ArgumentParser, *, model_required: b
     )
     what.add_argument(
         "--embedding",
-        type=float,
+        type=fraction,
         metavar="R",
         help="fraction of embedding and head to keep, in two factors (default: 1, untouched). A lower --ratio saves "
         "the same bytes at a far smaller loss on the model measured in docs/quality.md",
@@ -123,7 +126,7 @@ def add_compress_arguments(parser: argparse.ArgumentParser, *, model_required: b
     how.add_argument("--seed", type=int, help="of the text order and the sampled labels (default: 0)")
     how.add_argument(
         "--correction",
-        type=float,
+        type=fraction,
         metavar="BETA",
         help="share of the error made so far that each fit tries to undo, 0 to 1 (default: 0.5)",
     )
@@ -165,6 +168,21 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
     add_common_arguments(parser)
+
+
+def given_flags(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, *, only: Sequence[str] = (), without: Sequence[str] = ()
+) -> list[str]:
+    """The flags whose value in `args` is not their default; `only` these, or all `without` these (names in `args`)."""
+    return [
+        action.option_strings[0]
+        for action in parser._actions
+        if action.option_strings
+        and action.dest != "help"
+        and action.dest not in without
+        and (not only or action.dest in only)
+        and getattr(args, action.dest) != action.default
+    ]
 
 
 def _names(text: str) -> list[str]:

@@ -17,17 +17,15 @@ from compress.artifact.store import Artifact
 from compress.artifact.versions import versions
 from compress.calibration.largest import largest_activations
 from compress.calibration.streams import torch_device
-from compress.calibration.text import TextData, load_text
-from compress.calibration.tokens import token_sequences
+from compress.calibration.text import TextData
 from compress.checkpoint.writer import ShardWriter, config_for, write_config, write_rotations
-from compress.errors import UsageError
 from compress.fit.record import summarise
 from compress.methods.base import Context, Fitted
 from compress.methods.registry import check_recipe, method_of
+from compress.preflight import check, inputs_of, look_at_weights
 from compress.progress import log
 from compress.recipe import Recipe
 from compress.requests import request_digest, statistics_digest
-from compress.rewrites.folding import folded
 from compress.source.model import ModelSource
 from compress.source.provenance import record_of
 from compress.structures import DenseStructure
@@ -50,34 +48,18 @@ def compress_model(
     which the calibration's second moments are kept, for other runs with the same model and text. `text`: the
     calibration text where it is in memory (`text_in_memory`); its name is that of the recipe.
     """
-    if batch < 1:
-        raise UsageError(f"--calibration-batch {batch} runs nothing: give 1 or more calibration sequences at a time")
     artifact = Artifact(out)
     arch = source.architecture()
     check_recipe(arch, recipe)
-    if materialize_dense:
-        from compress.checkpoint.plain import check_plain, write_plain
-
-        check_plain(source.name, arch, recipe)
+    check(artifact, source, recipe, batch=batch, materialize_dense=materialize_dense, statistics=statistics)
     runner_device = torch_device(device)
     with artifact.lock():
+        artifact.refuse_others()
         artifact.claim("checkpoint", "recipe.yaml", *(["dense"] if materialize_dense else []))
-        # Weights, tokenizer and text are looked at before anything that takes long, such as hashing the weights.
-        model = folded(source)
-        tokenizer = source.tokenizer()
-        tokens = None
-        if recipe.needs_text():
-            c = recipe.calibration
-            tokens = token_sequences(
-                load_text(c.data) if text is None else text,
-                tokenizer,
-                samples=c.samples,
-                length=c.sequence_length,
-                seed=c.seed,
-                vocab_size=arch.vocab_size,
-            )
-            _warn_when_short(tokens.numel(), max(m for _, m in arch.linears().values()))
+        inputs = inputs_of(source, recipe, text)
+        model, tokenizer, tokens = inputs.model, inputs.tokenizer, inputs.tokens
         request = request_digest(source, recipe)
+        look_at_weights(model)
         state = artifact.open_state(request | {"versions": versions()})
         folder = None if statistics is None else statistics / statistics_digest(source, recipe)
         fitted = method_of(recipe).fit(Context(model, recipe, tokens, state, runner_device, batch, folder))
@@ -103,6 +85,8 @@ def compress_model(
                 facts["activations"] = _watched(folder, tokens, runner_device, batch)
         artifact.write_text("recipe.yaml", resolved.to_yaml())
         if materialize_dense:
+            from compress.checkpoint.plain import write_plain
+
             with artifact.stage("dense", inputs=["checkpoint"]) as folder:
                 write_plain(source, model, artifact.path("checkpoint"), folder)
         artifact.clear_state()
@@ -122,15 +106,6 @@ def _watched(checkpoint: Path, tokens: Tensor, device: torch.device, batch: int)
     place, value = found.worst()
     log(f"largest activation {value:.4g}: {place}")
     return found.to_dict()
-
-
-def _warn_when_short(tokens: int, width: int) -> None:
-    """Second moments of `width` features from too few tokens are singular or noise, and the fits follow the noise."""
-    if tokens < 4 * width:
-        log(
-            f"warning: {tokens:,} calibration tokens for linears of {width:,} inputs are few; at least {4 * width:,} "
-            f"are advisable (--calibration-samples, --sequence-length), perplexity suffers otherwise"
-        )
 
 
 def _resolved(recipe: Recipe, fitted: Fitted, arch: Architecture) -> Recipe:

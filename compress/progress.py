@@ -14,6 +14,8 @@ from typing import TypeVar
 T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 1.0
+LARGE = 1 << 30
+"""Bytes that take so long to read and hash that progress is shown."""
 
 
 @dataclass(frozen=True)

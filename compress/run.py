@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from compress.cli.commands import command_parser, listed, tell
 from compress.cli.entry import run_cli
 from compress.lazy import CORE, check_versions
-from compress.options import add_compress_arguments, add_output_arguments, recipe_from
-from compress.progress import log
+from compress.options import add_compress_arguments, add_output_arguments
 
 EXAMPLES = """\
 examples:
@@ -32,30 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, compress, print."""
     args = parser().parse_args(argv)
     check_versions(*CORE, purpose="compress a model")
-    recipe = recipe_from(args)
-    from compress.artifact.store import Artifact
-    from compress.default_out import default_out, refuse_anothers
-    from compress.requests import within_positions
-    from compress.source.resolve import look_up, resolve
+    from compress.preflight import begin, rehearse
 
-    look_up(args.model)
-    unnamed = args.out is None
-    if unnamed:
-        args.out = default_out(args.model, recipe)
-        log(f"OUT is {args.out}")
-    source = resolve(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
-    recipe = within_positions(source.architecture(), recipe)
-    if unnamed and not args.dry_run:
-        refuse_anothers(Artifact(args.out), source, recipe)
+    begun = begin(args)
+    source, recipe = begun.source, begun.recipe
     if args.dry_run:
         from compress.forecast import forecast, lines
 
-        if args.materialize_dense:
-            from compress.checkpoint.plain import check_plain
-
-            check_plain(source.name, source.architecture(), recipe)
         plan = forecast(source.architecture(), recipe, materialize_dense=args.materialize_dense)
-        result = {"out": str(args.out), **plan}
+        written = ["checkpoint", "recipe.yaml", *(["dense"] if args.materialize_dense else [])]
+        result = {"out": str(args.out), "device": rehearse(begun, args, written), **plan}
         tell(args, result, lambda: "\n".join(lines(result)))
         return 0
     from compress.allocation.budget import shortfall

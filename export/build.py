@@ -13,11 +13,13 @@ from compress.cli.commands import command_parser, listed, tell
 from compress.cli.entry import run_cli
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.lazy import CORE, check_versions, require
-from compress.options import add_compress_arguments, add_output_arguments, recipe_from
+from compress.options import add_compress_arguments, add_output_arguments, given_flags
 from compress.progress import Listener, log, progress_to
 
 if TYPE_CHECKING:
+    from compress.architecture import Architecture
     from compress.artifact.store import Artifact
+    from compress.preflight import Begun
     from compress.recipe import Recipe
     from compress.source.model import ModelSource
     from export.tensorrt.options import Options
@@ -38,6 +40,7 @@ same, so an interrupted build is continued by giving the same command again.
 ENGINES = ("ort", "trt", "trt-rtx", "none")
 TENSORRT = ("trt", "trt-rtx")
 DTYPES = ("float32", "float16", "bfloat16")
+NOT_SERVED = "a model with a sliding window cannot be batched continuously"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -112,27 +115,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     _check(args)
     _require(args)
-    from compress.artifact.store import Artifact
-
     if args.resume:
+        from compress.artifact.store import Artifact
+
         result = _resume(args, Artifact(args.out))
     else:
-        from compress.default_out import default_out, refuse_anothers
-        from compress.requests import within_positions
-        from compress.source.resolve import look_up, resolve
+        from compress.preflight import begin
 
-        recipe = recipe_from(args)
-        look_up(args.model)
-        unnamed = args.out is None
-        if unnamed:
-            args.out = default_out(args.model, recipe)
-            log(f"OUT is {args.out}")
-        artifact = Artifact(args.out)
-        source = resolve(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
-        recipe = within_positions(source.architecture(), recipe)
-        if unnamed and not args.dry_run:
-            refuse_anothers(artifact, source, recipe)
-        result = _dry_run(args, artifact, source, recipe) if args.dry_run else _build(args, artifact, source, recipe)
+        begun = begin(args)
+        _check_served(args, begun.source.architecture())
+        result = _dry_run(args, begun) if args.dry_run else _build(args, begun)
     if args.dry_run:
         from compress.forecast import lines
 
@@ -140,6 +132,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         tell(args, result, lambda: f"{listed(result)}\nOK {args.out}")
     return 0
+
+
+_SERVING = ("serve_as", "sequences", "serve_network", "threads")
+_BUILDING = ("batch", "prompt", "cache", "plugin", "plugin_libraries", "opt_level", "workspace", "timing_cache")
+_TAKEN_AS_IT_IS = ("json", "debug", "out", "resume", "engine", "compute_capability", *_SERVING, *_BUILDING)
+"""Flags that --resume takes: those of the engine."""
 
 
 def export_model(
@@ -205,42 +203,90 @@ def _require(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse flags that contradict each other, before any work."""
+    """Refuse values that are none, flags that contradict each other and flags without effect, before any work."""
     _check_engine(args)
-    if args.resume and (args.model is not None or args.recipe is not None or args.dry_run):
-        raise UsageError("--resume takes OUT as it is: leave out --model, --recipe and --dry-run")
     if args.resume and args.out is None:
         raise UsageError("say with --out which folder to go on with: --resume takes it as it is")
+    if args.resume and (idle := given_flags(parser(), args, without=_TAKEN_AS_IT_IS)):
+        raise UsageError(f"--resume takes OUT as it is: leave out {' and '.join(idle)}")
     if not args.resume and args.model is None:
         raise UsageError("say which model with --model, or go on with OUT's graph with --resume")
 
 
 def _check_engine(args: argparse.Namespace) -> None:
     """The part of `_check` that is about the engine alone."""
+    _check_values(args)
     if args.engine == "ort" and args.dtype == "bfloat16":
         raise UsageError(
             "ONNX Runtime has no bfloat16 matrix product on the CPU: use --dtype float32, or --engine none"
         )
     if args.compute_capability is not None and args.engine != "trt-rtx":
         raise UsageError("--compute-capability is for --engine trt-rtx; TensorRT builds for the GPU that is there")
-    for flag in ("sequences", "threads"):
-        if (value := getattr(args, flag)) is not None and value < 1:
-            raise UsageError(f"--{flag} must be at least 1, not {value}")
-    if args.threads is not None and args.engine != "ort":
-        raise UsageError("--threads is for --engine ort")
+    for flags, engines in ((_SERVING, ("ort", "trt")), (_BUILDING, TENSORRT), (("threads",), ("ort",))):
+        if args.engine not in engines and (idle := given_flags(parser(), args, only=flags)):
+            raise UsageError(
+                f"{' and '.join(idle)} would change nothing with --engine {args.engine}: for --engine "
+                f"{' and '.join(engines)} only; leave it out"
+            )
     able = ("tensorrt",) if args.engine == "trt" else ("python", "onnxruntime")
     if args.serve_network not in (None, "none", *able):
         raise UsageError(f"--serve-network {args.serve_network} does not run what --engine {args.engine} makes")
+
+
+def _check_values(args: argparse.Namespace) -> None:
+    """Each value by itself, whatever it is for."""
+    from export.runtime.profiles import Spans
+    from export.triton.names import check_name
+
+    if args.serve_as is not None:
+        check_name(args.serve_as)
+    for flag in ("sequences", "threads"):
+        if (value := getattr(args, flag)) is not None and value < 1:
+            raise UsageError(f"--{flag} must be at least 1, not {value}")
+    spans = Spans.parse(args.batch, args.prompt, args.cache, sys.maxsize)
+    if args.engine == "trt" and args.sequences is not None and args.sequences > spans.batch.most:
+        raise UsageError(
+            f"--sequences {args.sequences} is more than the {spans.batch.most} that the engine takes at a time: lower "
+            f"it, or raise the largest --batch"
+        )
     if args.workspace is not None and args.workspace < 1:
         raise UsageError(f"--workspace must be at least 1 MiB, not {args.workspace}")
     if args.plugin == "native" and args.plugin_libraries is not None:
         raise UsageError("--plugin native uses no --plugin-libraries")
+    if args.plugin_libraries is not None:
+        from trt_plugins.build import AUTOLOAD, PLUGINS
+
+        absent = [name for name in (PLUGINS, AUTOLOAD) if not (args.plugin_libraries / name).is_file()]
+        if absent:
+            raise UsageError(
+                f"--plugin-libraries {args.plugin_libraries} has no {absent[0]}: make it with "
+                f"python -m trt_plugins.build"
+            )
+    if args.timing_cache is not None and (
+        args.timing_cache.is_dir() or not args.timing_cache.absolute().parent.is_dir()
+    ):
+        raise UsageError(f"--timing-cache {args.timing_cache} must be a file in a folder that exists")
+    if args.compute_capability is not None and args.engine == "trt-rtx":
+        from export.tensorrt.rtx import parse_capabilities
+
+        parse_capabilities(args.compute_capability)
 
 
-def _build(args: argparse.Namespace, artifact: Artifact, source: ModelSource, recipe: Recipe) -> dict[str, Any]:
+def _check_served(args: argparse.Namespace, architecture: Architecture) -> None:
+    """Refuse flags of the server for a model that is not served, and profiles that its positions do not allow."""
+    if args.engine in TENSORRT:
+        from export.runtime.profiles import Spans
+
+        Spans.parse(args.batch, args.prompt, args.cache, architecture.max_positions)
+    if architecture.sliding_window is not None and (idle := given_flags(parser(), args, only=_SERVING)):
+        raise UsageError(f"{' and '.join(idle)} would change nothing: {NOT_SERVED}; leave it out")
+
+
+def _build(args: argparse.Namespace, begun: Begun) -> dict[str, Any]:
     from compress.allocation.budget import shortfall
     from compress.pipeline import compress_model
 
+    artifact, source, recipe = begun.artifact, begun.source, begun.recipe
     engine = _tensorrt(args, source.architecture().max_positions) if args.engine in TENSORRT else None
     with artifact.lock():
         artifact.claim(*_written(args))
@@ -394,25 +440,23 @@ def _build_engine(
 
 def _serve(args: argparse.Namespace, artifact: Artifact, most: int | None) -> dict[str, Any]:
     """OUT/triton, and what the result says of it. `most`: sequences that the engine takes, None for any number."""
-    import re
-
     from compress.checkpoint.reader import CheckpointReader
     from export.stages import build_info
+    from export.triton.names import name_of
     from export.triton.repository import SEQUENCES, write_repository
 
     if CheckpointReader(artifact.require_stage("checkpoint")).architecture.sliding_window is not None:
-        note = "no Triton repository was written, because a model with a sliding window cannot be batched continuously"
+        note = f"no Triton repository was written, because {NOT_SERVED}"
         log(note)
         return {"triton": None, "triton_note": note}
     source = str(artifact.read_manifest()["source"].get("id") or "model")
-    plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", re.split(r"[/=]", source.rstrip("/"))[-1 if "=" not in source else 0])
     # --resume, as in build_engine.sh, says nothing of serving: what was asked for before stays.
     before = build_info(artifact, "triton") if args.resume and artifact.has_stage("triton") else {}
     before = before if before.get("engine") == args.engine else {}
     write_repository(
         artifact,
         engine=args.engine,
-        name=args.serve_as or before.get("name") or plain.strip("-.") or "model",
+        name=args.serve_as or before.get("name") or name_of(source),
         sequences=args.sequences or min(before.get("sequences", SEQUENCES), most or SEQUENCES),
         threads=args.threads or before.get("threads", 1),
         network=args.serve_network or before.get("network"),
@@ -437,17 +481,17 @@ def _has_checkpoint(args: argparse.Namespace, artifact: Artifact, source: ModelS
     return True
 
 
-def _dry_run(args: argparse.Namespace, artifact: Artifact, source: ModelSource, recipe: Recipe) -> dict[str, Any]:
+def _dry_run(args: argparse.Namespace, begun: Begun) -> dict[str, Any]:
     from compress.forecast import forecast
     from compress.methods.space import rotation_bytes
+    from compress.preflight import device_of_plan, rehearse
 
+    artifact, source, recipe = begun.artifact, begun.source, begun.recipe
+    artifact.rehearse(*_written(args))
     kept = _has_checkpoint(args, artifact, source, recipe)
-    if args.materialize_dense:
-        from compress.checkpoint.plain import check_plain
-
-        check_plain(source.name, source.architecture(), recipe)
     plan = forecast(source.architecture(), recipe, materialize_dense=args.materialize_dense)
-    result = {"out": str(args.out), **plan}
+    device = device_of_plan(args.device) if kept else rehearse(begun, args, _written(args))
+    result = {"out": str(args.out), "device": device, **plan}
     dtype = args.dtype or ("float16" if args.engine in TENSORRT else "float32")
     item, stored = (4 if kind == "float32" else 2 for kind in (dtype, recipe.checkpoint_dtype))
     if args.dtype is None and dtype == "float16":

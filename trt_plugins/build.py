@@ -88,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [a for a in architectures if not a.isdigit() or int(a) < 80]
     if unknown:
         raise UsageError(f"--arch {unknown[0]!r} is no compute capability of 8.0 or later: give 90, or 80,86,90")
+    present = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
+    if not present.is_dir():
+        raise UsageError(f"--out {args.out} is not, or is not in, a folder; choose another one")
     plugins, autoload = build(args.out, architectures)
     lines = (
         f"plugin library    {plugins}   (registry.load_library, polygraphy, export)",

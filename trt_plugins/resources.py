@@ -6,7 +6,6 @@ makes one spill, or take many more registers, is seen before anybody runs it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from compress.cli.entry import run_cli
+from compress.cli.parser import CommandParser
 from compress.errors import ArtifactError, MissingDependencyError
 from compress.progress import log
 from trt_plugins.build import ARCHITECTURES, SOURCES
@@ -112,7 +112,7 @@ def _demangled(names: Sequence[str]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0, 3 where a kernel spills, 4 where the compiler is missing."""
-    parser = argparse.ArgumentParser(prog="python -m trt_plugins.resources", description=__doc__)
+    parser = CommandParser(prog="python -m trt_plugins.resources", description=__doc__)
     parser.add_argument("--write", action="store_true", help=f"renew {TABLE.name}")
     args = parser.parse_args(argv)
     found = measure()

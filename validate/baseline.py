@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from compress.artifact.store import Artifact
 from compress.errors import UsageError
 from compress.progress import log
+from compress.source.resolve import look_up
 
 if TYPE_CHECKING:
     from compress.checkpoint.reader import CheckpointReader
@@ -37,6 +38,10 @@ class Baseline:
 
     def __enter__(self) -> Baseline:
         self.manifest = self.artifact.read_manifest()
+        # Names first: what follows reads every file of OUT.
+        if self._model is not None:
+            look_up(self._model)
+        self.dense_given()
         self.artifact.verify()
         self.checkpoint = self.artifact.require_stage("checkpoint")
         with ExitStack() as stack:
@@ -103,15 +108,7 @@ class Baseline:
 
     def dense_given(self) -> Path | None:
         """The dense export that was given; UsageError when it is none."""
-        if self._dense is None:
-            return None
-        path = self._dense / "model.onnx" if self._dense.is_dir() else self._dense
-        if not path.is_file():
-            wrong = "has no model.onnx" if self._dense.is_dir() else "is not there"
-            raise UsageError(
-                f"--dense {str(self._dense)!r} {wrong}: name an export of the dense model, or leave --dense out"
-            )
-        return path
+        return None if self._dense is None else dense_export(self._dense)
 
     def dense_onnx(self) -> Path:
         """The dense model, exported by the same code with the same options; made beside it when not given."""
@@ -129,3 +126,12 @@ class Baseline:
         info = export_onnx(folder / "checkpoint", folder / "onnx", dtype=facts.dtype, logits=facts.logits)
         shutil.rmtree(folder / "checkpoint")
         return info.path
+
+
+def dense_export(given: Path) -> Path:
+    """The ONNX file that --dense names, itself or by its folder. Raises UsageError when it is none."""
+    path = given / "model.onnx" if given.is_dir() else given
+    if not path.is_file():
+        wrong = "has no model.onnx" if given.is_dir() else "is not there"
+        raise UsageError(f"--dense {str(given)!r} {wrong}: name an export of the dense model, or leave --dense out")
+    return path

@@ -11,10 +11,12 @@ from compress.progress import log
 if TYPE_CHECKING:
     from compress.calibration.text import TextData
     from validate.baseline import Baseline
+    from validate.perplexity.windows import Windows
 
 
-def look_first(baseline: Baseline, args: argparse.Namespace) -> TextData | None:
-    """Hold OUT and the flags of `validate.run` against each other; the text of the perplexity part, where there is one.
+def look_first(baseline: Baseline, args: argparse.Namespace) -> tuple[TextData, Windows] | None:
+    """Hold OUT and the flags of `validate.run` against each other; the text of the perplexity part and its windows,
+    where there is one.
 
     Raises UsageError for flags that this model cannot serve or a source that is not there, ArtifactError where OUT has
     no exported model or the source is another.
@@ -27,13 +29,21 @@ def look_first(baseline: Baseline, args: argparse.Namespace) -> TextData | None:
     if exported:
         _exported(baseline, args, exported)
     fit_positions(args, positions, parts)
-    if "speed" in parts:
-        baseline.dense_given()
     if "perplexity" not in parts:
         return None
     from compress.calibration.text import load_text
+    from validate.perplexity.windows import make_windows
 
-    return load_text(args.data)
+    text = load_text(args.data)
+    windows = make_windows(
+        text,
+        baseline.source.tokenizer(),
+        length=args.sequence_length,
+        stride=args.stride,
+        max_windows=args.max_windows,
+        vocab_size=baseline.reader.architecture.vocab_size,
+    )
+    return text, windows
 
 
 LENGTHS = {"sequence_length": ("perplexity", 1024), "prefill": ("speed", 512), "past": ("speed", 128)}
@@ -41,7 +51,8 @@ LENGTHS = {"sequence_length": ("perplexity", 1024), "prefill": ("speed", 512), "
 
 
 def fit_positions(args: argparse.Namespace, positions: int, parts: set[str]) -> None:
-    """Set the lengths that were not given (None): their defaults, shortened to a model of few positions, which is said.
+    """Set the lengths of `parts` that were not given (None): their defaults, shortened to a model of few positions,
+    which is said.
 
     Raises UsageError naming all those that were given and do not fit.
     """
@@ -51,11 +62,13 @@ def fit_positions(args: argparse.Namespace, positions: int, parts: set[str]) -> 
             continue
         flag, given = f"--{name.replace('_', '-')}", getattr(args, name)
         most = max(1, positions // 2) if name == "past" else positions  # the other half is decoded
+        if part not in parts:
+            continue
         if given is None:
             setattr(args, name, min(default, most))
-            if part in parts and most < default:
+            if most < default:
                 shortened.append(f"{flag} {most}")
-        elif part in parts and given > most:
+        elif given > most:
             of = f"half of the {positions} positions" if name == "past" else f"the {positions} positions"
             wrong.append(f"{flag} {given} is more than {of} of the model: give {most} or less")
     if wrong:

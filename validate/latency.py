@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -283,6 +284,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError(f"--seconds must be above 0 and below 3600, not {args.seconds}")
     if args.out.is_dir() or not args.out.absolute().parent.is_dir():
         raise UsageError(f"--out {args.out} must be a file in a folder that exists")
+    if not os.access(args.out.absolute().parent, os.W_OK):
+        raise UsageError(f"--out {args.out} cannot be written: choose another folder, or change its permissions")
     from compress.source.resolve import resolve
 
     source = resolve(args.model)

@@ -18,6 +18,7 @@ from compress.cli.commands import add_common_arguments, command_parser, tell
 from compress.cli.entry import run_cli
 from compress.errors import GateError, UsageError
 from compress.lazy import CORE, check_versions, require
+from compress.options import given_flags
 from compress.progress import Listener, log, progress_to
 
 if TYPE_CHECKING:
@@ -25,9 +26,16 @@ if TYPE_CHECKING:
     from validate.baseline import Baseline
     from validate.gates import Gate
     from validate.parity.ladder import Rung
+    from validate.perplexity.windows import Windows
     from validate.report.summary import Report
 
 PARTS = ("parity", "perplexity", "speed")
+_FLAGS_OF = {
+    ("perplexity",): ("data", "sequence_length", "stride", "max_windows", "batch", "perplexity_runtime"),
+    ("speed",): ("batch_sizes", "prefill", "past", "seconds", "dense"),
+    ("perplexity", "speed"): ("threads",),
+}
+"""Parts -> the flags that do nothing where all of them are skipped."""
 RUNTIMES = ("pytorch", "onnxruntime")
 EXAMPLES = """examples:
   python -m validate.run out/demo
@@ -165,10 +173,15 @@ def _run(args: argparse.Namespace) -> tuple[Report, list[str]]:
         require(  # now, and not after minutes of work
             "matplotlib", pip="'procrustes-llm[eval]'", purpose="draw the plots of reports/ (or give --no-plot)"
         )
+    from compress.artifact.store import Artifact
     from validate.baseline import Baseline
 
+    Artifact(args.out).read_manifest()
+    if "perplexity" not in args.skip:
+        from compress.calibration.text import look_for_text
+
+        look_for_text(args.data)
     if args.gpu:
-        from compress.artifact.store import Artifact
         from export.tensorrt.build import require as require_tensorrt
         from export.tensorrt.engine import check_engine
 
@@ -201,6 +214,13 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
     if not 0 < args.seconds < 3600:
         raise UsageError(f"--seconds must be above 0 and below 3600, not {args.seconds}")
+    if args.sequence_length is not None and args.sequence_length < 2:
+        raise UsageError(f"--sequence-length must be at least 2, not {args.sequence_length}")
+    for parts, flags in _FLAGS_OF.items():
+        if set(parts) <= set(args.skip) and (idle := given_flags(parser(), args, only=flags)):
+            raise UsageError(
+                f"{' and '.join(idle)} would change nothing: --skip {' and '.join(parts)} leaves out what it is for"
+            )
     if args.trust_engine and not args.gpu:
         raise UsageError("--trust-engine is for --gpu, which alone loads an engine")
     if set(args.skip) == set(PARTS):
@@ -228,7 +248,7 @@ def validate(baseline: Baseline, args: argparse.Namespace, limits: dict[str, Any
             if rung.number >= 3:
                 gates.append(Gate(f"{name}-choices", float(len(rung.failures)), 0.0))
     if text is not None:
-        quality = _quality(baseline, args, text)
+        quality = _quality(baseline, args, *text)
         if limits["max_ppl_increase"] is not None:
             gate = Gate("max-ppl-increase", quality["relative_increase"], limits["max_ppl_increase"], percent=True)
             gates.append(gate)
@@ -284,19 +304,9 @@ def _parity(baseline: Baseline, args: argparse.Namespace) -> list[Rung]:
     return rungs
 
 
-def _quality(baseline: Baseline, args: argparse.Namespace, text: TextData) -> dict[str, Any]:
-    from validate.perplexity.scores import LogitsSource, OrtLogits, TorchLogits, compare
-    from validate.perplexity.windows import make_windows
+def _quality(baseline: Baseline, args: argparse.Namespace, text: TextData, windows: Windows) -> dict[str, Any]:
+    from validate.perplexity.scores import LogitsSource, OrtLogits, TorchLogits, compare, worse_than_guessing
 
-    arch = baseline.reader.architecture
-    windows = make_windows(
-        text,
-        baseline.source.tokenizer(),
-        length=args.sequence_length,
-        stride=args.stride,
-        max_windows=args.max_windows,
-        vocab_size=arch.vocab_size,
-    )
     second: LogitsSource = TorchLogits(baseline.compressed)
     if args.perplexity_runtime == "onnxruntime":
         from export.runtime.ort import OrtRunner
@@ -304,6 +314,9 @@ def _quality(baseline: Baseline, args: argparse.Namespace, text: TextData) -> di
         second = OrtLogits(OrtRunner(baseline.onnx, threads=args.threads))
     first = TorchLogits(baseline.dense)
     result = compare(first, second, windows, args.batch)
+    warnings = worse_than_guessing(result, baseline.reader.architecture.vocab_size)
+    for warning in warnings:
+        log(f"warning: {warning}")
     return {
         "data": {
             "name": _portable(text.name),
@@ -324,6 +337,7 @@ def _quality(baseline: Baseline, args: argparse.Namespace, text: TextData) -> di
             "compressed_runtime": second.runtime,
         },
         "calibrated_on_this_text": _recipe(baseline)["calibration"]["data"] == _portable(args.data),
+        "warnings": warnings,
         **result.to_dict(),
     }
 

@@ -103,12 +103,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     counts = parse_batch_sizes(args.clients, "--clients")
     least = None if args.min_speedup is None else parse_speedup(args.min_speedup)
+    prompts = cut_prompts(TEXT if args.prompts is None else _text(args.prompts), max(counts) * args.requests)
     artifact, baseline = Artifact(args.out), Artifact(args.baseline)
     models = (served_name(baseline), served_name(artifact))
     if models[0] == models[1]:
         raise UsageError(f"both models are served as {models[0]!r}: build one of them again with --serve-as")
     server = _server(args.url, models)
-    prompts = cut_prompts(TEXT if args.prompts is None else _text(args.prompts), max(counts) * args.requests)
     ask = http_client(args.url)
     cases = [compare(ask, models, prompts, n, args.requests, args.tokens, args.rounds) for n in counts]
     report = {

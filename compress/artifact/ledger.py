@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.artifact.files import fsync, named, open_to_umask, refuse_links, remove, sha256_of
 from compress.errors import ArtifactError, UsageError
-from compress.progress import log
+from compress.progress import LARGE, log, track
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,7 +144,9 @@ class KeptFolder:
         fsync(self.folder)
 
     def _verify(self) -> None:
-        for name, (size, digest) in self._files.items():
+        large = sum(size for size, _ in self._files.values() if isinstance(size, int)) > LARGE
+        entries = self._files.items()
+        for name, (size, digest) in track(entries, description="check kept files") if large else entries:
             path = self.folder / name
             try:
                 refuse_links(path, self.folder)
@@ -174,9 +176,21 @@ class Nowhere:
 Keeper = KeptFolder | Nowhere
 
 
+def check_folder(folder: Path) -> None:
+    """Raise what `KeptFolder.open` would raise there, and change nothing."""
+    require_folder(folder)
+    if folder.exists():
+        _refuse_foreign(folder)
+
+
 def clear_unused(folder: Path) -> None:
-    """Remove a folder in which no piece was kept yet."""
-    if folder.is_dir() and not folder.is_symlink() and [path.name for path in folder.iterdir()] == [LEDGER]:
+    """Remove a folder in which no piece was kept yet; what its ledger does not list is not kept."""
+    try:
+        require_folder(folder)
+        unused = folder.exists() and _parsed(folder / LEDGER)["files"] == {}
+    except (ArtifactError, _UnfitError):
+        return
+    if unused:
         clear(folder)
 
 

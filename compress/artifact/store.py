@@ -27,12 +27,13 @@ from types import TracebackType
 from typing import Any
 
 from compress.artifact.files import files_below, fsync, located, named, refuse_links, remove, seal, sha256_of
-from compress.artifact.ledger import KeptFolder, clear, clear_unused, request_of
+from compress.artifact.ledger import KeptFolder, check_folder, clear, clear_unused, request_of
 from compress.artifact.locking import locked
 from compress.artifact.manifest import FileEntry, Manifest
 from compress.errors import ArtifactError, UsageError
 
 MANIFEST = "manifest.json"
+_LEFT_ALONE = re.compile(r"state|lost\+found|\..*")
 _TMP, _OLD, _PENDING, _SCRATCH, _DRAFT = ".tmp-", ".old-", ".pending-", ".scratch-", ".draft"
 
 
@@ -100,35 +101,36 @@ class Artifact:
     # -- writing -------------------------------------------------------------------------------------------
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, *, rehearsal: bool = False) -> Iterator[None]:
         """Be the only process that writes OUT, making the folder if need be. May be nested in one process.
 
         A whole command may hold it; every write takes it by itself. Raises ArtifactError naming the other
         process where there is one, UsageError where OUT is not a folder. A folder that was made and got nothing, as
-        the command was refused, goes again.
+        the command was refused, goes again; so it does after a `rehearsal`, which changes nothing that is there.
         """
         made = [folder for folder in (self.out, *self.out.parents) if not folder.exists()]
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
-            raise UsageError(f"{self.out} is not, or is not in, a folder; choose another --out") from None
+            raise self._no_folder() from None
         except FileNotFoundError:  # a file system that makes no folders, such as /proc
             raise UsageError(f"{self.out} cannot be made there; choose another --out") from None
+        finished = False
         try:
             with locked(self.out) as first:
-                if first:
+                if first and not rehearsal:
                     self._clean_up()
                 try:
                     yield
-                except BaseException:
-                    if made:
+                    finished = not rehearsal
+                finally:
+                    if first and not finished and not rehearsal:
                         clear_unused(self.path("state"))
-                    raise
-        except BaseException:
-            for folder in made:
-                with suppress(OSError):  # not empty, most likely
-                    folder.rmdir()
-            raise
+        finally:
+            if not finished:
+                for folder in made:
+                    with suppress(OSError):  # not empty, most likely
+                        folder.rmdir()
 
     def stage(
         self,
@@ -177,11 +179,44 @@ class Artifact:
         manifest = self._manifest_or_new()
         for name in names:
             target = self.path(name)
-            if os.path.lexists(target) and name not in manifest.stages:
+            unfinished = self.path(_PENDING + name).exists()  # see `rehearse`: else there is none once OUT is locked
+            if os.path.lexists(target) and name not in manifest.stages and not unfinished:
                 raise UsageError(
                     f"{target} exists and was not written by this program, which therefore will not replace it; "
                     "choose another --out or move it away"
                 )
+
+    def refuse_others(self) -> None:
+        """Raise UsageError where OUT is no place for an artefact: a file, or a folder with files in it and no artefact,
+        such as somebody's home or a checkout. Nothing is made or locked.
+
+        Hidden files, and what an interrupted first run leaves, are no reason.
+        """
+        present = next(path for path in (self.out, *self.out.absolute().parents) if path.exists())
+        if not present.is_dir():
+            raise self._no_folder()
+        if present != self.out:
+            return
+        if not self.exists():
+            names = {path.name for path in self.out.iterdir()}
+            # A first publication that was killed at step 4.
+            ours = {name.removeprefix(_PENDING) for name in names if name.startswith(_PENDING)}
+            others = sorted(name for name in names - ours if not _LEFT_ALONE.fullmatch(name))
+            if others:
+                raise UsageError(
+                    f"{self.out} has {others[0]!r} in it, which was not written by this program: nothing is written "
+                    f"there; choose another --out, such as {self.out / 'compressed'}"
+                )
+        check_folder(self.path("state"))
+
+    def _no_folder(self) -> UsageError:
+        return UsageError(f"{self.out} is not, or is not in, a folder; choose another --out")
+
+    def rehearse(self, *names: str) -> None:
+        """Raise what a command that writes OUT/`names` would raise before its work, and leave everything as it is."""
+        with self.lock(rehearsal=True):
+            self.refuse_others()
+            self.claim(*names)
 
     def open_state(self, request: Mapping[str, Any]) -> KeptFolder:
         """OUT/state, outside the manifest: the finished pieces of an interrupted run, empty where there are none of

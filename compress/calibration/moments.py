@@ -269,7 +269,8 @@ def _head_gradient(model: FoldedModel, stream: Tensor, seed: int, runner: Runner
     arch, ends = model.arch, {n: w.to(runner.device) for n, w in model.ends(Rotations.none()).items()}
     generator = torch.Generator(device=runner.device).manual_seed(seed)
     weight = ends.get("lm_head.weight", ends["model.embed_tokens.weight"])  # (vocabulary, d)
-    for part, (x,) in runner.batches(stream):
+    count = -(-len(stream) // runner.batch)
+    for part, (x,) in track(runner.batches(stream), description="gradients of the head", total=count):
         for i in range(len(x)):
             row = x[i].detach().requires_grad_(True)
             read, slopes = head_input(ends, arch.norm_eps, row), list[Tensor]()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.artifact.reading import shown
-from compress.calibration.text_files import JsonTexts, Rows, WholeFile, WikitextLines, json_lines
+from compress.calibration.text_files import JsonTexts, Rows, WholeFile, WikitextLines, json_lines, look_for_file
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.lazy import require
 from compress.source import hub
@@ -41,6 +41,7 @@ LAMBADA = (
     "b99023d53ab470530dc5494befde5eac975b4200d669ce5399ff2b5b401c35ae",
 )
 HELD_OUT_ONE_IN = 5
+FILES = (".txt", ".jsonl", ".jsonl.gz")
 LOOKED_AT = 1 << 20
 """Rows of which at least one must be more than white space."""
 
@@ -100,6 +101,28 @@ def load_text(name: str) -> TextData:
     return TextData(name, rows, description)
 
 
+def look_for_text(name: str) -> None:
+    """Raise UsageError where `name` can be no text, as far as that shows without reading one: see `load_text`."""
+    if name in NAMED:
+        return
+    prefix, _, rest = name.partition(":")
+    if prefix == "hf" and rest:
+        return
+    if name.startswith(IN_MEMORY):
+        raise UsageError(
+            f"the text {shown(name)} was a list of strings in memory (compress.compress(..., calibration=[...])), "
+            "which the recipe does not hold: give the same strings again, or name another text"
+        )
+    file = rest if prefix == "wikitext" else name
+    if file and (prefix == "wikitext" or name.endswith(FILES)):
+        look_for_file(Path(file))
+        return
+    raise UsageError(
+        f"there is no text called {shown(name, 300)}; use one of {', '.join(NAMED)}, a FILE.txt, a FILE.jsonl, "
+        "wikitext:FILE or hf:NAME[:CONFIG[:SPLIT]]"
+    )
+
+
 def text_in_memory(texts: Sequence[str]) -> TextData:
     """Strings as a text, a row each. It is called "memory:" and the beginning of its SHA-256, so that equal strings
     have equal recipes. Raises UsageError for anything but strings that are not all white space."""
@@ -122,6 +145,7 @@ def is_held_out(passage: str) -> bool:
 
 
 def _read(name: str) -> tuple[Sequence[str], str]:
+    look_for_text(name)
     prefix, _, rest = name.partition(":")
     if name in NAMED:
         return NAMED[name]()
@@ -130,20 +154,10 @@ def _read(name: str) -> tuple[Sequence[str], str]:
     if prefix == "wikitext" and rest:
         path = Path(rest)
         return WikitextLines(path), f"{path.name}, WikiText raw layout"
-    if name.startswith(IN_MEMORY):
-        raise UsageError(
-            f"the text {shown(name)} was a list of strings in memory (compress.compress(..., calibration=[...])), "
-            "which the recipe does not hold: give the same strings again, or name another text"
-        )
     path = Path(name)
     if name.endswith((".jsonl", ".jsonl.gz")):
         return JsonTexts(path), f"{path.name}, field `text` of each line"
-    if name.endswith(".txt"):
-        return WholeFile(path), f"{path.name}, as it is"
-    raise UsageError(
-        f"there is no text called {shown(name, 300)}; use one of {', '.join(NAMED)}, a FILE.txt, a FILE.jsonl, "
-        "wikitext:FILE or hf:NAME[:CONFIG[:SPLIT]]"
-    )
+    return WholeFile(path), f"{path.name}, as it is"
 
 
 def _boolq(held_out: bool) -> tuple[list[str], str]:

@@ -66,6 +66,11 @@ def open_text(path: Path) -> IO[bytes]:
     return unpacked
 
 
+def look_for_file(path: Path) -> None:
+    """Raise UsageError when there is no such file, or it cannot be one of text; nothing is read."""
+    _opened(path).close()
+
+
 def text_sha256(path: Path) -> str:
     """SHA-256 of the file's bytes as they are. Raises UsageError as `open_text`."""
     digest = hashlib.sha256()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from compress.cli.own_packages import check_own_packages
 from compress.cli.standard_streams import readers_may_leave
 from compress.errors import _LONG, ArtifactError, MissingDependencyError, ProcrustesError, _cut
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 # What the operating system refused -> what to do next.
 _WRITE_ADVICE = {
@@ -50,14 +53,15 @@ def run_cli(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
     debug = "--debug" in arguments or os.environ.get("PROCRUSTES_DEBUG", "0") not in ("", "0")
     from compress.cli.shortages import run_telling
 
-    with readers_may_leave():
+    with readers_may_leave(), _ended_cleanly():
         try:
             check_own_packages(_module_of(main))
             code = run_telling(main, argv)
             sys.stdout.flush()  # a disk that is full shows here, where it can be told
             return code
-        except KeyboardInterrupt:
-            return _fail("interrupted; run the same command again to resume", INTERRUPTED, debug, prefix="")
+        except KeyboardInterrupt as error:
+            code = TERMINATED if isinstance(error, TerminatedError) else INTERRUPTED
+            return _fail("interrupted; run the same command again to resume", code, debug, prefix="")
         except ProcrustesError as error:
             return _fail(str(error), error.exit_code, debug)
         except OSError as error:
@@ -67,6 +71,34 @@ def run_cli(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
             if advice is None:
                 raise
             return _fail(f"{describe_os_error(error)}{_place(error)}; {advice}", ArtifactError.exit_code, debug)
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM, which `docker stop`, a CI that cancels and `timeout` send: an end as by Ctrl-C, with its own code."""
+
+
+@contextmanager
+def _ended_cleanly() -> Iterator[None]:
+    """Within the block SIGTERM raises `TerminatedError`, so that what was begun is tidied up as for Ctrl-C.
+
+    Not where the signal is ignored, or somebody else handles it, or another thread than the main one is running.
+    """
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not end the tidying up
+        raise TerminatedError
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _module_of(main: Callable[[Sequence[str] | None], int]) -> str:

@@ -12,7 +12,7 @@ from compress.architecture import SUB_BLOCKS, WRITERS, Architecture
 from compress.artifact.ledger import Keeper
 from compress.calibration.moments import StreamMoments
 from compress.linalg import damped
-from compress.progress import log
+from compress.progress import log, track
 from compress.recipe import Recipe
 from compress.rewrites.folding import FoldedModel
 from compress.rewrites.rotations import Rotations
@@ -52,10 +52,13 @@ class StreamRotations:
         """The closed-form start of each rotation from its terms, which are asked for where it is not kept yet."""
 
         def found(here: Callable[[], Iterator[StreamTerm]]) -> dict[str, Tensor]:
-            return {"q": nested_start([self.term(t) for t in here()])}
+            # One rotation for all layers has hundreds of terms, one for each position has a few.
+            asked = here() if len(terms) > 1 else track(here(), description="terms of the rotation")
+            return {"q": nested_start([self.term(t) for t in asked])}
 
         self.matrices = [
-            keeper.tensors(f"plan-start-{index}", partial(found, here))["q"] for index, here in enumerate(terms)
+            keeper.tensors(f"plan-start-{index}", partial(found, here))["q"]
+            for index, here in enumerate(track(terms, description="start of the rotations"))
         ]
 
     def improved(self, index: int, terms: Sequence[tuple[StreamTerm, int]], iterations: int) -> Tensor:
@@ -119,6 +122,7 @@ def rotate_members(
 
         q = torch.eye(arch.hidden_size, dtype=torch.float64)
         if any(True for _ in members()):
+            log(f"rotation {number + 1} of {len(served)}: searching")
             q = frobenius_rotation(members, q, 2 * iterations)
             q, errors = majorised_rotation(members, q, iterations)
             log(f"rotation {number + 1} of {len(served)}: weighted error {errors[0]:.4g} -> {errors[-1]:.4g}")

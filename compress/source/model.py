@@ -11,6 +11,7 @@ from compress.architecture import Architecture
 from compress.artifact.files import sha256_of
 from compress.artifact.reading import RefusedError, read_json, reason, shown
 from compress.errors import ArtifactError, MissingDependencyError
+from compress.progress import LARGE, track
 from compress.source import families
 from compress.source.generation import GENERATION_CONFIG, end_tokens, read_generation_config
 from compress.source.tokenizer_files import check_use, rust_errors, tokenizer_class
@@ -132,7 +133,9 @@ class ModelSource:
         from compress.source.weight_files import weight_files
 
         files = (self.gguf_file,) if self.gguf_file is not None else weight_files(self.path)
-        return {file: sha256_of(self.path / file) for file in files}
+        size = sum((self.path / file).stat().st_size for file in files)
+        shown_files = track(files, description="hash weights") if size > LARGE else files
+        return {file: sha256_of(self.path / file) for file in shown_files}
 
     def to_dict(self) -> dict[str, Any]:
         """Entry of the source in the manifest: kind, id, revision and hashes; no path of this machine."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,14 @@ import compress
 import export
 import trt_plugins
 from compress.artifact.store import Artifact
-from compress.errors import ArtifactError, UsageError
+from compress.errors import ArtifactError
 from compress.progress import log
 from export.graph.decoder import MODEL_NAME
 from export.stages import BUILD_INFO, build_info, is_current, write_json
 from export.tensorrt.options import PLAN
 from export.triton import deploy
 from export.triton.config import WARMUP, Backend, Network, graph_tensors, network_config, text_config
+from export.triton.names import check_name
 
 SEQUENCES = 16
 """Answered at a time, by default; an engine may take fewer."""
@@ -51,8 +51,7 @@ def write_repository(
     own, for loaded beside the text model it takes the memory of the weights a second time. Raises UsageError for a
     name that Triton would not take.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise UsageError(f"--serve-as {name!r}: a model's name has letters, digits, '_', '.' and '-' only")
+    check_name(name)
     backend: Network = network or ("tensorrt" if engine == "trt" else "python")
     plan = _plan(artifact) if backend == "tensorrt" else None
     inputs = ["onnx"] if plan is None else ["onnx", "engine"]

@@ -68,7 +68,8 @@ def test_another_request_is_refused_and_the_same_is_not(
 
     assert command("--seed", "3") == 2  # another text order: the folder's name is the same
     assert f"{out}, the folder that would be used, was made with another recipe" in capsys.readouterr().err
-    assert command("--dry-run", "--seed", "3") == 0  # writes nothing, so it may say what it would do
+    assert command("--dry-run", "--seed", "3") == 2
+    assert f"{out}, the folder that would be used, was made with another recipe" in capsys.readouterr().err
     other = resolve(str(tiny_model("tiny_llama_tied")))
     wanted = parse_recipe(read_yaml(out / "recipe.yaml"), "a test")
     with pytest.raises(UsageError, match=f"another model; name another folder with --out, or say --out {out} to"):
@@ -85,7 +86,7 @@ def test_what_is_no_artefact_is_left_alone(command: Callable[..., int], capsys: 
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
     assert command() == 2
-    assert "has something else in it; name another folder with --out" in capsys.readouterr().err
+    assert "has 'notes.txt' in it, which was not written by this program" in capsys.readouterr().err
 
 
 def test_the_command_of_the_mission(

@@ -65,7 +65,9 @@ def test_an_old_or_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
         check_versions(*CORE, purpose="compress")
 
     def gone(name: str) -> str:
-        raise importlib.metadata.PackageNotFoundError(name)
+        if name == "onnx":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
 
     monkeypatch.setattr(importlib.metadata, "version", gone)
     with pytest.raises(MissingDependencyError, match=r"'onnx' is not installed.*pip install 'onnx>=1\.19'"):

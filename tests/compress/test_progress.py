@@ -5,10 +5,14 @@ from __future__ import annotations
 import io
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
+from compress.pipeline import compress_model
 from compress.progress import log, track
+from tests.compress import helpers
+from tests.compress.helpers import TinyModel
 
 
 class Terminal(io.StringIO):
@@ -75,3 +79,18 @@ def test_log_writes_to_stderr(capsys):
     log("reading weights")
     output = capsys.readouterr()
     assert (output.out, output.err) == ("", "reading weights\n")
+
+
+def test_every_long_phase_of_a_compression_shows_progress(
+    tiny_model: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing that takes a minute on a large model is silent."""
+    recipe = helpers.recipe(helpers.text_file(tmp_path), structure="kron", rotation="shared", sensitivity="fisher")
+    compress_model(helpers.tiny_source(tiny_model, "tiny_llama"), recipe, tmp_path / "out")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "/" in line or "terms" in line]
+    phases = list(dict.fromkeys(re.sub(r" [0-9]+(/[0-9]+)? \(.*", "", line) for line in lines))
+    for phase in (
+        *("check weights", "calibrate", "gradients of the head", "sensitivity", "start of the rotations"),
+        *("terms of the rotation", "plan", "rotate", "fit", "largest activations"),
+    ):
+        assert phase in phases

@@ -96,7 +96,12 @@ def test_dry_run_writes_nothing(command: Command, tmp_path: Path, capsys: pytest
     assert shown == lines(plan)
     for key, value in plan.items():
         assert isinstance(value, dict) == (key in ("linears", "disk", "memory"))
-        assert (f"{key}: {value}" in shown) == (key not in ("disk", "memory"))
+        told = [line for line in shown if line == f"{key}: {value}" or line.startswith(f"{key}: {value} (")]
+        assert len(told) == (key not in ("disk", "memory", "linears") and not key.endswith("_bytes_about"))
+    assert "  mlp.down: 64 x 160" in shown
+    assert not any("{" in line or "[" in line for line in shown)
+    [ceiling] = [line for line in shown if line.startswith("decode_ceiling")]
+    assert "times as fast as dense at the most" in ceiling
     assert sorted(tmp_path.rglob("*")) == before
     projections = 3 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 160 * 64)
     assert plan["dense_projection_parameters"] == projections

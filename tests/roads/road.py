@@ -137,7 +137,7 @@ class Road:
         self.plan = succeed("compress.run", *arguments, "--out", self.out, "--dry-run", "--json").result
         shown = succeed("compress.run", *arguments, "--out", self.out, "--dry-run").out
         told = [line.split(": ", 1)[0] for line in shown.splitlines() if not line.startswith(" ")]
-        assert told == list(self.plan)
+        assert told == [key for key in self.plan if not key.endswith("_bytes_about")]
         assert sorted(self.folder.rglob("*")) == before
 
     def compress(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import shlex
@@ -304,6 +305,38 @@ def test_lengths_that_are_not_given_fit_the_model(
     assert seen == [(128, 128, 64), (32, 16, 8)]
 
 
+@pytest.mark.parametrize(("side", "lines"), [("dense", 1), ("compressed", 1), (None, 0)])
+def test_a_model_that_is_worse_than_guessing_is_warned_of(
+    side: str | None, lines: int, built: Any, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the console, in summary.md and in both forms of json: above the vocabulary, a figure compares nothing."""
+    from validate.perplexity import scores
+
+    compare = scores.compare
+
+    def other(*args: Any) -> Any:
+        found = compare(*args)
+        sides = {name: dataclasses.replace(getattr(found, name), perplexity=100.0) for name in ("dense", "compressed")}
+        if side is not None:
+            sides[side] = dataclasses.replace(sides[side], perplexity=12_345_678.0)
+        return dataclasses.replace(found, **sides)
+
+    monkeypatch.setattr(scores, "compare", other)
+    copy = built.copy(tmp_path / "out")
+    flags = ("--skip", "parity", "--skip", "speed", "--no-plot", "--data", str(built.text))
+    assert copy.run(*flags, "--json") == 0
+    printed = capsys.readouterr()
+    warned = [
+        warning for warning in json.loads(printed.out)["quality"]["warnings"] if f"of the {side} model" in warning
+    ]
+    assert len(warned) == lines
+    assert printed.err.count("is above the size of its vocabulary") == lines
+    assert (copy.out / "reports" / "summary.md").read_text().count("**Warning**: the perplexity of") == lines
+    assert len(json.loads((copy.out / "reports" / "quality.json").read_text())["warnings"]) == lines
+    assert copy.run(*flags) == 0
+    assert capsys.readouterr().out.count("warning: the perplexity of") == lines
+
+
 def test_a_bfloat16_graph_is_for_a_gpu(
     built: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -341,7 +374,7 @@ def test_a_disk_that_is_full_while_validating(
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
-        assert copy.run("--data", str(copy.text), *flags) == 5
+        assert copy.run(*([] if "perplexity" in flags else ["--data", str(copy.text)]), *flags) == 5
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     error = capsys.readouterr().err.splitlines()[-1]

@@ -166,8 +166,8 @@ def compare(dense: LogitsSource, compressed: LogitsSource, windows: Windows, bat
         done = torch.cat(kept).sum(0) / _scored(windows, count)
         left = (time.monotonic() - start) / count * (windows.count - count)
         log(
-            f"perplexity: window {count}/{windows.count}: dense {torch.exp(done[0]):.4f}, "
-            f"compressed {torch.exp(done[1]):.4f}, {left:.0f} s left"
+            f"perplexity: window {count}/{windows.count}: dense {torch.exp(done[0]):.6g}, "
+            f"compressed {torch.exp(done[1]):.6g}, {left:.0f} s left"
         )
     per_window = torch.cat(kept)  # (windows, 4)
     counts = torch.tensor([windows.length - windows.scored_from(w) for w in range(windows.count)]).double()
@@ -192,6 +192,23 @@ def compare(dense: LogitsSource, compressed: LogitsSource, windows: Windows, bat
         kl_standard_error=errors[2],
         top1_agreement=float(means[3]),
     )
+
+
+def worse_than_guessing(comparison: Comparison, vocab_size: int) -> list[str]:
+    """A sentence for each model whose perplexity is above that of a uniform guess, the size of the vocabulary."""
+    found = []
+    if comparison.dense.perplexity > vocab_size:
+        found.append(
+            f"the perplexity of the dense model, {comparison.dense.perplexity:.4g}, is above the size of its "
+            f"vocabulary, {vocab_size}: it is worse than guessing, so its tokenizer is another model's, its weights "
+            f"are broken, or the text is nothing it was trained on; the comparison says nothing"
+        )
+    elif comparison.compressed.perplexity > vocab_size:
+        found.append(
+            f"the perplexity of the compressed model, {comparison.compressed.perplexity:.4g}, is above the size of its "
+            f"vocabulary, {vocab_size}: it is worse than guessing; keep more of the weights, or calibrate on more text"
+        )
+    return found
 
 
 def _pairs(dense: LogitsSource, compressed: LogitsSource, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from compress.artifact.reading import RefusedError, read_json, shown
 from compress.cli.commands import add_common_arguments, command_parser, tell
 from compress.cli.entry import run_cli
+from compress.cli.parser import fraction
 from compress.errors import GateError, UsageError
 from compress.progress import log
 
@@ -214,8 +215,8 @@ def _numbers(text: str | None, flag: str) -> list[float] | None:
     if text is None:
         return None
     try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
+        numbers = [fraction(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
         raise UsageError(f"{flag} {text!r} is not a list of numbers such as 0.75,0.85") from None
     if flag == "--ratios" and not all(0 < number <= 1 for number in numbers):
         raise UsageError(f"{flag} {text!r}: a ratio is above 0 and at most 1")
@@ -227,6 +228,12 @@ def _check_now(args: argparse.Namespace) -> None:
     for flag in ("max_windows", "batch", "task_limit", "calibration_samples"):
         if (value := getattr(args, flag)) is not None and value < 1:
             raise UsageError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
+    for flag in ("window", "sequence_length"):
+        if (value := getattr(args, flag)) < 2:
+            raise UsageError(f"--{flag.replace('_', '-')} must be at least 2, not {value}")
+    present = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
+    if not present.is_dir():
+        raise UsageError(f"--out {args.out} is not, or is not in, a folder; choose another one")
     if args.write_docs is not None:
         from validate.report.markdown import surroundings
 
@@ -240,6 +247,15 @@ def _check_now(args: argparse.Namespace) -> None:
 
         for task in tasks_named(args.tasks or None):
             task.load(1)
+    from compress.calibration.text import look_for_text
+    from compress.run import parser as compress_parser
+    from compress.source.resolve import look_up
+
+    look_up(args.model)
+    sources = [] if args.sensitivity_plot is None else args.sensitivity_sources.split(",")
+    for text in (args.data, args.calibration_data, *sources):
+        look_for_text(text)
+    compress_parser().parse_args(["--model", args.model, *args.compress_arg])
 
 
 def _bench(args: argparse.Namespace) -> Bench:

@@ -27,7 +27,7 @@ import yaml
 from compress.artifact.store import Artifact
 from compress.checkpoint.loading import load_model
 from compress.checkpoint.reader import CheckpointReader
-from compress.cli.entry import INTERRUPTED
+from compress.cli.entry import INTERRUPTED, TERMINATED, TerminatedError
 from compress.errors import ProcrustesError
 from compress.progress import log
 from compress.recipe import parse_recipe
@@ -115,8 +115,8 @@ class Bench:
             code = _run(command, printed)
         finally:
             self._note_attempt(line.key, facts, any(RESUMING in text for text in printed))
-        if code == INTERRUPTED:
-            raise KeyboardInterrupt
+        if code in (INTERRUPTED, TERMINATED):
+            raise KeyboardInterrupt if code == INTERRUPTED else TerminatedError
         if code:
             reason = printed[-1].removeprefix("error: ") if printed else "it printed nothing"
             raise FailedError(f"compress.run exit {code}: {reason}")
@@ -299,7 +299,11 @@ def _scaled(error: float | None, factor: float) -> float | None:
 def _run(command: list[str], printed: list[str]) -> int:
     """The exit code; the lines of stderr that are not empty are passed on as they come, and put into `printed`."""
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        for text in process.stderr or ():
-            sys.stderr.write(text)
-            printed += [text.strip()] if text.strip() else []
+        try:
+            for text in process.stderr or ():
+                sys.stderr.write(text)
+                printed += [text.strip()] if text.strip() else []
+        except TerminatedError:  # sent to this process alone, where Ctrl-C is sent to both
+            process.terminate()
+            raise
     return process.returncode

@@ -10,6 +10,7 @@ from validate.gates import Gate
 from validate.quality.methods import BARS, Bar
 from validate.report.machine import machine_text
 from validate.report.markdown import markdown_table
+from validate.report.summary import readable
 
 Row = dict[str, Any]
 
@@ -67,7 +68,7 @@ def _cells(row: Row) -> list[str]:
             f"{row[name] / 1e6:.1f}"
             for name in ("projection_bytes", "model_bytes", "bytes_per_token", "macs_per_token")
         ),
-        f"{row['perplexity']:.2f}" + _error(row["standard_error"], 2),
+        readable(row["perplexity"], 2) + _error(row["standard_error"], 2),
         f"{row['x_dense']:.3f}" + _error(row["x_dense_standard_error"], 3),
         f"{row['kl']:.4f}" + _error(row["kl_standard_error"], 4),
         f"{row['top1']:.1%}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from validate.report.summary import asked, figure, megabytes, millions
+from validate.report.summary import asked, change, figure, megabytes, millions, readable
 
 if TYPE_CHECKING:
     from validate.report.summary import Report
@@ -20,6 +20,7 @@ def console(report: Report) -> str:
         _aligned(_figures(report), ("<", ">", ">", "<")),
         _aligned(_layers(report), ("<", "<", ">", ">", ">", ">")),
         _parity(report),
+        [f"warning: {warning}" for warning in (report.quality or {}).get("warnings", [])],
     ]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
@@ -35,7 +36,8 @@ def _figures(report: Report) -> list[tuple[str, ...]]:
     if quality is not None:
         protocol, before, after = quality["protocol"], *(quality[s]["perplexity"] for s in ("dense", "compressed"))
         text = f"{protocol['windows']} x {protocol['window']} tokens of {quality['data']['name']}"
-        rows.append(("perplexity", f"{before:.3f}", f"{after:.3f}", f"{quality['relative_increase']:+.2%} on {text}"))
+        remark = f"{change(quality['relative_increase'])} on {text}"
+        rows.append(("perplexity", readable(before), readable(after), remark))
     if speed is not None:
         for case in speed["cases"]:
             rates = (f"{case[f'tokens_per_second_{side}']:,.1f} tok/s" for side in ("dense", "compressed"))

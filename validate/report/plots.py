@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.lazy import require
-from validate.report.summary import kept_of
+from validate.report.summary import change, kept_of, readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,9 +105,9 @@ def plot_frontier(
     dense, kept = size["dense_parameters"] / 1e6, size["parameters"] / 1e6
     arrow = {"arrowstyle": "->", "color": LIMIT, "shrinkA": 6, "shrinkB": 6}
     smaller.annotate("", (kept, after), (dense, before), arrowprops=arrow)
-    smaller.plot(dense, before, "o", color=DENSE, markersize=8, label=f"dense: {dense:,.1f} M, {before:.2f}")
-    change = f"{size['model_ratio']:.1%} of the size, perplexity {quality['relative_increase']:+.1%}"
-    label = f"compressed: {kept:,.1f} M, {after:.2f}\n({change})"
+    smaller.plot(dense, before, "o", color=DENSE, markersize=8, label=f"dense: {dense:,.1f} M, {readable(before, 2)}")
+    cost = f"{size['model_ratio']:.1%} of the size, perplexity {change(quality['relative_increase'])}"
+    label = f"compressed: {kept:,.1f} M, {readable(after, 2)}\n({cost})"
     smaller.plot(kept, after, "s", color=COMPRESSED, markersize=8, label=label)
     smaller.legend(fontsize="small", loc="lower left")
     smaller.set_xlabel("parameters of the model [millions]")

@@ -191,7 +191,7 @@ def _quality_text(quality: dict[str, Any] | None) -> str:
     rows = [
         (
             label,
-            f"{quality[side]['perplexity']:.3f}",
+            readable(quality[side]["perplexity"]),
             f"{quality[side]['mean_nll']:.4f}{_error(quality[side]['standard_error'])}",
         )
         for label, side in (("dense", "dense"), ("compressed", "compressed"))
@@ -200,7 +200,7 @@ def _quality_text(quality: dict[str, Any] | None) -> str:
     bos = "begins with BOS" if protocol["begins_with_bos"] else "without BOS"
     text = [
         markdown_table(("", "perplexity", "nats per token"), rows),
-        f"Perplexity changes by **{quality['relative_increase']:+.2%}**"
+        f"Perplexity changes by **{change(quality['relative_increase'])}**"
         f"{_error(quality['increase_standard_error'], ' (standard error of the log-ratio: {:.4f})')}. "
         f"KL(dense || compressed) is {quality['kl']:.4f} nats per token; both rank the same token first on "
         f"{quality['top1_agreement']:.1%} of the tokens.",
@@ -208,6 +208,7 @@ def _quality_text(quality: dict[str, Any] | None) -> str:
         f"of {protocol['window']} tokens, {stride}; {protocol['predicted_tokens']} tokens predicted; the text {bos}. "
         f"Dense in {protocol['dense_runtime']}, compressed in {protocol['compressed_runtime']}, float32.",
     ]
+    text += [f"**Warning**: {warning}" for warning in quality["warnings"]]
     if quality["calibrated_on_this_text"]:
         text.append("**The model was calibrated on this very text: the figure is too good.**")
     return "\n\n".join(text)
@@ -315,6 +316,16 @@ def _fit_text(report: Report, plot: bool) -> str:
         shared = "Linears that share a factor are told what all of them together keep."
     table = markdown_table(("layer", "structure", "kept", "relative error"), rows)
     return "\n\n".join(filter(None, [text, table, shared, image]))
+
+
+def readable(perplexity: float, digits: int = 3) -> str:
+    """18.005; 1.234e+09, where nobody counts digits."""
+    return f"{perplexity:.{digits}f}" if perplexity < 1e6 else f"{perplexity:.{digits}e}"
+
+
+def change(relative: float) -> str:
+    """+31.37%; 1.23e+08 times, where a percentage has as many digits."""
+    return f"{relative:+.2%}" if relative < 100 else f"{1 + relative:.3g} times"
 
 
 def kept_of(record: dict[str, Any]) -> float:

@@ -17,6 +17,7 @@ from compress.cli.commands import add_common_arguments, command_parser, tell
 from compress.cli.entry import run_cli
 from compress.errors import UsageError
 from compress.lazy import require
+from compress.options import given_flags
 
 if TYPE_CHECKING:
     pass
@@ -57,6 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for flag, value in (("--threads", args.threads), ("--prefill", args.prefill), ("--past", args.past)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} must be at least 1, not {value}")
+    if args.seconds is not None and not 0 < args.seconds < 3600:
+        raise UsageError(f"--seconds must be above 0 and below 3600, not {args.seconds}")
+    of_models = ("model", "trust_remote_code", "dense", "prefill", "past", "batch_sizes")
+    if idle := given_flags(p, args, only=of_models if args.layers else ("write_docs",)):
+        what = "the layer benchmark" if args.layers else f"the speed of {args.out}"
+        raise UsageError(f"{' and '.join(idle)} would change nothing in {what}: leave it out")
     require("onnxruntime", pip="'onnxruntime>=1.23.2'", purpose="measure speed")
     if args.layers:
         return _layers(args)

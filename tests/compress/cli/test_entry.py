@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,55 @@ def test_success_passes_through():
 def test_interrupt_is_130_and_says_how_to_resume(capsys):
     assert run_cli(raising(KeyboardInterrupt()), []) == 130
     assert capsys.readouterr().err == "interrupted; run the same command again to resume\n"
+
+
+BUSY = """
+import os, signal, sys, time
+from compress.cli.entry import run_cli
+def main(argv):
+    try:
+        print("ready", flush=True)
+        while True:
+            signal.pause()
+    finally:
+        if "twice" in argv:
+            os.kill(os.getpid(), signal.SIGTERM)
+        print("tidied up", flush=True)
+if "ignoring" in sys.argv:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+code = run_cli(main, sys.argv[1:])
+assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+sys.exit(code)
+"""
+
+
+def busy(tmp_path: Path, *words: str) -> subprocess.Popen[str]:
+    """A command in the middle of its work."""
+    (tmp_path / "busy.py").write_text(BUSY)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+    command = [sys.executable, str(tmp_path / "busy.py"), *words]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "words"), [(signal.SIGTERM, 143, []), (signal.SIGTERM, 143, ["twice"]), (signal.SIGINT, 130, [])]
+)
+def test_signals_end_a_command_cleanly(number: int, code: int, words: list[str], tmp_path: Path) -> None:
+    process = busy(tmp_path, *words)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert (out, err) == ("tidied up\n", "interrupted; run the same command again to resume\n")
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
+    process = busy(tmp_path, "ignoring")
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    assert "interrupted" in process.communicate(timeout=60)[1]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EFBIG])

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from compress.errors import ArtifactError, ProcrustesError, UsageError
-from compress.source import resolve as models
 from compress.source.aliases import ALIASES, PACKAGED, PackagedModel
 from compress.source.hub import REPOSITORY
 from compress.source.model import ModelSource
@@ -50,10 +49,14 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
 def no_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if no pip package with a model were installed."""
 
-    def files(name: str) -> None:
-        raise importlib.metadata.PackageNotFoundError(name)
+    installed = importlib.metadata.files
 
-    monkeypatch.setattr(models.importlib.metadata, "files", files)
+    def files(name: str) -> list[importlib.metadata.PackagePath] | None:
+        if name in {package.distribution for package in PACKAGED.values()}:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(importlib.metadata, "files", files)
 
 
 def refused(name: str, code: int, **options: object) -> str:
@@ -448,8 +451,10 @@ def package(gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     record.site = tmp_path / "site-packages"
     digest = hashlib.sha256(gguf_file.read_bytes()).hexdigest()
     monkeypatch.setitem(PACKAGED, "smollm2-135m", PackagedModel("tiny-model", "1.0", digest))
-    monkeypatch.setattr(models.importlib.metadata, "files", {"tiny-model": [record]}.__getitem__)
-    monkeypatch.setattr(models.importlib.metadata, "version", {"tiny-model": "1.0"}.__getitem__)
+    # Libraries that are imported meanwhile ask for other names.
+    files, version = importlib.metadata.files, importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "files", lambda name: [record] if name == "tiny-model" else files(name))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0" if name == "tiny-model" else version(name))
     return installed
 
 

@@ -233,7 +233,7 @@ def test_launch_gives_the_plugins_and_what_else_is_given_to_the_server(artifact:
 
 def test_serving_flags_that_make_no_sense_are_refused() -> None:
     for flags, message in (
-        (["--engine", "trt", "--threads", "2"], "--threads is for --engine ort"),
+        (["--engine", "trt", "--threads", "2"], "--threads would change nothing with --engine trt"),
         (["--engine", "trt", "--serve-network", "onnxruntime"], "does not run what --engine trt makes"),
         (["--threads", "0"], "--threads must be at least 1"),
         (["--sequences", "0"], "--sequences must be at least 1"),

@@ -25,6 +25,7 @@ QUALITY = {
     "dense": {"perplexity": 17.5},
     "compressed": {"perplexity": 21.25},
     "relative_increase": 0.2143,
+    "warnings": [],
 }
 
 
@@ -97,6 +98,16 @@ def test_what_was_skipped_has_no_line() -> None:
 def test_a_failed_fit_is_named() -> None:
     failed = Report("m", {"family": "opt", "source": {}}, report().recipe, SIZE, [{**FIT[0], "failed": True}], [], {})
     assert "failed fits: layers.0.mlp.down" in console(failed)
+
+
+def test_huge_perplexities_are_readable_and_warned_of() -> None:
+    sides = {"dense": {"perplexity": 12_345_678_901.2}, "compressed": {"perplexity": 9.87e14}}
+    quality = {**QUALITY, **sides, "relative_increase": 79_946.0, "warnings": ["it is worse than guessing"]}
+    text = console(Report("m", {"family": "opt", "source": {}}, report().recipe, SIZE, FIT, [], {}, quality=quality))
+    [line] = [line for line in text.splitlines() if line.startswith("perplexity")]
+    assert line.split()[1:3] == ["1.235e+10", "9.870e+14"]
+    assert "7.99e+04 times on" in line
+    assert text.splitlines()[-1] == "warning: it is worse than guessing"
 
 
 def test_linears_that_share_a_factor_have_one_share() -> None:
