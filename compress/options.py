@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from compress import catalog
+from compress.cli.commands import add_common_arguments
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -163,8 +164,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         help="artefact folder, made when it is missing (default: out/MODEL-STRUCTURE-RATIO)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
-    parser.add_argument("--json", action="store_true", help="the result as one JSON object")
-    parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    add_common_arguments(parser)
 
 
 def _names(text: str) -> list[str]:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.cli.commands import add_common_arguments, command_parser, tell
 from compress.cli.entry import run_cli
 from compress.errors import UsageError
 from compress.progress import log, track
@@ -239,12 +240,7 @@ def dense_seconds(arch: Architecture, entries: Sequence[dict[str, Any]]) -> floa
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m validate.latency",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("validate.latency", __doc__, EXAMPLES)
     p.add_argument("--model", required=True, metavar="M", help="folder, .gguf file, ORG/NAME on the hub, or an alias")
     p.add_argument("--out", required=True, type=Path, metavar="FILE", help="the table, json")
     p.add_argument("--tokens", type=int, default=1, metavar="N", help="rows of one call, see above (default: 1)")
@@ -270,8 +266,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="MIB",
         help="weights that each side runs through, more than a cache holds (default: 256)",
     )
-    p.add_argument("--json", action="store_true", help="the table on stdout as well")
-    p.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    add_common_arguments(p, json_help="the table on stdout as well")
     return p
 
 
@@ -306,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     partial = args.out.with_name(args.out.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.rename(args.out)
-    print(text if args.json else summary(table, args.out))
+    tell(args, table, lambda: summary(table, args.out))
     return 0
 
 

