@@ -17,6 +17,7 @@ FLOORS = {
         "progress lazy",
         "artifact",
         "catalog cli config_values linalg",
+        "refusals",
         "recipe",
         "architecture",
         "source",
