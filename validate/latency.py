@@ -100,17 +100,16 @@ def _kept_sizes(arch: Architecture, role: str, inner: Sequence[str]) -> list[int
 
 
 def sizes_of(kind: str, shape: Shape, unit: int) -> list[Structure]:
-    """`SIZES` entries of a structure's menu, the smallest and the largest among them, of each variant (`variant_of`).
+    """`SIZES` entries of a structure's menu, the smallest and the largest among them, of each `Structure.variant`.
 
     A variant with fewer entries gives all; none where no aligned size saves parameters.
     """
-    from compress.allocation.latency import variant_of
     from compress.structures import registry
 
     side: Any = shape.side
     variants: dict[str, dict[int, Structure]] = {}
     for structure in registry()[kind].menu(shape.in_features, shape.out_features, side, unit=unit):
-        variants.setdefault(variant_of(structure), {}).setdefault(structure.parameter_count(), structure)
+        variants.setdefault(structure.variant, {}).setdefault(structure.parameter_count(), structure)
     found: list[Structure] = []
     for by_size in variants.values():
         menu = [by_size[size] for size in sorted(by_size)]
@@ -129,11 +128,10 @@ class Timed:
 
     def entry(self, anchor: float, call: float) -> dict[str, Any]:
         """For the table; anchor: seconds of the largest dense matrix; call: of a session's call, paid once a model."""
-        from compress.allocation.latency import variant_of
 
         return {
             "structure": self.structure.name,
-            "variant": variant_of(self.structure),
+            "variant": self.structure.variant,
             "in_features": self.structure.in_features,
             "out_features": self.structure.out_features,
             "parameters": self.structure.parameter_count(),
