@@ -119,7 +119,7 @@ class Entry:
         return own[0] if own else default_skip(rotation)
 
     def reads_text(self, fits_named: bool) -> bool:
-        """Whether any calibration text is read; `fits_named`: the recipe names a linear that has something to fit."""
+        """True if any calibration text is read; `fits_named`: the recipe names a linear that has something to fit."""
         return self.text == "always" or (self.text == "named" and fits_named)
 
     def fields(self) -> dict[str, Any]:
@@ -387,13 +387,13 @@ def flags(structure: str, fit: str) -> str:
 
 
 def structure_help() -> str:
-    """Of `--structure`."""
+    """Help of `--structure`."""
     lines = "; ".join(f"{e.structure}: {e.help}" for e in _ENTRIES if e.fit == USUAL_FIT)
     return f"what each matrix becomes (default: {USUAL_STRUCTURE}). {lines}"
 
 
 def inner_help() -> str:
-    """Of `--inner`."""
+    """Help of `--inner`."""
     usual = dict.fromkeys(e.structure for e in _ENTRIES for v in e.variants if v.default_inner)
     return (
         "freedoms inside a block: neurons (drop, refit the rest), vo (drop value coordinates), bias (correct the "
@@ -402,7 +402,7 @@ def inner_help() -> str:
 
 
 def menu_help() -> str:
-    """Of `--menu`."""
+    """Help of `--menu`."""
     first, *_ = [v.menu for e in _ENTRIES if e.chooses for v in e.variants]
     others = [name for name in get_args(MenuName) if name not in first]
     choosing = _listed((e.structure for e in _ENTRIES if e.chooses), "or", str)
@@ -410,7 +410,7 @@ def menu_help() -> str:
 
 
 def is_one_width(skip: str) -> bool:
-    """Whether a skip is one of a stream that keeps the same width at every position."""
+    """True for a skip of a stream that keeps the same width at every position."""
     return skip in ONE_WIDTH
 
 

@@ -76,8 +76,8 @@ def test_flags_in_the_documents_exist(module):
             assert flags <= known, f"{document} shows flags that {module} does not have: {sorted(flags - known)}"
 
 
-def test_the_workflow_of_the_readme_is_whole():
-    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+def test_the_workflow_of_the_documents_is_whole():
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/usage.md").read_text(), flags=re.DOTALL)
     assert len(blocks) == 1
     workflow = yaml.safe_load(blocks[0])
     steps = workflow["jobs"]["gate"]["steps"]

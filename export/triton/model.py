@@ -88,7 +88,7 @@ class TritonPythonModel:
     def _end_with_batcher(self) -> None:
         self.batcher.join()
         if self.batcher.failed:
-            self.post.close()  # everybody has been told
+            self.post.close()  # every client has its answer
             _end_process("the thread that decodes has failed")
 
     def _end_with_post(self) -> None:
