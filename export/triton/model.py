@@ -33,6 +33,9 @@ class TritonPythonModel:
         slots = Slots(_executor(artifact, parameters), int(parameters["sequences"]))
         from transformers import AutoTokenizer
 
+        from compress.checkpoint.loading import register
+
+        register()  # the tokenizer's files are beside a config.json of our model type
         tokenizer = cast(Tokenizer, AutoTokenizer.from_pretrained(folder, local_files_only=True))
         ends = slots.executor.metadata["eos_token_id"]
         ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
