@@ -13,7 +13,7 @@ LEAST = {
     "gguf": "0.17",
     "huggingface-hub": "1.5",
     "onnx": "1.19",
-    "onnxruntime": "1.24.1",
+    "onnxruntime": "1.23.2",
     "safetensors": "0.6.1",
     "tensorrt": "10.15",
     "tensorrt-rtx-cu13": "1.7.1",

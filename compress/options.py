@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from compress import catalog
+from compress.cli.commands import add_common_arguments
 from compress.cli.parser import fraction
 from compress.errors import UsageError
 
@@ -166,8 +167,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         help="artefact folder, made when it is missing (default: out/MODEL-STRUCTURE-RATIO)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
-    parser.add_argument("--json", action="store_true", help="the result as one JSON object")
-    parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    add_common_arguments(parser)
 
 
 def given_flags(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 
+from compress.cli.commands import command_parser, listed, tell
 from compress.cli.entry import run_cli
-from compress.cli.parser import CommandParser
 from compress.lazy import CORE, check_versions
 from compress.options import add_compress_arguments, add_output_arguments
 
@@ -22,12 +21,7 @@ examples:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = CommandParser(
-        prog="python -m compress.run",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("compress.run", __doc__, EXAMPLES)
     add_compress_arguments(p)
     add_output_arguments(p)
     return p
@@ -47,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = forecast(source.architecture(), recipe, materialize_dense=args.materialize_dense)
         written = ["checkpoint", "recipe.yaml", *(["dense"] if args.materialize_dense else [])]
         result = {"out": str(args.out), "device": rehearse(begun, args, written), **plan}
-        print(json.dumps(result) if args.json else "\n".join(lines(result)))
+        tell(args, result, lambda: "\n".join(lines(result)))
         return 0
     from compress.allocation.budget import shortfall
     from compress.pipeline import compress_model
@@ -73,11 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     if (note := shortfall(source.architecture(), recipe, facts["ratio"])) is not None:
         summary["note"] = note
-    if args.json:
-        print(json.dumps(summary))
-    else:
-        print("\n".join(f"{k}: {v}" for k, v in summary.items()))
-        print(f"OK {args.out / 'checkpoint'}")
+    tell(args, summary, lambda: f"{listed(summary)}\nOK {args.out / 'checkpoint'}")
     return 0
 
 

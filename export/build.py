@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.cli.commands import command_parser, listed, tell
 from compress.cli.entry import run_cli
-from compress.cli.parser import CommandParser
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.lazy import CORE, check_versions, require
 from compress.options import add_compress_arguments, add_output_arguments, given_flags
@@ -46,12 +45,7 @@ NOT_SERVED = "a model with a sliding window cannot be batched continuously"
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = CommandParser(
-        prog="python -m export.build",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("export.build", __doc__, EXAMPLES)
     add_compress_arguments(p, model_required=False)
     add_output_arguments(p)
     p.add_argument(
@@ -131,16 +125,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         begun = begin(args)
         _check_served(args, begun.source.architecture())
         result = _dry_run(args, begun) if args.dry_run else _build(args, begun)
-    if args.json:
-        print(json.dumps(result))
-    elif args.dry_run:
+    if args.dry_run:
         from compress.forecast import lines
 
-        print("\n".join(lines(result)))
+        tell(args, result, lambda: "\n".join(lines(result)))
     else:
-        print("\n".join(f"{name}: {value}" for name, value in result.items()))
-        if not args.dry_run:
-            print(f"OK {args.out}")
+        tell(args, result, lambda: f"{listed(result)}\nOK {args.out}")
     return 0
 
 
@@ -209,7 +199,7 @@ def _require(args: argparse.Namespace) -> None:
     """Look for the packages now, and not after hours of work."""
     check_versions(*CORE, "onnx", purpose="compress and export a model")
     if args.engine == "ort":
-        require("onnxruntime", pip="'onnxruntime>=1.24.1'", purpose="prepare --engine ort")
+        require("onnxruntime", pip="'onnxruntime>=1.23.2'", purpose="prepare --engine ort")
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -11,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from compress.cli.commands import add_common_arguments, command_parser, tell
 from compress.cli.entry import run_cli
-from compress.cli.parser import CommandParser
 from compress.errors import MissingDependencyError, UsageError
 from compress.progress import log
 from trt_plugins.toolchain import find
@@ -69,12 +68,8 @@ def _run(command: list[str], environment: dict[str, str], log_file: Path) -> Non
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = CommandParser(
-        prog="python -m trt_plugins.build",
-        description="Compile the TensorRT plugins of the ops in an exported model. No GPU is needed.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    description = "Compile the TensorRT plugins of the ops in an exported model. No GPU is needed."
+    p = command_parser("trt_plugins.build", description, EXAMPLES)
     p.add_argument("--out", type=Path, default=Path("out/plugins"), help="where to (default: %(default)s)")
     p.add_argument(
         "--arch",
@@ -82,8 +77,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="A,B",
         help="compute capabilities without their dot (default: %(default)s)",
     )
-    p.add_argument("--json", action="store_true", help="the result as one JSON object")
-    p.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    add_common_arguments(p)
     return p
 
 
@@ -98,12 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not present.is_dir():
         raise UsageError(f"--out {args.out} is not, or is not in, a folder; choose another one")
     plugins, autoload = build(args.out, architectures)
-    if args.json:
-        print(json.dumps({"plugins": str(plugins), "autoload": str(autoload), "architectures": architectures}))
-    else:
-        print(f"plugin library    {plugins}   (registry.load_library, polygraphy, export)")
-        print(f"autoload library  {autoload}   (Triton's backend, trtexec --plugins)")
-        print(f"OK {args.out}")
+    lines = (
+        f"plugin library    {plugins}   (registry.load_library, polygraphy, export)",
+        f"autoload library  {autoload}   (Triton's backend, trtexec --plugins)",
+        f"OK {args.out}",
+    )
+    result = {"plugins": str(plugins), "autoload": str(autoload), "architectures": architectures}
+    tell(args, result, lambda: "\n".join(lines))
     return 0
 
 

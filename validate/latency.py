@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.cli.commands import add_common_arguments, command_parser, tell
 from compress.cli.entry import run_cli
-from compress.cli.parser import CommandParser
 from compress.errors import UsageError
 from compress.progress import log, track
 
@@ -101,17 +101,16 @@ def _kept_sizes(arch: Architecture, role: str, inner: Sequence[str]) -> list[int
 
 
 def sizes_of(kind: str, shape: Shape, unit: int) -> list[Structure]:
-    """`SIZES` entries of a structure's menu, the smallest and the largest among them, of each variant (`variant_of`).
+    """`SIZES` entries of a structure's menu, the smallest and the largest among them, of each `Structure.variant`.
 
     A variant with fewer entries gives all; none where no aligned size saves parameters.
     """
-    from compress.allocation.latency import variant_of
     from compress.structures import registry
 
     side: Any = shape.side
     variants: dict[str, dict[int, Structure]] = {}
     for structure in registry()[kind].menu(shape.in_features, shape.out_features, side, unit=unit):
-        variants.setdefault(variant_of(structure), {}).setdefault(structure.parameter_count(), structure)
+        variants.setdefault(structure.variant, {}).setdefault(structure.parameter_count(), structure)
     found: list[Structure] = []
     for by_size in variants.values():
         menu = [by_size[size] for size in sorted(by_size)]
@@ -130,11 +129,10 @@ class Timed:
 
     def entry(self, anchor: float, call: float) -> dict[str, Any]:
         """For the table; anchor: seconds of the largest dense matrix; call: of a session's call, paid once a model."""
-        from compress.allocation.latency import variant_of
 
         return {
             "structure": self.structure.name,
-            "variant": variant_of(self.structure),
+            "variant": self.structure.variant,
             "in_features": self.structure.in_features,
             "out_features": self.structure.out_features,
             "parameters": self.structure.parameter_count(),
@@ -243,12 +241,7 @@ def dense_seconds(arch: Architecture, entries: Sequence[dict[str, Any]]) -> floa
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = CommandParser(
-        prog="python -m validate.latency",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("validate.latency", __doc__, EXAMPLES)
     p.add_argument("--model", required=True, metavar="M", help="folder, .gguf file, ORG/NAME on the hub, or an alias")
     p.add_argument("--out", required=True, type=Path, metavar="FILE", help="the table, json")
     p.add_argument("--tokens", type=int, default=1, metavar="N", help="rows of one call, see above (default: 1)")
@@ -274,8 +267,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="MIB",
         help="weights that each side runs through, more than a cache holds (default: 256)",
     )
-    p.add_argument("--json", action="store_true", help="the table on stdout as well")
-    p.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    add_common_arguments(p, json_help="the table on stdout as well")
     return p
 
 
@@ -312,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     partial = args.out.with_name(args.out.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.rename(args.out)
-    print(text if args.json else summary(table, args.out))
+    tell(args, table, lambda: summary(table, args.out))
     return 0
 
 

@@ -7,7 +7,6 @@ The manifest is verified first (exit 5). The last line on stdout is `OK <reports
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,8 +14,8 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.cli.commands import add_common_arguments, command_parser, tell
 from compress.cli.entry import run_cli
-from compress.cli.parser import CommandParser
 from compress.errors import GateError, UsageError
 from compress.lazy import CORE, check_versions, require
 from compress.options import given_flags
@@ -48,12 +47,7 @@ EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = CommandParser(
-        prog="python -m validate.run",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("validate.run", __doc__, EXAMPLES)
     p.add_argument("out", type=Path, metavar="OUT", help="artefact folder")
     p.add_argument("--model", metavar="M", help="where the source model is (default: where OUT's manifest says it was)")
     p.add_argument("--trust-remote-code", action="store_true", help="let the source model run its own Python code")
@@ -101,8 +95,7 @@ def parser() -> argparse.ArgumentParser:
         "--trust-engine", action="store_true", help="load a plan that is not what manifest.json vouches for"
     )
     p.add_argument("--no-plot", action="store_true", help="do without the plots of reports/, and matplotlib")
-    p.add_argument("--json", action="store_true", help="the result as one JSON object")
-    p.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    add_common_arguments(p)
     return p
 
 
@@ -112,11 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     report, failed = _run(args)
     from validate.report.console import console
 
-    if args.json:
-        print(json.dumps({"out": str(args.out), "passed": not failed, **report.to_dict()}, allow_nan=False))
-    else:
-        print(console(report))
-        print("\n".join(f"FAILED {sentence}" for sentence in failed) or f"OK {args.out / 'reports'}")
+    end = "\n".join(f"FAILED {sentence}" for sentence in failed) or f"OK {args.out / 'reports'}"
+    result = {"out": str(args.out), "passed": not failed, **report.to_dict()}
+    tell(args, result, lambda: f"{console(report)}\n{end}")
     return GateError.exit_code if failed else 0
 
 
@@ -177,7 +168,7 @@ def _run(args: argparse.Namespace) -> tuple[Report, list[str]]:
     limits = _check(args)
     check_versions(*CORE, "onnx", purpose="validate a model")
     if args.perplexity_runtime == "onnxruntime" or not {"parity", "speed"} <= set(args.skip):
-        require("onnxruntime", pip="'onnxruntime>=1.24.1'", purpose="validate the exported model")
+        require("onnxruntime", pip="'onnxruntime>=1.23.2'", purpose="validate the exported model")
     if not args.no_plot:
         require(  # now, and not after minutes of work
             "matplotlib", pip="'procrustes-llm[eval]'", purpose="draw the plots of reports/ (or give --no-plot)"

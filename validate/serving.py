@@ -21,8 +21,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from compress.cli.commands import add_common_arguments, command_parser, tell
 from compress.cli.entry import run_cli
-from compress.cli.parser import CommandParser
 from compress.errors import ArtifactError, GateError, MissingDependencyError, UsageError
 from compress.progress import log
 
@@ -74,12 +74,7 @@ Ask = Callable[[str, str, int], Answer]
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = CommandParser(
-        prog="python -m validate.serving",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("validate.serving", __doc__, EXAMPLES)
     p.add_argument("out", type=Path, metavar="OUT", help="the artefact whose model is measured")
     p.add_argument("--baseline", type=Path, required=True, metavar="OUT", help="the dense model's, in the same server")
     p.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (default: http://127.0.0.1:8000)")
@@ -91,8 +86,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--prompts", type=Path, metavar="FILE", help="text that prompts are cut from (default: a paragraph)")
     p.add_argument("--min-speedup", metavar="X", help="exit with 3 where any number of clients gains less")
-    p.add_argument("--json", action="store_true", help="the result as one JSON object")
-    p.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    add_common_arguments(p)
     return p
 
 
@@ -128,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "machine": machine_facts(),
     }
     add_report(artifact, "serving.json", report)
-    print(json.dumps(report) if args.json else table(report))
+    tell(args, report, lambda: table(report))
     if least is not None:
         failed = failures(Gate(f"min-speedup-{c['clients']}-clients", c["speedup"], least, True) for c in cases)
         for sentence in failed:

@@ -16,20 +16,11 @@ from typing import Any
 
 from compress.artifact.reading import RefusedError, read_json
 from compress.errors import UsageError
-from compress.structures import DenseStructure, GroupShuffleStructure, KroneckerStructure, Structure, core_of
+from compress.structures import DenseStructure, Structure, core_of
 
 Key = tuple[str, int, int]
 Point = tuple[float, float]
 """(parameters over in * out, seconds)."""
-
-
-def variant_of(structure: Structure) -> str:
-    """What decides how a structure runs beside its sizes: "gs 4x2", "kron in leading", "lowrank", "dense"."""
-    if isinstance(structure, GroupShuffleStructure):
-        return f"{structure.name} {structure.left_blocks}x{structure.right_blocks}"
-    if isinstance(structure, KroneckerStructure):
-        return f"{structure.name} {structure.side} {structure.mix}"
-    return structure.name
 
 
 class LatencyTable:
@@ -50,7 +41,7 @@ class LatencyTable:
     @classmethod
     def of(cls, entries: Iterable[Mapping[str, Any]], tokens: int) -> LatencyTable:
         """entries: structure, in_features, out_features, parameters, seconds of each measurement, and `variant`
-        (`variant_of`) where it tells more than `structure`; of equal ones the median counts.
+        (`Structure.variant`) where it tells more than `structure`; of equal ones the median counts.
 
         Raises UsageError for an entry that is no measurement.
         """
@@ -88,7 +79,7 @@ class LatencyTable:
         core = core_of(structure)
         m, n = core.in_features, core.out_features
         size = core.parameter_count() / (m * n)
-        kinds = dict.fromkeys((variant_of(core), core.name))  # a table made by hand need not tell variants apart
+        kinds = dict.fromkeys((core.variant, core.name))  # a table made by hand need not tell variants apart
         for kind in kinds:
             if (kind, m, n) in self.points:
                 return _interpolated(self.points[kind, m, n], size)
@@ -96,7 +87,7 @@ class LatencyTable:
             if (between := self._between(kind, m, n, size)) is not None:
                 return between
         raise UsageError(
-            f"the latency table has no {variant_of(core)} matrix of {n} x {m} (out x in), nor what lies around it: "
+            f"the latency table has no {core.variant} matrix of {n} x {m} (out x in), nor what lies around it: "
             f"measure it with python -m validate.latency for this model, with this --unit, --structures {core.name}, "
             f"and --inner for what is selected"
         )

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.calibration.streams import Runner, embed
@@ -35,7 +37,6 @@ SAFE = FLOAT16_MAX / 2
 _RESULTS = frozenset(
     ("mm", "bmm", "addmm", "baddbmm", "_addmm_activation", "linear", "mul", "add", "sub", "silu", "relu", "gelu")
 )
-_ATTENTION = "scaled_dot_product"
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,24 @@ class Largest:
 
 
 class Watch(TorchDispatchMode):
-    """While active, notes the results of every product and sum under the name of the linear that is running."""
+    """While active, notes the results of every product and sum under the name of the linear that is running, and of an
+    attention its scores."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.values: dict[str, float] = {}
         self.place = ""
+        self.in_attention = False
+        self._attention = _WatchAttention(self)
+
+    def __enter__(self) -> Watch:
+        self._attention.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._attention.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def note(self, place: str, value: Tensor) -> None:
         """NaN counts as infinite."""
@@ -79,9 +92,8 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if _ATTENTION in name:
-            self.note(f"{self.place}, the attention scores", _scores(args[0], args[1]))
-        elif name in _RESULTS and isinstance(result, Tensor) and result.is_floating_point():
+        known = name in _RESULTS and not self.in_attention
+        if known and isinstance(result, Tensor) and result.is_floating_point():
             self.note(self.place, result)
         return result
 
@@ -98,6 +110,25 @@ class Watch(TorchDispatchMode):
 
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
+
+
+class _WatchAttention(TorchFunctionMode):
+    """One kernel or, where PyTorch has none for these sizes or its version, many operations, among them the sum with a
+    mask of -inf: what is noted are the scores before it, in both cases."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.watch.in_attention = True
+        try:
+            self.watch.note(f"{self.watch.place}, the attention scores", _scores(args[0], args[1]))
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.watch.in_attention = False
 
 
 @torch.no_grad()

@@ -24,11 +24,8 @@ from torch import Tensor
 from compress.errors import UsageError
 from compress.linalg import NumericalError, all_finite, noted_damping, weighted_error
 from compress.structures import (
-    CompotStructure,
     DenseStructure,
-    KroneckerStructure,
     LowRankStructure,
-    PivotedStructure,
     SelectStructure,
     Structure,
     cast,
@@ -107,10 +104,10 @@ def fit_linears(linears: Sequence[Linear], gram: Tensor) -> list[Fit]:
         found, reason = _attempt(lambda: _factors(parts, gram))
     if found is None:
         return _left(linears, reason)
-    if not damped and all(_closed_form(part.structure) for part in parts) and _is_optimum(parts, found, gram):
+    if not damped and all(core_of(part.structure).closed_form for part in parts) and _is_optimum(parts, found, gram):
         return [Fit(x.structure, factors) for x, factors in zip(linears, found, strict=True)]
     nothing, error, note = _error(parts, None, gram), _error(parts, found, gram), None
-    if not isinstance(parts[0].structure, CompotStructure) or error > SUSPECT * nothing:
+    if not parts[0].structure.slow_fit or error > SUSPECT * nothing:
         plain, _ = _attempt(lambda: _factors(parts, None))
         if plain is not None and (other := _error(parts, plain, gram)) < error * (1 - ROUNDING):
             found, note = plain, f"the unweighted fit is better: {other:.3g} against {error:.3g} of {nothing:.3g}"
@@ -118,13 +115,6 @@ def fit_linears(linears: Sequence[Linear], gram: Tensor) -> list[Fit]:
     if not (math.isfinite(error) and error <= nothing * (1 + ROUNDING)):
         return _left(linears, f"the error of the fit, {error:.3g}, is above the {nothing:.3g} of no matrix at all")
     return [Fit(x.structure, factors, note) for x, factors in zip(linears, found, strict=True)]
-
-
-def _closed_form(structure: Structure) -> bool:
-    """Whether its fit is the optimum, and not the end of a search."""
-    structure = core_of(structure)
-    leading = isinstance(structure, KroneckerStructure) and structure.mix == "leading"
-    return leading or isinstance(structure, DenseStructure | LowRankStructure | PivotedStructure)
 
 
 def _is_optimum(parts: Sequence[Linear], found: Sequence[Mapping[str, Tensor]], gram: Tensor) -> bool:

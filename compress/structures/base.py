@@ -39,6 +39,8 @@ class Structure(ABC):
     name: ClassVar[str]
     predicts_loss: ClassVar[bool] = False
     """Whether `curve` gives the loss of every size, which global allocation (`--allocation global`) chooses by."""
+    slow_fit: ClassVar[bool] = False
+    """Whether a fit takes so long that it is held against the unweighted one only where it looks bad."""
     may_be_core: ClassVar[bool] = False
     """Whether it may lie between the features that a selection keeps in an allocation; `ranked` then gives its loss."""
 
@@ -110,6 +112,16 @@ class Structure(ABC):
         return cls._largest(
             cls.menu(in_features, out_features, side, unit=unit), in_features, out_features, ratio, unit
         )
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether `fit` gives the optimum, and not the end of a search. Here: no."""
+        return False
+
+    @property
+    def variant(self) -> str:
+        """What decides how fast it runs beside its sizes, for tables of measured times: "gs 4x2", "lowrank"."""
+        return self.name
 
     def parameter_count(self) -> int:
         """Numbers stored, the mixing matrix included."""

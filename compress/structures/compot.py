@@ -35,6 +35,7 @@ class CompotStructure(Structure):
 
     name: ClassVar[str] = "compot"
     pattern: ClassVar[Literal["free", "2:4"]] = "free"
+    slow_fit: ClassVar[bool] = True
 
     atoms: int
     kept: int

@@ -24,6 +24,10 @@ class DenseStructure(Structure):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"weight": (self.out_features, self.in_features)}
 
+    @property
+    def closed_form(self) -> bool:
+        return True
+
     def fit(self, weight: Tensor, gram: Tensor | None = None, metric: Tensor | None = None) -> dict[str, Tensor]:
         """The weight itself; the error is zero for every Gram matrix and metric."""
         problem = Problem.of(weight, gram, metric, self.in_features, self.out_features)

@@ -65,6 +65,11 @@ class GroupShuffleStructure(Structure):
             "R": (self.right_blocks, rows, self.left_blocks * self.rank),
         }
 
+    @property
+    def variant(self) -> str:
+        """ "gs 4x2"."""
+        return f"{self.name} {self.left_blocks}x{self.right_blocks}"
+
     def fit(self, weight: Tensor, gram: Tensor | None = None, metric: Tensor | None = None) -> dict[str, Tensor]:
         """See `Structure.fit`. Exact without a Gram matrix and metric; else a local optimum, see `gs_fit`."""
         problem = Problem.of(weight, gram, metric, self.in_features, self.out_features)

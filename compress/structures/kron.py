@@ -99,6 +99,15 @@ class KroneckerStructure(Structure):
         B = (self.out_features, self.kept) if self.side == "in" else (self.kept, self.in_features)
         return {"B": B} if self.mix == "leading" else {"A": (self.terms, self.blocks), "B": B}
 
+    @property
+    def closed_form(self) -> bool:
+        return self.mix == "leading"
+
+    @property
+    def variant(self) -> str:
+        """ "kron in leading"."""
+        return f"{self.name} {self.side} {self.mix}"
+
     def storage_dtypes(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """A stays in float32: it is tiny, and its rounding would hit every input alike."""
         return {name: torch.float32 if name == "A" else dtype for name in self.shapes()}

@@ -51,6 +51,10 @@ class LowRankStructure(Structure):
         own: dict[str, tuple[int, ...]] = {"U": (self.out_features, self.rank)}
         return own if self.shares else {"V": (self.rank, self.in_features), **own}
 
+    @property
+    def closed_form(self) -> bool:
+        return True
+
     def fit(self, weight: Tensor, gram: Tensor | None = None, metric: Tensor | None = None) -> dict[str, Tensor]:
         """See `Structure.fit`: the optimum, `best_factors`.
 

@@ -86,6 +86,10 @@ class PivotedStructure(Structure):
     def _products(self) -> int:
         return sum(math.prod(shape) for name, shape in self.shapes().items() if name != "order")
 
+    @property
+    def closed_form(self) -> bool:
+        return True
+
     def fit(self, weight: Tensor, gram: Tensor | None = None, metric: Tensor | None = None) -> dict[str, Tensor]:
         """`lowrank.best_factors` in other coordinates: exact.
 

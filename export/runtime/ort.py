@@ -147,7 +147,7 @@ def executed_nodes(path: Path) -> dict[str, int]:
 
 
 def _session(path: Path, threads: int, providers: Sequence[str], profile: str | None) -> onnxruntime.InferenceSession:
-    ort = require("onnxruntime", pip="'onnxruntime>=1.24.1'", purpose="run an exported model")
+    ort = require("onnxruntime", pip="'onnxruntime>=1.23.2'", purpose="run an exported model")
     if not path.is_file():
         raise ArtifactError(f"{path} does not exist; run python -m export.build first")
     missing = [p for p in providers if p not in ort.get_available_providers()]

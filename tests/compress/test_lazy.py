@@ -45,12 +45,12 @@ def test_an_old_module_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, "onnxruntime", "1.9.0")
     with pytest.raises(
         MissingDependencyError,
-        match=r"^onnxruntime 1\.9\.0 is installed, but 1\.24\.1 or later is needed to run it\. Run: pip install --up",
+        match=r"^onnxruntime 1\.9\.0 is installed, but 1\.23\.2 or later is needed to run it\. Run: pip install --up",
     ):
         require("onnxruntime", pip="onnxruntime", purpose="run it")
 
 
-@pytest.mark.parametrize("version", ["1.24.1", "1.100.1", None, "source"])
+@pytest.mark.parametrize("version", ["1.23.2", "1.100.1", None, "source"])
 def test_what_will_do_or_does_not_say_passes(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
     fake(monkeypatch, "onnxruntime", version)
     assert require("onnxruntime", pip="onnxruntime", purpose="run it") is sys.modules["onnxruntime"]
@@ -86,7 +86,7 @@ def test_commands_say_so_first(
     )
     for main, arguments in commands:
         assert run_cli(main, arguments) == 4
-        assert "onnxruntime 1.17.0 is installed, but 1.24.1 or later" in capsys.readouterr().err
+        assert "onnxruntime 1.17.0 is installed, but 1.23.2 or later" in capsys.readouterr().err
     assert run_cli(build_main, ["--model", str(tmp_path / "nothing"), "--engine", "none"]) == 2  # does without it
     installed = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.1.0" if name == "torch" else installed(name))

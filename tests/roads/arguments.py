@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from compress.allocation.budget import default_unit
-from compress.allocation.latency import variant_of
 from compress.architecture import Architecture
 from compress.options import _FLAGS
 from compress.structures import DenseStructure
@@ -53,7 +52,7 @@ def counted_table(arch: Architecture, kinds: Iterable[str], folder: Path) -> Pat
     entries = [
         {
             "structure": structure.name,
-            "variant": variant_of(structure),
+            "variant": structure.variant,
             "in_features": structure.in_features,
             "out_features": structure.out_features,
             "parameters": structure.parameter_count(),

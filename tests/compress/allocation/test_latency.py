@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from compress.allocation.budget import budget_of, budget_parameters, cost_of, ratio_of, unit_of
-from compress.allocation.latency import LatencyTable, variant_of
+from compress.allocation.latency import LatencyTable
 from compress.architecture import Architecture
 from compress.checkpoint.reader import CheckpointReader
 from compress.cli.entry import run_cli
@@ -56,7 +56,7 @@ def table_file(
     entries = []
     for job in jobs_of(arch, kinds, ("neurons", "vo"), unit):
         for s in (DenseStructure(job.shape.in_features, job.shape.out_features), *job.structures):
-            entries.append(entry(s, linear_time(s), variant=variant_of(s)))
+            entries.append(entry(s, linear_time(s), variant=s.variant))
     folder.mkdir(exist_ok=True)
     path = folder / "table.json"
     path.write_text(json.dumps({"tokens": 1, "entries": entries}))
@@ -86,7 +86,7 @@ def test_variants_are_told_apart() -> None:
     assert wide.parameter_count() == deep.parameter_count()
     reader, writer = (KroneckerStructure(64, 64, 4, 3, side, "leading") for side in ("in", "out"))  # type: ignore[arg-type]
     seconds = {wide: 1.0, deep: 2.0, reader: 3.0, writer: 4.0}
-    table = LatencyTable.of([entry(s, t, variant=variant_of(s)) for s, t in seconds.items()], 1)
+    table = LatencyTable.of([entry(s, t, variant=s.variant) for s, t in seconds.items()], 1)
     assert {s: table.seconds(s) for s in seconds} == seconds
     by_hand = LatencyTable.of([entry(wide, 1.0)], 1)  # without variants one stands for all
     assert by_hand.seconds(deep) == 1

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from compress.artifact.store import Artifact
 from compress.calibration.largest import FLOAT16_MAX, Largest, Watch, largest_activations
@@ -115,6 +116,16 @@ def test_attention_scores() -> None:
     with watch, torch.no_grad():
         torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
     assert max(watch.values.values()) == pytest.approx(2000 * 1000 / 4)
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+def test_attention_of_several_operations(backend: SDPBackend) -> None:
+    """Where PyTorch has no kernel (its version 2.6: none of fewer keys than queries), it adds the -inf of a mask."""
+    watch = Watch()
+    q = torch.ones(1, 2, 5, 16)
+    with sdpa_kernel(backend), watch, torch.no_grad():
+        torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+    assert watch.values == {", the attention scores": 4.0}
 
 
 def test_nan_counts_as_infinite() -> None:

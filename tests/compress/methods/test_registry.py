@@ -47,7 +47,7 @@ def test_a_method_is_added_in_one_file(
     forecast = json.loads(capsys.readouterr().out)
     assert forecast["structure"] == "mlp-rank"
     for wrong, says in (
-        (["--ratio", "0.1"], "--ratio 0.1 is too low: dense attention"),
+        (["--ratio", "0.1"], "--ratio 0.1 is too low: attention, which stays dense"),
         (["--rotation", "shared"], "structure 'mlp-rank' with rotation 'shared': low rank is the same"),
         (["--budget-latency", "1"], "budget_latency with structure 'mlp-rank'"),
     ):

@@ -21,8 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compress.errors import ArtifactError, UsageError
 from compress.linalg import weighted_error
-from compress.structures import CompotStructure, Structure, cast, structure_from_config
-from compress.structures.compot import pack
+from compress.structures import Structure, cast, structure_from_config
 
 bounded = settings(
     max_examples=8,
@@ -40,21 +39,8 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def random_factors(spec: Structure, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """Normal entries, scaled so that x What^T is of order one."""
-    g = generator(seed)
-    factors = {
-        name: (torch.randn(shape, generator=g, dtype=torch.float64) / shape[-1] ** 0.5).to(dtype)
-        for name, shape in spec.shapes().items()
-    }
-    if isinstance(spec, CompotStructure):
-        factors["mask"] = random_mask(spec, seed)
-    if "order" in factors:
-        factors["order"] = torch.randperm(len(factors["order"]), generator=g, dtype=torch.int32)
-    return factors
-
-
-def random_mask(spec: CompotStructure, seed: int = 0) -> Tensor:
-    return pack(spec._support(torch.rand(spec.out_features, spec.atoms, generator=generator(seed))))
+    """Those of the structure, from a seed."""
+    return spec.random_factors(generator(seed), dtype)
 
 
 def floating(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:

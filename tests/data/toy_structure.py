@@ -1,7 +1,8 @@
-"""A structure that the project does not have, in one file: what CONTRIBUTING's "Add a structure" asks for.
+"""A structure in one file, as somebody else would add it: what CONTRIBUTING's "Add a structure" asks for.
 
 What = B P: P keeps `kept` of the inputs, B (out, kept) is the best use of those. In the project the first part would be
-compress/structures/columns.py and the second export/graph/ops/columns.py; `tests/test_toy_structure.py` drives both.
+compress/structures/columns.py, the second export/graph/ops/columns.py, and the third an entry of compress/catalog.py;
+`tests/test_toy_structure.py` drives them.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 from typing_extensions import Self
 
+from compress import catalog
 from compress.errors import ArtifactError, UsageError
 from compress.linalg import Problem, result_dtype
 from compress.structures import Structure
-from compress.structures.base import Side
+from compress.structures.base import Side, register
 from compress.structures.kron import error_by_kept
 from compress.structures.select import refit
+from export.graph import ops
 from export.graph.ops import Array, Arrays, Attributes, Body, Call, Family, Op, custom
 
 # --- The matrix ---
@@ -116,3 +119,19 @@ COLUMNS = Family(
         ),
     ),
 )
+
+# --- Its choice ---
+
+ENTRY = catalog.Entry(
+    structure="columns",
+    variants=(catalog.Variant("planned", menus=True),),
+    help="some of the inputs",
+    quality=catalog.QualityLine("columns", "some of the inputs"),
+)
+
+
+def add() -> None:
+    """Make `--structure columns` known."""
+    register(ColumnsStructure)
+    ops.register("columns", COLUMNS)
+    catalog.add(ENTRY)
