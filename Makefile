@@ -19,7 +19,7 @@ patient := GOMP_SPINCOUNT=20000
 offline := HF_HUB_OFFLINE=1
 pip := $(bin)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: help venv demo serve-demo serve-table test test-slow test-lowest quality format clean
+.PHONY: help venv demo serve-demo serve-table test test-slow test-lowest quality format docs clean
 
 help:
 	@echo 'make demo         set up; compress, export and validate a real model on the CPU; print the summary'
@@ -30,6 +30,7 @@ help:
 	@echo 'make test-lowest  set up another environment, with the lowest versions that pyproject.toml allows; the quick tests'
 	@echo 'make quality      set up; lint, format check, types'
 	@echo 'make format       set up; let ruff format and mend what it can'
+	@echo 'make docs         set up; the documents as a site in build/site, its links checked'
 	@echo 'make venv         set up: $(VENV) with this project, editable, and its tools'
 	@echo 'make clean        remove caches and the output of the demo; the environment stays'
 	@echo
@@ -94,6 +95,15 @@ test-lowest:
 format: venv
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
+
+# The documents as a site. Its tools want an environment of their own.
+$(VENV)/docs/.ready: requirements-docs.txt
+	$(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/python -m pip install --disable-pip-version-check --quiet --requirement requirements-docs.txt
+	@touch $@
+
+docs: $(VENV)/docs/.ready
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/python -m mkdocs build
 
 clean:
 	rm -rf out/demo build .pytest_cache .mypy_cache .ruff_cache .hypothesis ./*.egg-info

@@ -107,7 +107,6 @@ def load(
                 f"compress.compress returned"
             )
         folder = folder / "checkpoint"
-    register()
     model = load_model(folder, torch.float32 if dtype is None else dtype)
     return model, tokenizer_in(folder, model.config.model_type)
 

@@ -78,7 +78,7 @@ class Architecture:
         return tuple(role for role in READERS[sub_block] if role in self.linears())
 
     def has_bias(self, role: str) -> bool:
-        """Whether `role` has a bias once norms are folded: a LayerNorm's shift ends up in the linears that read it."""
+        """True if `role` has a bias once norms are folded: a LayerNorm's shift ends up in the linears that read it."""
         if role == "attn.o":
             return self.output_bias
         shifted = self.norm == "layernorm" and role not in WRITERS.values()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 RotationName = Literal["none", "shared", "block"]
 SkipName = Literal["none", "dense", "cs", "householder", "slice"]
@@ -119,7 +119,7 @@ class Entry:
         return own[0] if own else default_skip(rotation)
 
     def reads_text(self, fits_named: bool) -> bool:
-        """Whether any calibration text is read; `fits_named`: the recipe names a linear that has something to fit."""
+        """True if any calibration text is read; `fits_named`: the recipe names a linear that has something to fit."""
         return self.text == "always" or (self.text == "named" and fits_named)
 
     def fields(self) -> dict[str, Any]:
@@ -338,8 +338,6 @@ _ENTRIES: list[Entry] = [
     ),
 ]
 
-_FITS: dict[str, str] = {"paper": "the paper"}  # in messages
-
 
 def add(entry: Entry) -> None:
     """Add a structure, or another fit of one. Raises ValueError for one that is there."""
@@ -387,13 +385,13 @@ def flags(structure: str, fit: str) -> str:
 
 
 def structure_help() -> str:
-    """Of `--structure`."""
+    """Help of `--structure`."""
     lines = "; ".join(f"{e.structure}: {e.help}" for e in _ENTRIES if e.fit == USUAL_FIT)
     return f"what each matrix becomes (default: {USUAL_STRUCTURE}). {lines}"
 
 
 def inner_help() -> str:
-    """Of `--inner`."""
+    """Help of `--inner`."""
     usual = dict.fromkeys(e.structure for e in _ENTRIES for v in e.variants if v.default_inner)
     return (
         "freedoms inside a block: neurons (drop, refit the rest), vo (drop value coordinates), bias (correct the "
@@ -402,15 +400,15 @@ def inner_help() -> str:
 
 
 def menu_help() -> str:
-    """Of `--menu`."""
+    """Help of `--menu`."""
     first, *_ = [v.menu for e in _ENTRIES if e.chooses for v in e.variants]
     others = [name for name in get_args(MenuName) if name not in first]
-    choosing = _listed((e.structure for e in _ENTRIES if e.chooses), "or", str)
+    choosing = listed((e.structure for e in _ENTRIES if e.chooses), "or", str)
     return f"what --structure {choosing} chooses from beside dense: {', '.join(first)} (default), {', '.join(others)}"
 
 
 def is_one_width(skip: str) -> bool:
-    """Whether a skip is one of a stream that keeps the same width at every position."""
+    """True for a skip of a stream that keeps the same width at every position."""
     return skip in ONE_WIDTH
 
 
@@ -442,137 +440,7 @@ def _readme_rows() -> Iterator[Row]:
         yield from entry.rows
 
 
-class Choices(Protocol):
-    """The fields of a recipe that depend on each other."""
-
-    @property
-    def structure(self) -> str: ...
-    @property
-    def fit(self) -> str: ...
-    @property
-    def rotation(self) -> RotationName: ...
-    @property
-    def skip(self) -> SkipName: ...
-    @property
-    def ties(self) -> bool: ...
-    @property
-    def menu(self) -> tuple[MenuName, ...]: ...
-    @property
-    def joint(self) -> bool: ...
-    @property
-    def inner(self) -> tuple[Inner, ...]: ...
-    @property
-    def budget_latency(self) -> float | None: ...
-
-
-def refusal(r: Choices) -> str | None:
-    """Why these choices do not go together, in one sentence; None where they do."""
-    if r.skip not in SKIPS_OF[r.rotation]:
-        return (
-            f"rotation {r.rotation!r} with skip {r.skip!r}: rotation 'block' needs a skip, for instance 'dense' (each "
-            f"block has its own basis), the other rotations need none"
-        )
-    entry = find(r.structure, r.fit)
-    if entry is None:
-        return _other_fit(r)
-    variant = entry.variant(r.rotation, r.skip, r.ties)
-    if variant is None:
-        return _no_variant(entry, r)
-    return _wrong_menu(entry, r) or _wrong_inner(variant, r)
-
-
-def _other_fit(r: Choices) -> str:
-    by = [e for e in _ENTRIES if e.fit == r.fit]
-    where = f", rotation {r.rotation!r}, skip {r.skip!r}" if any(e.structure == r.structure for e in by) else ""
-    return (
-        f"fit {r.fit!r} with structure {r.structure!r}{where}: "
-        f"{_FITS.get(r.fit, f'fit {r.fit}')} has {_listed((e.structure for e in by), 'and', str)}, with "
-        f"{_pairs_of(by)}"
-    )
-
-
-def _no_variant(entry: Entry, r: Choices) -> str:
-    pairs = dict.fromkeys(pair for variant in entry.variants for pair in variant.pairs())
-    if (r.rotation, r.skip) in pairs:
-        some = [e.structure for e in _ENTRIES for v in e.variants if r.ties in v.ties and e.fit == USUAL_FIT]
-        by = f", fit {r.fit!r}" if r.fit != USUAL_FIT else ""
-        return (
-            f"ties {str(r.ties).lower()} with structure {r.structure!r}, skip {r.skip!r}{by}: only structure "
-            f"{_listed(some, 'or')} with skip none or dense has mixes to give to each matrix"
-        )
-    if entry.fit != USUAL_FIT:
-        return _other_fit(r)
-    if r.rotation not in {rotation for rotation, _ in pairs}:
-        takes = _listed((rotation for rotation, _ in pairs), "or")
-        why = f": {entry.why}" if entry.why else ""
-        return f"structure {r.structure!r} with rotation {r.rotation!r}{why}; it takes rotation {takes}"
-    takes = _listed((skip for rotation, skip in pairs if rotation == r.rotation), "or")
-    serving = [e.structure for e in _ENTRIES for v in e.variants if r.skip in v.skips]
-    what = "one kept width of the stream" if r.skip in ONE_WIDTH else "a stream of full width"
-    return (
-        f"structure {r.structure!r} with skip {r.skip!r}: skip {r.skip!r} serves {what}, which is structure "
-        f"{_listed(serving, 'or')} only; {r.structure!r} takes skip {takes}"
-    )
-
-
-def _wrong_menu(entry: Entry, r: Choices) -> str | None:
-    if r.menu and not entry.chooses:
-        choosing = _listed((e.structure for e in _ENTRIES if e.chooses), "or")
-        return f"menu {list(r.menu)} is for structure {choosing}, not {r.structure!r}"
-    if r.joint and not entry.joint:
-        joint = _listed((e.structure for e in _ENTRIES if e.joint), "and")
-        return f"joint low rank is for structures {joint}, not {r.structure!r}"
-    turned = [kind for kind in r.menu if kind in ROTATED]
-    if turned and r.rotation == "none":
-        return f"a menu with {turned[0]} needs a rotation, which absorbs its mix: --rotation shared"
-    if r.menu and not turned and r.rotation != "none":
-        serves = _listed(ROTATED, "and", str)
-        return f"menu {list(r.menu)} with rotation {r.rotation!r}: a rotation serves {serves} alone"
-    return None
-
-
-def _wrong_inner(variant: Variant, r: Choices) -> str | None:
-    refused = [option for option in r.inner if option not in variant.inner]
-    if [option for option in refused if option != "bias"]:
-        return (
-            f"inner {list(r.inner)}: neurons and value coordinates are dropped where sizes are chosen by predicted "
-            f"loss: structures {_where(lambda v: v.menus)}"
-        )
-    if refused:
-        return f"inner 'bias' with structure {r.structure!r}, fit {r.fit!r}, which correct no bias"
-    if r.budget_latency is not None and not variant.menus:
-        return (
-            f"budget_latency with structure {r.structure!r}, fit {r.fit!r}, rotation {r.rotation!r}, skip {r.skip!r}: "
-            f"it needs sizes chosen by predicted loss; --structure auto chooses them"
-        )
-    return None
-
-
-def _where(holds: Callable[[Variant], bool]) -> str:
-    """The structures of which some variant has a property, with the choices that it needs where not every one has."""
-    parts = []
-    for entry in _ENTRIES:
-        able = [v for v in entry.variants if holds(v)]
-        if not able:
-            continue
-        conditions = []
-        if len(able) < len(entry.variants):
-            conditions = [f"rotation {_listed((r for v in able for r in v.rotations), 'or', str)}"]
-            skips = [s for v in able for s in v.skips]
-            conditions += [f"skip {_listed(skips, 'or', str)}"] if set(skips) != {"none"} else []
-            conditions += ["ties"] if any(False in v.ties for v in entry.variants) else []
-        if entry.fit != USUAL_FIT:
-            conditions.append(f"fit {entry.fit}")
-        parts.append(entry.structure + (f" ({', '.join(conditions)})" if conditions else ""))
-    return _listed(parts, "and", str) + f", each with fit {USUAL_FIT}"
-
-
-def _pairs_of(some: Iterable[Entry]) -> str:
-    pairs = dict.fromkeys(pair for e in some for v in e.variants for pair in v.pairs())
-    return _listed((f"rotation {r!r} and skip {s!r}" for r, s in pairs), "or", str)
-
-
-def _listed(names: Iterable[str], word: str, shown: Callable[[str], str] = repr) -> str:
+def listed(names: Iterable[str], word: str, shown: Callable[[str], str] = repr) -> str:
     """'a', 'b' and 'c', each once."""
     *first, last = [shown(name) for name in dict.fromkeys(names)]
     return f"{', '.join(first)} {word} {last}" if first else last

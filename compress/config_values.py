@@ -196,7 +196,7 @@ def fault_of_fields(values: Mapping[str, Any], fields: Mapping[str, Check]) -> s
 
 
 def rope_fault(rope: Any, key: str = "rope_parameters", theta: float | None = None) -> str | None:
-    """What is wrong with rotary parameters, as `fault_of_fields` tells it; None for sound ones, and for none at all.
+    """Fault of rotary parameters, in the words of `fault_of_fields`; None for sound ones, and for none at all.
 
     `theta` is the base where it stands beside them, as in older files.
     """

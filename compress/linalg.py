@@ -31,8 +31,8 @@ class NumericalError(UsageError):
 
 @contextmanager
 def noted_damping() -> Iterator[list[str]]:
-    """A list that is told, while the block runs, which moments were singular: "Gram matrix", "metric". A list of an
-    outer block is told in the end."""
+    """A list that collects, while the block runs, which moments were singular: "Gram matrix", "metric". A list of an
+    outer block receives them in the end."""
     noted: list[str] = []
     outer, token = _noted.get(), _noted.set(noted)
     try:
@@ -50,7 +50,7 @@ def _note(what: str) -> None:
 
 
 def is_singular(moment: Tensor) -> bool:
-    """Whether `Moment.of` would damp this symmetric matrix (k, k)."""
+    """True if `Moment.of` would damp this symmetric matrix (k, k)."""
     moment = moment.double()
     factor, info = torch.linalg.cholesky_ex((moment + moment.T) / 2)
     return int(info) != 0 or float(factor.diagonal().min()) ** 2 <= SINGULAR * float(moment.diagonal().mean())
@@ -237,7 +237,7 @@ def result_dtype(weight: Tensor) -> torch.dtype:
 
 
 def all_finite(x: Tensor) -> bool:
-    """Whether no entry is NaN or infinite. A sum that is finite has finite terms only, and is ten times as fast as
+    """True if no entry is NaN or infinite. A sum that is finite has finite terms only, and is ten times as fast as
     looking at each; one that is not may have overflown."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return math.isfinite(float(x.sum(dtype=wide))) or bool(torch.isfinite(x).all())
@@ -293,7 +293,7 @@ def whitened_spectrum(weight: Tensor, gram: Tensor, metric: Tensor) -> Tensor:
 
 
 def descending_eigenvalues(matrix: Tensor) -> Tensor:
-    """Of a symmetric positive semi-definite matrix (..., k, k); negative ones are rounding, and become 0."""
+    """Eigenvalues of a positive semi-definite matrix (..., k, k); negative ones are rounding, and become 0."""
     values: Tensor = torch.linalg.eigvalsh(matrix)
     return values.clamp(min=0).flip(-1)
 

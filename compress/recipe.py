@@ -28,6 +28,7 @@ from compress.artifact import reading
 from compress.artifact.reading import shown
 from compress.catalog import Entry, Inner, MenuName, RotationName, SkipName, Variant
 from compress.errors import ArtifactError, UsageError
+from compress.refusals import refusal
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -115,7 +116,7 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        problem = catalog.refusal(self)
+        problem = refusal(self)
         if problem is not None:
             raise ValueError(problem)
         if self.budget_latency is not None and self.budget_bytes is not None:

@@ -1,4 +1,4 @@
-"""float16 or bfloat16: chosen by the largest activations seen in calibration (compress/calibration/largest.py)."""
+"""float16 or bfloat16: chosen by the largest activations in calibration (compress/calibration/largest.py)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def graph_dtype(asked: str | None, half: bool, watched: object) -> str:
 
 
 def at_risk(watched: object) -> bool:
-    """Whether `graph_dtype` would choose bfloat16."""
+    """True if `graph_dtype` would choose bfloat16."""
     return watched is not None and bool(_record(watched)[0])
 
 

@@ -19,7 +19,7 @@ def reset_peak() -> bool:
 
 
 def peak_rss() -> int:
-    """Bytes resident at most since `reset_peak`, or since the process started; mapped files count."""
+    """Peak of resident bytes since `reset_peak`, or since the process started; mapped files count."""
     try:
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -1,4 +1,4 @@
-"""The stages of an artefact that this package makes: OUT/onnx from OUT/checkpoint, OUT/engine from OUT/onnx.
+"""The stages of an artifact that this package makes: OUT/onnx from OUT/checkpoint, OUT/engine from OUT/onnx.
 
 A stage is made again when what it is made from, or how, has changed, or when its files are not as they were left.
 """
@@ -102,7 +102,7 @@ def build_info(artifact: Artifact, stage: str) -> dict[str, Any]:
 
 
 def is_current(artifact: Artifact, stage: str, inputs: list[str], wanted: Mapping[str, Any]) -> bool:
-    """Whether OUT/{stage} was made from the present inputs with these facts and is whole; says so when it is not."""
+    """True if OUT/{stage} was made from the present inputs with these facts and is whole; the log has why not."""
     if not artifact.has_stage(stage):
         return False
     facts = artifact.read_manifest()["stages"][stage]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import compress
 from compress.errors import MissingDependencyError
 from compress.source.aliases import PACKAGED
 from compress.source.model import ModelSource
@@ -21,6 +22,8 @@ from tests.roads.commands import ROAD
 from tests.tools import unavailable
 from trt_plugins.build import build
 from trt_plugins.toolchain import find
+
+compress.register()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

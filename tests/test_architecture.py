@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ FLOORS = {
         "progress lazy",
         "artifact",
         "catalog cli config_values linalg",
+        "refusals",
         "recipe",
         "architecture",
         "source",
@@ -120,3 +122,12 @@ def test_no_test_imports_another() -> None:
         for line, name in imported(path)
         if name.startswith("tests.") and any(part.startswith("test_") for part in name.split(".")[:-1])
     ]
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_the_document_has_the_same_floors(package: str) -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    section = re.search(rf"^### {package}\n(.*?)(?=^##)", text, re.M | re.S)
+    assert section is not None
+    rows = re.findall(r"^\| ((?:`\w+` ?)+)\|", section[1], re.M)
+    assert [set(re.findall(r"\w+", row)) for row in rows] == [set(row.split()) for row in FLOORS[package]]

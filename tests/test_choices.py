@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = ("structure", "fit", "skip")
-KNOWING = ("compress/methods/", "compress/catalog.py")
+KNOWING = ("compress/methods/", "compress/catalog.py", "compress/refusals.py")
 
 OTHERS = {"args": "--skip of validate.run names its parts", "config": "the skips of a checkpoint", "r": "a FitRecord"}
 """Objects that have a field of the same name, and what it is. Every other object counts as a recipe."""

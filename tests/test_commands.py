@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests import tiny
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
     ROOT / "README.md",
@@ -76,8 +78,8 @@ def test_flags_in_the_documents_exist(module):
             assert flags <= known, f"{document} shows flags that {module} does not have: {sorted(flags - known)}"
 
 
-def test_the_workflow_of_the_readme_is_whole():
-    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+def test_the_workflow_of_the_documents_is_whole():
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/usage.md").read_text(), flags=re.DOTALL)
     assert len(blocks) == 1
     workflow = yaml.safe_load(blocks[0])
     steps = workflow["jobs"]["gate"]["steps"]
@@ -103,3 +105,16 @@ def test_the_structure_example_of_the_readme_runs():
     names: dict[str, object] = {}
     exec(example, names)
     assert names["y"].shape == (10_000, 512)
+
+
+def test_the_python_road_of_the_readme_runs(tiny_model, tmp_path, monkeypatch, capsys):
+    """Compress, load, generate and export, with a tiny model in the place of the real one."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    [example] = [block for block in blocks if "compress.compress(" in block]
+    assert example.count("smollm2-135m") == 1
+    monkeypatch.chdir(tmp_path)
+    Path("notes.txt").write_text(4 * tiny.TEXT)
+    exec(example.replace("smollm2-135m", str(tiny_model("tiny_llama"))), {})
+    assert capsys.readouterr().out.startswith("The capital of France is")
+    assert (tmp_path / "out/small/checkpoint/modeling_procrustes.py").is_file()
+    assert (tmp_path / "out/small/onnx/model.onnx").is_file()

@@ -71,7 +71,7 @@ def test_messages_name_an_extra_and_no_package_of_one() -> None:
 
 
 def test_the_readme_has_a_row_for_each_extra() -> None:
-    table = (ROOT / "README.md").read_text().split("| extra |")[1].split("\n\n")[0]
+    table = (ROOT / "docs/usage.md").read_text().split("| extra |")[1].split("\n\n")[0]
     assert set(re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE)) == requirements().keys() - {""}
 
 

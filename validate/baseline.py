@@ -1,4 +1,4 @@
-"""The two models that validation compares: an artefact, and the source model that it was made from."""
+"""The two models that validation compares: an artifact, and the source model that it was made from."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Baseline:
     """OUT, verified, and its source. As a context it holds OUT's lock and removes what it made beside it.
 
-    `model` names the source, in place of what the manifest says of it; `dense` is a dense ONNX export to use.
+    `model` names the source, in place of the manifest's entry; `dense` is a dense ONNX export to use.
     Raises ArtifactError when OUT is damaged or the source is not the one that it was made from, UsageError when it is
     not found.
     """

@@ -10,7 +10,7 @@ bound by bytes: every weight that a step uses is read once, whatever the batch. 
                    + 2 x d x vocabulary                                      x positions with logits
                    + 4 x heads x head_dim x keys for each query              (masked entries too)
 
-These are the least that the arithmetic needs: copies that a runtime makes (concatenating the cache) are not
+These are the minimum that the arithmetic needs: copies that a runtime makes (concatenating the cache) are not
 in them, so the share of the limit that is reached charges the runtime with them.
 """
 

@@ -1,4 +1,4 @@
-"""What can be known to fail is said before the first minute of work, not after the last."""
+"""Checks of what can be known to fail, before the first minute of work and not after the last."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def fit_positions(args: argparse.Namespace, positions: int, parts: set[str]) -> 
     """Set the lengths of `parts` that were not given (None): their defaults, shortened to a model of few positions,
     which is said.
 
-    Raises UsageError that tells all those that were given and do not fit.
+    Raises UsageError naming all those that were given and do not fit.
     """
     shortened, wrong = [], []
     for name, (part, default) in LENGTHS.items():
@@ -78,7 +78,7 @@ def fit_positions(args: argparse.Namespace, positions: int, parts: set[str]) -> 
 
 
 def _exported(baseline: Baseline, args: argparse.Namespace, parts: set[str]) -> None:
-    """Whether OUT has a graph, and one that runs here."""
+    """True if OUT has a graph, and one that runs here."""
     from validate.graphfacts import graph_dtype
 
     out, artifact = baseline.artifact.out, baseline.artifact

@@ -1,4 +1,4 @@
-"""What an exported ONNX file says of itself."""
+"""Facts that an exported ONNX file holds about itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def graph_dtype(path: Path) -> str:
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """What the file says of itself: `logits` is "all" or "last", nodes are those in the file."""
+    """Facts of the file: `logits` is "all" or "last", nodes are those in the file."""
 
     dtype: str
     logits: str

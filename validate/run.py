@@ -136,7 +136,7 @@ def validate_artifact(
     plot: bool = True,
     progress: Listener | None = None,
 ) -> dict[str, Any]:
-    """Validate OUT, as `python -m validate.run` does: write OUT/reports and return what is in reports/report.json.
+    """Validate OUT, as `python -m validate.run` does: write OUT/reports and return the object of `--json`.
 
     The options are the command's, with its defaults. "passed" says whether every gate held, and "failed" has a
     sentence for each that did not; a gate raises nothing. `progress` is called with a `compress.Progress` in place of

@@ -64,7 +64,7 @@ class Round:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all clients together."""
+        """Tokens a second of all clients together."""
         return sum(answer.tokens for answer in self.answers) / self.seconds
 
 

@@ -135,7 +135,7 @@ def budget_of(arch: Architecture, recipe: Recipe) -> float:
 
 def most_parameters(arch: Architecture, recipe: Recipe) -> float:
     """What the projections may take at most: `budget_parameters`, or all that dense ones have where the budget is in
-    seconds, which tells nothing of their parameters before the plan is made. Raises as `budget_parameters`."""
+    seconds, which determines no parameters before the plan is made. Raises as `budget_parameters`."""
     if not recipe.compresses() or recipe.budget_latency is not None:
         return float(arch.projection_parameters())
     return budget_parameters(arch, recipe)
@@ -156,5 +156,5 @@ def latency_table(recipe: Recipe) -> LatencyTable:
 
 
 def uses_leading_mix(recipe: Recipe) -> bool:
-    """Whether the mix of each Kronecker sum is absorbed in the rotation, so that only kept widths are to choose."""
+    """True if the mix of each Kronecker sum is absorbed in the rotation, so that only kept widths are to choose."""
     return "kron" in kinds_of(recipe) and recipe.absorbs_mixes()

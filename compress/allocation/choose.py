@@ -38,7 +38,7 @@ def convex_hull(menu: Sequence[Choice]) -> list[Choice]:
 
 
 def allocate(menus: Sequence[Sequence[Choice]], budget: float) -> list[Choice]:
-    """One choice per menu with total cost <= budget and the least total loss on the hulls.
+    """One choice per menu with total cost <= budget and the smallest total loss on the hulls.
 
     Greedy along the hulls by loss saved per parameter, which is the Lagrangian solution: exact up to the one step
     that no longer fits; what is left of the budget then goes to the best steps that still fit. Raises UsageError
@@ -75,7 +75,7 @@ def _step(hull: Sequence[Choice], index: int, position: int) -> tuple[float, int
 
 
 def allocate_uniformly(menus: Sequence[Sequence[Choice]], budget: float) -> list[Choice]:
-    """One choice per menu: of those that keep at most a share of the menu's largest cost, the one of least loss; the
+    """One choice per menu: of those that keep at most a share of the menu's largest cost, the one of smallest loss; the
     share is the same for all, and the largest whose total meets the budget. Raises UsageError as `allocate`.
     """
     low, high = 0.0, 1.0
@@ -98,7 +98,7 @@ def allocate_uniformly(menus: Sequence[Sequence[Choice]], budget: float) -> list
 
 
 def _within(menu: Sequence[Choice], share: float) -> Choice:
-    """The least loss at no more than `share` of the largest cost; the cheapest where all cost more."""
+    """The smallest loss at no more than `share` of the largest cost; the cheapest where all cost more."""
     limit = share * max(c.cost for c in menu)
     return min((c for c in menu if c.cost <= limit), key=lambda c: c.loss, default=min(menu, key=lambda c: c.cost))
 

@@ -11,7 +11,7 @@ from compress.structures import (
 )
 
 TOLD = ("predicted_loss", "bytes", "macs")
-"""What a written recipe says of each choice beside the choice itself."""
+"""Fields of a written recipe beside the choice itself."""
 
 
 def explicit_layers(arch: Architecture, recipe: Recipe) -> dict[str, Structure]:

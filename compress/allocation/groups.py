@@ -35,7 +35,7 @@ from compress.rotation.stream import StreamRotations
 from compress.structures import KroneckerStructure, SelectStructure, Structure, core_of, cores
 
 CORE_SIZES = 12
-"""Of about so many selections, evenly spaced: each takes a decomposition for each of its linears."""
+"""Number of selections, about, evenly spaced: each takes a decomposition for each of its linears."""
 
 
 SELECTED = {"vo": ("attn.v", "attn.o"), "neurons": ("mlp.gate", "mlp.up", "mlp.down")}

@@ -93,7 +93,7 @@ class LatencyTable:
         )
 
     def dense(self, in_features: int, out_features: int) -> float:
-        """Of a dense matrix. Raises as `seconds`."""
+        """Seconds of a dense matrix. Raises as `seconds`."""
         return self.seconds(DenseStructure(in_features, out_features))
 
     def _between(self, kind: str, m: int, n: int, size: float) -> float | None:

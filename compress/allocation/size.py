@@ -39,12 +39,12 @@ class ModelSize:
 
     @property
     def parameters(self) -> int:
-        """Of the whole compressed model."""
+        """Parameters of the whole compressed model."""
         return self.projections + self.overhead + self.embeddings + self.rest
 
     @property
     def dense_parameters(self) -> int:
-        """Of the whole model as it was."""
+        """Parameters of the whole model as it was."""
         return self.dense_projections + self.dense_embeddings + self.rest
 
 

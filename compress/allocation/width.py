@@ -14,7 +14,7 @@ from compress.model.skips import parameters_of
 from compress.structures import KroneckerStructure, Structure
 
 UNIT = 8
-"""Of the kept width: SliceGPT's round_interval."""
+"""Step of the kept width: SliceGPT's round_interval."""
 
 
 def leading_structures(arch: Architecture, kept: int, head: int) -> dict[str, Structure]:

@@ -1,4 +1,4 @@
-"""Real files only: hashing, flushing and checking what an artefact holds."""
+"""Real files only: hashing, flushing and checking what an artifact holds."""
 
 from __future__ import annotations
 
@@ -88,15 +88,15 @@ def refuse_links(path: Path, top: Path) -> None:
     """Raise ArtifactError unless `path` is a regular file with one name, reached through real folders."""
     for parent in [p for p in reversed(path.parents) if p != top and top in p.parents]:
         if parent.is_symlink():
-            raise ArtifactError(f"{parent} is a symbolic link; an artefact holds real files only")
+            raise ArtifactError(f"{parent} is a symbolic link; an artifact holds real files only")
     try:
         status = path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         raise ArtifactError(f"{path} is missing; build it again") from None
     if stat.S_ISLNK(status.st_mode):
-        raise ArtifactError(f"{path} is a symbolic link; an artefact holds real files only")
+        raise ArtifactError(f"{path} is a symbolic link; an artifact holds real files only")
     if not stat.S_ISREG(status.st_mode):
-        raise ArtifactError(f"{path} is not a regular file; an artefact holds real files only")
+        raise ArtifactError(f"{path} is not a regular file; an artifact holds real files only")
     if status.st_nlink > 1:
         raise ArtifactError(f"{path} is a hard link (it has {status.st_nlink} names); copy it instead")
 

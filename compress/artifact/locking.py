@@ -25,7 +25,7 @@ def locked(folder: Path, name: str = LOCK, *, wait: bool = False) -> Iterator[bo
     """Hold the lock `name` of `folder`; yields whether this is the outermost holder in this process.
 
     The file OUT/.lock names the process for the message only: it is the flock on it that counts, so a lock
-    left by a killed process does not hold. Where another process holds it, `wait` for it to end, and say so, or
+    left by a killed process does not hold. Where another process holds it, `wait` for it to end, and log that, or
     raise ArtifactError. Raises ArtifactError, too, where something else has the place of the file.
     """
     key = folder.resolve() / name

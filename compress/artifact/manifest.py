@@ -71,7 +71,7 @@ class Manifest:
         return asdict(self)
 
     def to_json(self) -> str:
-        """Indented, with sorted keys: two equal artefacts have equal manifests."""
+        """Indented, with sorted keys: two equal artifacts have equal manifests."""
         return json.dumps(asdict(self), indent=2, sort_keys=True, allow_nan=False) + "\n"
 
     def digest(self, stage: str) -> str:

@@ -25,9 +25,9 @@ T = TypeVar("T")
 
 
 MAX_JSON_BYTES = 16 << 20
-"""Of config.json, an index, a manifest. Parsed, a hostile file takes some 25 times its size."""
+"""Limit of config.json, an index, a manifest. Parsed, a hostile file takes some 25 times its size."""
 MAX_YAML_BYTES = 1 << 20
-"""Of a recipe: a model of 200 layers takes a quarter. PyYAML reads some 100 kB a second."""
+"""Limit of a recipe: a model of 200 layers takes a quarter. PyYAML reads some 100 kB a second."""
 MAX_DEPTH = 64
 MAX_VALUES = 1 << 20
 """Values of a YAML document, aliases followed: nine lines of aliases stand for a billion."""
@@ -124,7 +124,7 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES, *, unique: bool = True, f
 
 
 def read_artefact_json(path: Path, kind: type[T], advice: str) -> T:
-    """The list or object in a JSON file of an artefact. Raises ArtifactError, which ends with `advice`."""
+    """The list or object in a JSON file of an artifact. Raises ArtifactError, which ends with `advice`."""
     try:
         value = read_json(path, finite=True)
     except RefusedError as error:
@@ -229,7 +229,7 @@ def _check_string(text: str) -> None:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Of SafeLoader's types those that a recipe can hold, and no mapping with a key twice."""
+    """The types of SafeLoader that a recipe can hold, and no mapping with a key twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         keys: set[Hashable] = set()

@@ -52,7 +52,7 @@ class GramSum:
         return self.sums / max(self.tokens, 1)
 
     def _rows(self, x: Tensor) -> Tensor:
-        """(tokens, features), float32 at the least."""
+        """(tokens, features), float32 or wider."""
         x = x.reshape(-1, x.shape[-1])
         x = x.bfloat16() if self.fast else x
         return x.float() if x.dtype.itemsize < 4 else x

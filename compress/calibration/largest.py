@@ -28,7 +28,8 @@ from compress.progress import track
 from compress.structures import cast
 
 SEQUENCES = 4
-"""Of the calibration text. The largest activations are those of a few features and of first tokens: in any text."""
+"""Number of calibration sequences. The largest activations are those of a few features and of first tokens, in any
+text."""
 
 FLOAT16_MAX = 65_504.0
 SAFE = FLOAT16_MAX / 2
@@ -47,7 +48,7 @@ class Largest:
     values: dict[str, float]
 
     def worst(self) -> tuple[str, float]:
-        """The place with the largest value; of equal ones the one that is named most closely."""
+        """The place with the largest value; of equal ones the one with the longest name."""
         return max(self.values.items(), key=lambda item: (item[1], len(item[0])))
 
     def all(self) -> dict[str, Any]:

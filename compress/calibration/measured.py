@@ -38,9 +38,8 @@ def measured_losses(
 
     All linears of one role are truncated to half their rank by whitened SVD, the others left as they are, and the
     model is run on the first `SEQUENCES` sequences: one pass for each role, so the time is linear in the layers.
-    Each role is kept as it is measured.
-    (methods 6.6 measures each position; classes are what can be afforded at every size.) A role that has nothing to
-    lose at that rank weighs as much as the others on average: a metric must be positive, and nothing is free.
+    Each role is kept as it is measured. A role that has nothing to lose at that rank weighs as much as the others on
+    average: a metric must be positive, and nothing is free. See docs/method.md#measured-sensitivity.
     """
     arch, ids = model.arch, tokens[:SEQUENCES]
     ends = {name: w.to(runner.device) for name, w in model.ends(Rotations.none()).items()}

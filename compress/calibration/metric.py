@@ -17,9 +17,10 @@ def loss_metric(
 ) -> Tensor:
     """H (out, out) with which tr(H E G E^T) is the predicted loss, in nats per token, of an error E of `role`.
 
-    fisher:   H = E[g g^T] / 2, damped: half the second-order expansion of the KL divergence (methods 6.9).
+    fisher:   H = E[g g^T] / 2, damped: the second-order expansion of the KL divergence, its half
+              included (docs/method.md#the-objective).
     none:     H = I / tr(W G W^T): the squared relative error of the output; every linear's counts the same.
-    measured: the same times measured[role], the loss that a relative error of this class of linears was seen to cause.
+    measured: the same times measured[role], the loss that a relative error of this class of linears caused.
 
     weight (out, in) in the coordinates of `moment`; float64.
     """

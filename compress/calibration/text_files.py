@@ -29,7 +29,7 @@ _CHUNK = 1 << 20
 _CHECKED_ROWS = 1000
 _LONGEST_LINE = 256 << 20
 MOST_BYTES = 64 << 30
-"""Of a text, packed or not: what is longer, most likely a file with holes, takes hours to read and to hash."""
+"""Limit of a text, packed or not: what is longer, probably a file with holes, takes hours to read and to hash."""
 MOST_ROWS = 1 << 25
 _MOST_UNPACKED = 200
 """Times its size that a gzip file may unpack to; text comes to 10, a file of zeros to 1,000."""
@@ -144,11 +144,11 @@ class WholeFile(Rows):
         return "".join(parts), True
 
     def is_blank(self) -> bool:
-        """Whether it has white space only, in its first 64 MiB."""
+        """True if the first 64 MiB are white space only."""
         return not any(piece.strip() for piece in islice(self._pieces(), 64))
 
     def sha256(self) -> str:
-        """Of the text in UTF-8."""
+        """SHA-256 of the text in UTF-8."""
         digest = hashlib.sha256()
         for piece in self._pieces():
             digest.update(piece.encode())
@@ -242,7 +242,7 @@ class WikitextLines(Lines):
 
 class JsonTexts(Lines):
     """The field `text` of each line's JSON object. Half a surrogate pair, which text from the web has where it was cut
-    in UTF-16, becomes U+FFFD, and the first one is told."""
+    in UTF-16, becomes U+FFFD, and the first one is logged."""
 
     def __init__(self, path: Path) -> None:
         self._told = False

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 CHARACTERS = 1 << 16
-"""Of text that are tokenised at a time at the least. A row may have gigabytes, and a tokenizer takes 250 bytes of
+"""Minimum of text that is tokenised at a time. A row may have gigabytes, and a tokenizer takes 250 bytes of
 memory for each character."""
 A_TOKEN, MOST_A_TOKEN = 16, 1024
-"""Characters that are tokenised for each token that is needed, at first and at the most. English has 4 to 5, long runs
-of one character 100."""
+"""Characters that are tokenised for each token that is needed, at first and as a maximum. English has 4 to 5, long
+runs of one character 100."""
 BYTES_A_CHARACTER = 250
 """Memory that a tokenizer takes, measured with one of byte-level BPE."""
 MARGIN = 64

@@ -14,7 +14,11 @@ from compress.model.decoder import ProcrustesForCausalLM
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> ProcrustesForCausalLM:
-    """The whole checkpoint as a PyTorch model in eval mode. Raises ArtifactError on missing or surplus tensors."""
+    """The whole checkpoint as a PyTorch model in eval mode. Raises ArtifactError on missing or surplus tensors.
+
+    Afterwards transformers' auto classes know the model type too (`register`), AutoTokenizer included.
+    """
+    register()
     reader = CheckpointReader(folder)
     with torch.device("meta"):
         model = ProcrustesForCausalLM(reader.config)

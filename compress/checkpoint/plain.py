@@ -117,7 +117,7 @@ def check_plain(name: str, arch: Architecture, recipe: Recipe) -> None:
 
 
 def _writes_means(arch: Architecture, recipe: Recipe) -> bool:
-    """Whether writers mix the coordinates of the stream with no regard to their mean."""
+    """True if writers mix the coordinates of the stream with no regard to their mean."""
 
     def structure(config: Mapping[str, Any]) -> str:
         core = config.get("core")

@@ -176,7 +176,7 @@ class CheckpointReader:
         return tensor
 
     def has_bias(self, linear: str) -> bool:
-        """Whether "layers.{i}.{role}" has a bias: by the architecture, or one that bias correction added."""
+        """True if "layers.{i}.{role}" has a bias: by the architecture, or one that bias correction added."""
         return linear in self.extra_biases or self.architecture.has_bias(linear.split(".", 2)[2])
 
     def bias(self, linear: str) -> Tensor | None:

@@ -10,7 +10,7 @@ from typing import Any
 from compress.cli.parser import CommandParser
 
 
-def command_parser(module: str, description: str | None, examples: str | None = None) -> argparse.ArgumentParser:
+def command_parser(module: str, description: str | None, examples: str | None = None) -> CommandParser:
     """The parser of `python -m MODULE`; `--help` shows `description` and `examples` line by line as they are."""
     return CommandParser(
         prog=f"python -m {module}",

@@ -12,8 +12,8 @@ def bias_correction(weight: Tensor, approximation: Tensor, mean: Tensor, shift: 
         delta = (W - What) mu                     mu (in,) = mean of the inputs that What sees
 
     With it the error of the outputs has mean zero, and the squared error is tr(H E G E^T) + const with the centred G
-    (`centred`): the best affine map (methods 6.7). `shift` (out,) is added: the mean of whatever else the target of the
-    fit has beyond W x, e.g. correction * E[y_f - W a_c + s_f - s_c] for a writer of a sequential fit.
+    (`centred`): the best affine map (docs/method.md#bias-correction). `shift` (out,) is added: the mean of what the
+    target of the fit has beyond W x, e.g. correction * E[y_f - W a_c + s_f - s_c] for a writer of a sequential fit.
     """
     delta = (weight.double() - approximation.double()) @ mean.double()
     return delta if shift is None else delta + shift.double()

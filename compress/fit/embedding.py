@@ -1,6 +1,6 @@
 """Embedding and head in two factors: E (vocabulary, d) ~ U (vocabulary, r) R (r, d). Closed form, derived here.
 
-A row of E counts as often as its token is seen, w_t = D_t + 1 for D_t occurrences in the calibration text
+A row of E counts as often as its token occurs, w_t = D_t + 1 for D_t occurrences in the calibration text
 (ProcrustesGPT weighs rows by sqrt(D + 1), which squared is w). What a row's error costs depends on the use:
 
     embedding  |e - e^|^2, for rows enter the stream as they are; less the mean where LayerNorm's centring removes it
@@ -33,7 +33,7 @@ from compress.rewrites.rotations import Weights
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 ROWS = 8192
-"""Of the vocabulary at a time in float64."""
+"""Rows of the vocabulary that are in float64 at a time."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class _Option(NamedTuple):
 
 
 def _best(menus: list[list[_Option]], budget: float) -> list[_Option]:
-    """One option per menu of one or two, within the budget, with the least sum of errors: exact, by trying all.
+    """One option per menu of one or two, within the budget, with the smallest sum of errors: exact, by trying all.
 
     Each menu is in order of cost, and the dearer the option the smaller its error. At least the cheapest ones fit.
     """
@@ -149,7 +149,7 @@ def _best(menus: list[list[_Option]], budget: float) -> list[_Option]:
 class WeightedTable:
     """A matrix E (vocabulary, d), its row weights (vocabulary,) and the metrics (d, d) of its uses.
 
-    `errors` are the least sums of the uses' relative errors at the ranks 0 ... d, in float64.
+    `errors` are the smallest sums of the uses' relative errors at the ranks 0 ... d, in float64.
     """
 
     def __init__(self, table: Tensor, weights: Tensor, metrics: list[Tensor]) -> None:

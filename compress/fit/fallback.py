@@ -37,7 +37,7 @@ FAILURES = (torch.linalg.LinAlgError, NumericalError)  # type: ignore[attr-defin
 """What a fit raises when its numbers do not allow it. Anything else is a bug or a wrong request."""
 
 SUSPECT = 0.1  # share of the error of What = 0 from which a slow fit is held against its unweighted one
-STATIONARY = 1e-4  # share by which the two sides of `_is_optimum` may differ; 2e-6 is seen
+STATIONARY = 1e-4  # share by which the two sides of `_is_optimum` may differ; 2e-6 occurs
 ROUNDING = 1e-6  # of the error of What = 0: factors come back in float32
 
 
@@ -73,7 +73,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Fit:
-    """What one linear became: factors in float32. `note` says what was unusual, for people; None where nothing was.
+    """What one linear became: factors in float32. `note`: what was unusual, for people; None where nothing was.
     `failed`: it was left as it is."""
 
     structure: Structure
@@ -118,8 +118,8 @@ def fit_linears(linears: Sequence[Linear], gram: Tensor) -> list[Fit]:
 
 
 def _is_optimum(parts: Sequence[Linear], found: Sequence[Mapping[str, Tensor]], gram: Tensor) -> bool:
-    """Whether the factors have what every optimum over a class closed under scaling has: E is orthogonal to What in the
-    metric of the fit, so that tr(H What G W*^T) = tr(H What G What^T), and the error is that of What = 0 less this.
+    """Check what every optimum over a class closed under scaling has: E is orthogonal to What in the metric of the fit,
+    so that tr(H What G W*^T) = tr(H What G What^T), and the error is that of What = 0 less this.
 
     In float32, with weight and moments scaled to 1: a fit that went wrong misses this by far more than rounding.
     """
@@ -155,7 +155,7 @@ def _factors(parts: Sequence[Linear], gram: Tensor | None) -> list[dict[str, Ten
     if len(parts) == 1:
         return [parts[0].structure.fit(parts[0].target, gram, metrics[0])]
     leader = parts[0].structure
-    assert isinstance(leader, LowRankStructure)  # `leader_of` has seen to it
+    assert isinstance(leader, LowRankStructure)  # `leader_of` ensures it
     v, us = joint_fit([part.target for part in parts], leader.rank, gram, metrics)
     return [{"V": v, "U": u} for u in us]
 

@@ -7,7 +7,8 @@ target of each fit is shifted so as to undo the share b of the error made so far
     writers  W* = W + b E[(y_f - W a_c + s_f - s_c) a_c^T] G^-1   a = input, y = output, s = the skipped stream,
                                                                   G = E[a_c a_c^T]
 
-(derived here after SAES-SVD's sequential correction; methods 6.4). Every structure then fits W* in the metric of G.
+(derived here after SAES-SVD's correction; docs/method.md#sequential-correction). Every structure then fits W* in the
+metric of G.
 With bias correction the moments are centred, and a bias makes up for what the means of both terms differ by.
 """
 
@@ -90,7 +91,7 @@ class LayerFitter:
             files.append(self.kept.path(f"{name}.safetensors"))
             found = self.kept.read_value(name)
             records.extend(FitRecord(**r) for r in found["records"])
-            for linear, config in found["structures"].items():  # of an interrupted run, the plan knows nothing
+            for linear, config in found["structures"].items():  # from an interrupted run, not in the plan
                 self._replace(linear, structure_from_config(config))
         return files, records
 
@@ -329,7 +330,7 @@ class LayerFitter:
 
 
 def _stream_files(layer: int) -> tuple[str, str]:
-    """Of the dense model's stream and of the compressed one's at the entry of `layer`."""
+    """Files of the dense model's stream and of the compressed one's at the entry of `layer`."""
     return f"fit-dense-{layer}.f32", f"fit-compressed-{layer}.f32"
 
 

@@ -24,7 +24,7 @@ class FitMoments:
 
     @cached_property
     def singular(self) -> bool:
-        """Whether G is, before any damping."""
+        """True if G is singular before any damping."""
         return is_singular(self.gram)
 
     @classmethod

@@ -63,7 +63,7 @@ class Context:
 @dataclass(frozen=True)
 class Fitted:
     """A compressed model before it is written: embeddings and head, one file of state-dict entries for each block, and
-    what config.json has to say about them."""
+    their fields of config.json."""
 
     rotations: Rotations
     structures: dict[str, Structure]

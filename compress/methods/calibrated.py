@@ -12,7 +12,7 @@ from compress.recipe import Recipe
 
 
 def needs_moments(recipe: Recipe) -> bool:
-    """Whether planning or fitting uses moments of the dense model, collected before anything is compressed."""
+    """True if planning or fitting uses moments of the dense model, collected before anything is compressed."""
     selects = any(config.get("structure") == "select" for config in recipe.layers.values())
     return selects or recipe.has_menus() or recipe.rotation != "none" or recipe.sensitivity != "none"
 

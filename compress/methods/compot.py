@@ -123,7 +123,7 @@ class Compot(Uniform):
     name = "compot"
 
     def plan(self, planning: Planning) -> Plan:
-        """As `Layered.plan`."""
+        """See `Layered.plan`."""
         if planning.recipe.allocation == "uniform":
             return super().plan(planning)
         structures = pooled_structures(planning.model, planning.recipe, planning.unit, planning.keeper)

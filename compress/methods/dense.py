@@ -26,7 +26,7 @@ class Dense(Layered):
         return Plan(Rotations.none(), {}, {})
 
     def space(self, arch: Architecture, recipe: Recipe) -> Space:
-        """As `Method.space`."""
+        """See `Method.space`."""
         return super().space(arch, recipe) if recipe.needs_text() else space_without_text(arch, recipe)
 
     def fit(self, context: Context) -> Fitted:

@@ -113,11 +113,11 @@ class JointRank:
         self._structures(arch, recipe)
 
     def space(self, arch: Architecture, recipe: Recipe) -> Space:
-        """As `Method.space`."""
+        """See `Method.space`."""
         return space_without_text(arch, recipe)
 
     def fit(self, context: Context) -> Fitted:
-        """As `Method.fit`."""
+        """See `Method.fit`."""
         return fit_without_text(context, self._structures(context.arch, context.recipe))
 
     def _structures(self, arch: Architecture, recipe: Recipe) -> dict[str, Structure]:

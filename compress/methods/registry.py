@@ -32,7 +32,7 @@ for _method in (Planned(), Uniform(), OneWidth(), Compot(), JointRank(), SliceGP
 
 
 def names() -> tuple[str, ...]:
-    """Of all methods."""
+    """Names of all methods."""
     return tuple(_METHODS)
 
 

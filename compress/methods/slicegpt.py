@@ -39,7 +39,7 @@ from compress.rewrites.rotations import Rotations, Weights, rotate_block
 from compress.structures import Structure
 
 DAMPING = 0.01
-"""Of the mean diagonal, as published; it moves no eigenvector."""
+"""Fraction of the mean diagonal, as published; it moves no eigenvector."""
 
 
 @dataclass(frozen=True)
@@ -213,14 +213,14 @@ class SliceGPT:
         check_named_layers(arch, recipe, leading_structures(arch, kept_width(arch, recipe), arch.hidden_size))
 
     def space(self, arch: Architecture, recipe: Recipe) -> Space:
-        """As `Method.space`."""
+        """See `Method.space`."""
         stream = stream_bytes(arch, recipe, few=False)
         during, after = {"streams": 2 * stream}, {"streams": stream, **fitted_blocks(arch, recipe)}
         state = {"rotations": rotation_bytes(arch, recipe), **larger(during, after)}
         return Space(state, memory_with_streams(arch, recipe, (0, 0)))
 
     def fit(self, context: Context) -> Fitted:
-        """As `Method.fit`."""
+        """See `Method.fit`."""
         model, recipe, tokens = context.model, context.recipe, context.text
         found = slice_model(model, tokens, kept_width(model.arch, recipe), context.runner, context.state)
         ends, ranks = fitted_ends(model, recipe, found.rotations, tokens, {})

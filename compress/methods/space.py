@@ -76,13 +76,13 @@ def moment_bytes(arch: Architecture, recipe: Recipe) -> tuple[int, int]:
 
 
 def rotation_bytes(arch: Architecture, recipe: Recipe) -> int:
-    """Of the rotations in float64, in OUT/state and in OUT/checkpoint."""
+    """Bytes of the rotations in float64, in OUT/state and in OUT/checkpoint."""
     count = {"none": 0, "shared": 1, "block": 2 * arch.num_layers + 1}[recipe.rotation]
     return DOUBLE * count * arch.hidden_size**2
 
 
 def rewrite_bytes(arch: Architecture, recipe: Recipe) -> int:
-    """Of the orders of neurons and the bases of values, in OUT/state."""
+    """Bytes of the orders of neurons and the bases of values, in OUT/state."""
     neurons = arch.intermediate_size if "neurons" in recipe.inner else 0
     values = arch.num_kv_heads * arch.head_dim**2 if "vo" in recipe.inner else 0
     return DOUBLE * arch.num_layers * (neurons + values)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -19,16 +19,17 @@ from transformers.cache_utils import Cache
 from compress.architecture import WRITERS, Architecture
 from compress.artifact.reading import reason, shown
 from compress.errors import ArtifactError
+from compress.model.attention import Mixed, fused_attention
 from compress.model.skips import DenseSkip, SkipForm
 from compress.structures import DenseStructure, Structure
 from compress.structures.joint import leader_of
 
-if TYPE_CHECKING:
-    pass
-
 Tap = Callable[[str, Tensor], None]
 """Called while a block runs with a place and the tensor there: "attn.in" and "mlp.in" (the normalised stream that
 the readers see), "attn.o" and "mlp.down" (the inputs of the writers), "attn.out" and "mlp.out" (their outputs)."""
+
+Attend = Callable[..., Mixed]
+"""A function of transformers' attention interface, see `compress.model.attention`."""
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -86,13 +87,41 @@ class Rotary:
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+class RotaryFrequencies(nn.Module):
+    """The frequencies of a model's rotary positions, computed once: (batch, length) positions -> cos and sin.
+
+    They stay in float32 when the model is cast, and are themselves again where a loader has put an empty buffer.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        with torch.device("cpu"):  # not on "meta", where a loader makes the model
+            frequencies, self.scaling = rope_frequencies(arch)
+        self._computed = (frequencies.clone(),)  # a tuple, so that nobody moves, casts or empties it
+        self.register_buffer("frequencies", frequencies.clone(), persistent=False)
+
+    def restore(self) -> None:
+        """Fill the buffer, on the device where it is."""
+        self.frequencies = self._computed[0].to(self.frequencies.device, copy=True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryFrequencies:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.restore()
+        return self
+
+    def forward(self, position_ids: Tensor) -> Rotary:
+        angles = position_ids[:, None, :, None].float() * self.frequencies
+        return Rotary(angles.cos() * self.scaling, angles.sin() * self.scaling)
+
+
 def rotary_for(arch: Architecture, position_ids: Tensor) -> Rotary | None:
     """cos and sin for (batch, length) positions, in float32; None where positions are learned."""
     if arch.positions != "rope":
         return None
-    frequencies, scaling = rope_frequencies(arch)
-    angles = position_ids[:, None, :, None].float() * frequencies.to(position_ids.device)
-    return Rotary(angles.cos() * scaling, angles.sin() * scaling)
+    rotary: Rotary = RotaryFrequencies(arch).to(position_ids.device)(position_ids)
+    return rotary
 
 
 def _silent(place: str, value: Tensor) -> None:
@@ -143,9 +172,12 @@ class StructuredLinear(nn.Module):
 
 def read_together(linears: Sequence[StructuredLinear], x: Tensor) -> list[Tensor]:
     """The output of every linear on the same x (..., in_features); a V that several share is multiplied once."""
-    leaders = {id(leader): leader for linear in linears if (leader := linear.leader) is not None}
-    latents = {key: F.linear(x, leader.factors()["V"]) for key, leader in leaders.items()}
-    return [linear(x, latents.get(id(linear.leader or linear))) for linear in linears]
+    latents: dict[StructuredLinear, Tensor] = {}
+    for linear in linears:  # loops: torch.compile reads no variable of a comprehension's own
+        leader = linear.leader
+        if leader is not None and leader not in latents:
+            latents[leader] = F.linear(x, leader.factors()["V"])
+    return [linear(x, latents.get(linear if linear.leader is None else linear.leader)) for linear in linears]
 
 
 class StructuredSkip(nn.Module):
@@ -192,7 +224,12 @@ class Attention(nn.Module):
         self, arch: Architecture, structures: Mapping[str, Structure], layer: int, biases: Collection[str] = ()
     ) -> None:
         super().__init__()
-        self.arch, self.layer = arch, layer
+        self.arch = arch
+        self.config: Any = None
+        # What functions of transformers' attention interface ask of the module that they are given.
+        self.layer_idx, self.is_causal = layer, True
+        self.num_key_value_groups = arch.num_heads // arch.num_kv_heads
+        self.scaling = arch.head_dim**-0.5
         for role in ("q", "k", "v", "o"):
             self.add_module(role, _linear(arch, structures, layer, f"attn.{role}", biases))
         if arch.qk_norm:
@@ -200,8 +237,17 @@ class Attention(nn.Module):
             self.k_norm = HeadNorm(arch.head_dim, arch.norm_eps)
         _share(self, arch, structures, layer, "attn")
 
-    def inner(self, h: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: Cache | None = None) -> Tensor:
-        """What `o` reads: the heads' mixed values, (batch, length, heads * head_dim); mask as `mask_unless_causal`."""
+    def inner(
+        self,
+        h: Tensor,
+        rotary: Rotary | None,
+        mask: Any,
+        cache: Cache | None = None,
+        attend: Attend = fused_attention,
+        **options: Any,
+    ) -> Tensor:
+        """What `o` reads: the heads' mixed values, (batch, length, heads * head_dim); mask as `mask_unless_causal`, or
+        what else `attend`, a function of transformers' attention interface, takes; it is given `options` too."""
         batch, length, _ = h.shape
 
         def heads(x: Tensor, count: int) -> Tensor:
@@ -216,11 +262,9 @@ class Attention(nn.Module):
         if rotary is not None:
             q, k = rotary.rotate(q), rotary.rotate(k)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer)
-        grouped = self.arch.num_heads != self.arch.num_kv_heads
-        causal = mask is None and length > 1  # one query sees all keys
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
-        return mixed.transpose(1, 2).reshape(batch, length, self.arch.num_heads * self.arch.head_dim)
+            k, v = cache.update(k, v, self.layer_idx)
+        mixed, _ = attend(self, q, k, v, mask, scaling=self.scaling, dropout=0.0, **options)
+        return mixed.reshape(batch, length, self.arch.num_heads * self.arch.head_dim)
 
 
 class FeedForward(nn.Module):
@@ -275,14 +319,15 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rotary: Rotary | None,
-        mask: Tensor | None,
+        mask: Any,
         cache: Cache | None = None,
         tap: Tap | None = None,
+        **options: Any,
     ) -> Tensor:
-        """x: (batch, length, d) -> the same shape; mask as `mask_unless_causal`."""
+        """x: (batch, length, d) -> the same shape; mask and options as `Attention.inner`."""
         say = tap or _silent
         say("attn.in", h := rms_normalise(x, self.eps))
-        say("attn.o", inner := self.attn.inner(h, rotary, mask, cache))
+        say("attn.o", inner := self.attn.inner(h, rotary, mask, cache, **options))
         say("attn.out", out := self.attn.o(inner))
         x = self.attn_skip(x) + out
         say("mlp.in", h := rms_normalise(x, self.eps))

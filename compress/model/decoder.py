@@ -9,10 +9,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask, sliding_window_overlay
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from compress.errors import UsageError
-from compress.model.blocks import Block, Rotary, rms_normalise, rotary_for
+from compress.model.attention import eager_attention
+from compress.model.blocks import Attend, Block, Rotary, RotaryFrequencies, rms_normalise
 from compress.model.config import ProcrustesConfig
 from compress.model.masks import check_mask, mask_unless_causal, positions_for
 
@@ -65,6 +68,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ProcrustesConfig) -> None:
         super().__init__()
+        self.config = config
         self.arch = arch = config.parsed_architecture()
         structures = config.parsed_structures()
         self.embed_tokens: nn.Module = nn.Embedding(arch.vocab_size, arch.hidden_size)
@@ -76,9 +80,11 @@ class Decoder(nn.Module):
         if config.center_embedding:
             self.center = nn.Parameter(torch.empty(arch.hidden_size), requires_grad=False)
         skips, biases = config.parsed_skips(), config.parsed_extra_biases()
-        self.layers = nn.ModuleList(
-            Block(arch, structures, i, skips[2 * i : 2 * i + 2], biases) for i in range(arch.num_layers)
-        )
+        blocks = [Block(arch, structures, i, skips[2 * i : 2 * i + 2], biases) for i in range(arch.num_layers)]
+        for block in blocks:
+            block.attn.config = config  # for attention functions that look there
+        self.layers = nn.ModuleList(blocks)
+        self.rotary_frequencies = RotaryFrequencies(arch) if arch.positions == "rope" else None
         self.head_map: HeadMap | None = None
         if config.head_map:
             self.head_map = HeadMap(arch.hidden_size, config.rotation == "none", arch.norm == "layernorm")
@@ -94,26 +100,55 @@ class Decoder(nn.Module):
 
     def rotary(self, position_ids: Tensor) -> Rotary | None:
         """cos and sin for (batch, length) positions, or None for learned positions."""
-        return rotary_for(self.arch, position_ids)
+        return None if self.rotary_frequencies is None else self.rotary_frequencies(position_ids)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: Cache | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        cache: Cache | None,
+        **options: Any,
     ) -> Tensor:
-        batch, length = input_ids.shape
-        past = past_of(cache)
-        keys = None if cache is None else cache.get_mask_sizes(length, 0)
-        window, device = self.arch.sliding_window, input_ids.device
+        """The normalised stream (batch, length, d); `options` are passed on to the attention function."""
         x, rotary = self.embed(input_ids, position_ids), self.rotary(position_ids)
-        mask = mask_unless_causal(attention_mask, batch, past, length, window, device, keys, x.dtype)
+        mask = self._mask(x, attention_mask, position_ids, cache)
+        options = {"attend": self._attention(), "sliding_window": self.arch.sliding_window, **options}
         for block in self.layers:
-            x = block(x, rotary, mask, cache)
+            x = block(x, rotary, mask, cache, **options)
         x = rms_normalise(x, self.arch.norm_eps)
         return x if self.head_map is None else self.head_map(x)
 
+    def _attention(self) -> Attend:
+        """The function of `attn_implementation`, looked up at every call: it may be set and registered at any time."""
+        name = self.config._attn_implementation
+        if name in (None, "eager"):
+            return eager_attention
+        attend: Attend = ALL_ATTENTION_FUNCTIONS[name]
+        return attend
 
-def past_of(cache: Cache | None) -> int:
-    """Tokens in the cache."""
-    return 0 if cache is None else int(cache.get_seq_length())
+    def _mask(self, x: Tensor, given: Tensor | None, position_ids: Tensor, cache: Cache | None) -> Any:
+        """What the attention function takes: of ours and PyTorch's kernel see `masks`, of others ask transformers."""
+        batch, length, _ = x.shape
+        name, window = self.config._attn_implementation, self.arch.sliding_window
+        if name in (None, "eager", "sdpa"):
+            past, keys = past_of(cache), None if cache is None else cache.get_mask_sizes(length, 0)
+            eager = name != "sdpa"  # which knows of no causality without a mask
+            return mask_unless_causal(given, batch, past, length, window, x.device, keys, x.dtype, always=eager)
+        return create_causal_mask(
+            config=self.config,
+            inputs_embeds=x,
+            attention_mask=given,
+            past_key_values=cache,
+            position_ids=position_ids,
+            and_mask_function=None if window is None else sliding_window_overlay(window),
+        )
+
+
+def past_of(cache: Cache | None) -> int | Tensor:
+    """Tokens in the cache. That of a static one stays a tensor where it is compiled, and would be a constant."""
+    past = 0 if cache is None else cache.get_seq_length()
+    return past if torch.compiler.is_compiling() else int(past)
 
 
 class ProcrustesForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
@@ -124,6 +159,7 @@ class ProcrustesForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _no_split_modules = ["Block"]  # noqa: RUF012
     _supports_sdpa = True
+    _supports_attention_backend = True
     _supports_cache_class = True
 
     def __init__(self, config: ProcrustesConfig) -> None:
@@ -143,7 +179,9 @@ class ProcrustesForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         return attention_mask
 
     def _init_weights(self, module: nn.Module) -> None:
-        """A compressed checkpoint always brings every weight; there is nothing to draw at random."""
+        """A compressed checkpoint brings every weight; the rotary frequencies are computed, not stored."""
+        if isinstance(module, RotaryFrequencies):
+            module.restore()
 
     def forward(
         self,
@@ -154,29 +192,29 @@ class ProcrustesForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         labels: Tensor | None = None,
-        **unused: Any,
+        **options: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (batch, length, vocabulary), or of the last `logits_to_keep` positions when that is not 0.
 
         input_ids: (batch, length); attention_mask: (batch, past + length), 0 on (left) padding, or four axes, see
         `masks`; position_ids: (batch, length), when not given as in transformers: counted from the start of the
-        cache, learned positions with a mask of two axes from the first token that is not padding. Raises UsageError
-        for a mask that could be read in more than one way, and for ids that are not in the vocabulary, which a
-        tokenizer that is longer gives.
+        cache, learned positions with a mask of two axes from the first token that is not padding. Other options go to
+        the attention function (`attn_implementation`). Raises UsageError for a mask that could be read in more than one
+        way, and for ids that are not in the vocabulary, which a tokenizer that is longer gives.
         """
         _check_ids(input_ids, self.config.vocab_size)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         (batch, length), past = input_ids.shape, past_of(past_key_values)
-        if attention_mask is not None:
+        if attention_mask is not None and isinstance(past, int):
             keys = (length, 0) if past_key_values is None else past_key_values.get_mask_sizes(length, 0)
             arch = self.model.arch
             check_mask(attention_mask, batch, past, length, keys, arch.num_heads, arch.sliding_window)
         if position_ids is None:
             learned = self.model.arch.positions == "learned"
             position_ids = positions_for(attention_mask, batch, past, length, input_ids.device, learned)
-        hidden = self.model(input_ids, attention_mask, position_ids, past_key_values)
+        hidden = self.model(input_ids, attention_mask, position_ids, past_key_values, **options)
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
         if labels is not None:

@@ -16,7 +16,7 @@ from compress.errors import UsageError
 def attention_mask_bool(
     attention_mask: Tensor | None,
     batch: int,
-    past: int,
+    past: int | Tensor,
     length: int,
     window: int | None,
     device: torch.device,
@@ -25,11 +25,11 @@ def attention_mask_bool(
     """Which key each query may see: bool (batch, 1, length, keys).
 
     attention_mask: (batch, past + length), 0 on padding, or None. `keys`: how many there are, and the position of the
-    first, where the cache has others than the past + length of a growing one. Every query sees itself, so that a row
-    of padding never becomes a softmax over nothing.
+    first, where the cache has others than the past + length of a growing one; they are needed where `past` is a tensor.
+    Every query sees itself, so that a row of padding never becomes a softmax over nothing.
     """
-    total, offset = keys or (past + length, 0)
-    query = torch.arange(past, past + length, device=device)[:, None]  # (length, 1)
+    total, offset = _keys(past, length, keys)
+    query = (torch.arange(length, device=device) + past)[:, None]  # (length, 1)
     key = torch.arange(offset, offset + total, device=device)[None, :]  # (1, total)
     visible = key <= query
     if window is not None:
@@ -46,21 +46,25 @@ def attention_mask_bool(
 def mask_unless_causal(
     given: Tensor | None,
     batch: int,
-    past: int,
+    past: int | Tensor,
     length: int,
     window: int | None,
     device: torch.device,
     keys: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
+    always: bool = False,
 ) -> Tensor | None:
     """What attention takes: bool or, of a mask that is added, `dtype` (batch or 1, heads or 1, length, keys).
 
-    None where it is the plain causal one: attention then skips what nobody sees. `given` has passed `check_mask`.
+    None where it is the plain causal one, unless `always`: attention then skips what nobody sees. `given` has passed
+    `check_mask`. `past` is a tensor where a static cache is compiled; `keys` are given then.
     """
-    total, offset = keys or (past + length, 0)
+    total, offset = _keys(past, length, keys)
     if given is not None and given.dim() == 4:
         return _ready(given.to(device), dtype, total)
-    everything = given is None and (window is None or window >= past + length)
+    if always or given is not None or isinstance(past, Tensor):
+        return attention_mask_bool(given, batch, past, length, window, device, (total, offset))
+    everything = window is None or window >= past + length
     if everything and ((past == 0 and length > 1) or (length == 1 and total == past + 1)):
         return None
     return attention_mask_bool(given, batch, past, length, window, device, (total, offset))
@@ -72,13 +76,14 @@ def positions_from_mask(attention_mask: Tensor) -> Tensor:
 
 
 def positions_for(
-    given: Tensor | None, batch: int, past: int, length: int, device: torch.device, learned: bool
+    given: Tensor | None, batch: int, past: int | Tensor, length: int, device: torch.device, learned: bool
 ) -> Tensor:
     """(batch, length) positions of new tokens when the caller gives none, as in transformers: `learned` ones by a mask
     of two axes as `positions_from_mask`, all others counted from the start of the cache, padding and holes included."""
+    new = torch.arange(length, device=device) + past
     if learned and given is not None and given.dim() == 2:
-        return positions_from_mask(given.to(device))[:, past : past + length]
-    return torch.arange(past, past + length, device=device).expand(batch, length)
+        return positions_from_mask(given.to(device)).index_select(1, new)
+    return new.expand(batch, length)
 
 
 def check_mask(
@@ -124,6 +129,14 @@ def check_mask(
             "attention_mask of four axes has the floats 0 and 1, which would be added to the scores and hide nothing: "
             "give booleans (mask.bool()), or 0 where a query may look and -inf where it may not"
         )
+
+
+def _keys(past: int | Tensor, length: int, keys: tuple[int, int] | None) -> tuple[int, int]:
+    """How many keys there are, and the position of the first."""
+    if keys is None:
+        assert isinstance(past, int)
+        return past + length, 0
+    return keys
 
 
 def _ready(given: Tensor, dtype: torch.dtype, total: int) -> Tensor:

@@ -114,7 +114,7 @@ class CSSkip(SkipForm):
     """The gauge-fixed form on x = [x_K, x_N], K the `kept` leading coordinates and N the p = d - kept others.
 
     With the cosines c and sines s of the angles between the dropped subspaces, and Y = S_KN (its columns have
-    length s), V orthogonal (derived here; methods 6.3 with s absorbed in Y, so that small angles divide nothing):
+    length s), V orthogonal (docs/method.md#cheap-skips; s is absorbed in Y, so that small angles divide nothing):
 
         z = x_K Y,  w = x_N V,   out_N = z + w c,   out_K = x_K - (z / (1 + c) + w) Y^T
 

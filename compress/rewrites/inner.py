@@ -2,7 +2,8 @@
 
 Between gate, up and down the neurons may stand in any order; between v and o the values of a key-value head may stand
 in any basis, because attention mixes tokens and not coordinates. Both change nothing, and bring what matters to the
-front, where `structures.SelectStructure` cuts (compress/allocation/selection.py finds order and basis; methods 6.5).
+front, where `structures.SelectStructure` cuts (compress/allocation/selection.py finds order and
+basis; docs/method.md#inner-features).
 Neither touches the residual stream, so both commute with its rotations. Weights are (out, in), by name as
 `FoldedModel.block`.
 """

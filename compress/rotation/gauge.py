@@ -2,7 +2,8 @@
 
 Where every linear at a position keeps the same leading coordinates, only the kept subspace K and the dropped one N
 matter; the bases inside them are free (a gauge). Parallel transport picks those of position p + 1 from those of p so
-that the skip Q_p^T Q_{p+1} does no more than turn N (methods 6.3). Rotations are (d, d) float64, Q = [K, N].
+that the skip Q_p^T Q_{p+1} does no more than turn N (docs/method.md#cheap-skips). Rotations are (d, d) float64,
+Q = [K, N].
 """
 
 from __future__ import annotations

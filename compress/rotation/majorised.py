@@ -63,7 +63,7 @@ def majorised_rotation(
     For readers the error as a function of Q is w tr(Q^T G Q H) - 2 w tr(Q^T G W^T What) + c with H = What^T What.
     tr(Q^T G Q H) = b tr G - tr(Q^T G Q (b I - H)) with b = lambda_max(H): the subtracted term is convex in Q, so its
     linearisation majorises, and the next Q is polar(N0 + sum w G Q (b I - H)), N0 = sum w G W^T What (readers) +
-    sum w W G What^T (writers). Derived here; monotone (methods 6.2).
+    sum w W G What^T (writers). Derived here; monotone (docs/method.md#procrustes-problems).
     """
     q, errors = start, []
     for _ in range(iterations):

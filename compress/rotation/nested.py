@@ -27,7 +27,7 @@ from compress.linalg import geometric_mean, polar
 class StreamTerm:
     """One group of linears at the residual stream and what it loses when only k rotated coordinates are kept.
 
-    loss(N) = tr((N^T P^-1 N)^-1 N^T M N), N = the dropped columns of Q (derived here; methods: variable projection).
+    loss(N) = tr((N^T P^-1 N)^-1 N^T M N), N = the dropped columns of Q (derived here; docs/method.md#nested-subspaces).
     Readers: P = Gram matrix of what they read, M = W^T W (or the Gram matrix of the loss gradient there): the error
     of the best B in B K^T. Writers: P = metric of their output (identity, or the Gram matrix of the loss gradient),
     M = Gram matrix of their output: the error of the best K B.
@@ -211,8 +211,8 @@ def plane_curvatures(active: Sequence[Dropped], q: Tensor) -> Tensor:
     """A positive estimate (d, d), symmetric, of the loss's curvature when columns i and j of q turn into each other.
 
     Dropping column j alone costs a_j = (q^T M q)_jj / (q^T P^-1 q)_jj; turning a kept i into a dropped j by an angle t
-    changes the loss by about t^2 (a_i - a_j), and a_i + a_j bounds the size of it. Pairs that no term tells apart
-    have no slope either, and may have any scale.
+    changes the loss by about t^2 (a_i - a_j), and a_i + a_j bounds the size of it. Pairs that no term
+    distinguishes have no slope either, and may have any scale.
     """
     total = q.new_zeros(q.shape)
     for group in active:

@@ -94,7 +94,7 @@ class StreamRotations:
         return range(max(0, (index - 1) // 2), min(self.num_layers, index // 2 + 1))
 
     def result(self) -> Rotations:
-        """As the rest of the program knows them."""
+        """The rotations in the full width of the stream."""
         if self.basis is None:
             return Rotations(self.kind, tuple(self.matrices))
         mean = torch.full((self.width, 1), self.width**-0.5, dtype=torch.float64)

@@ -15,7 +15,7 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 _CONFIG = ["config.json"]
 _CODE = ["*.py"]
-# Files beside config.json and the weights that decide what the model reads or says.
+# Files beside config.json and the weights that decide what the model reads or writes.
 SETTINGS = [
     "tokenizer.json",
     "tokenizer.model",

@@ -55,7 +55,7 @@ class MemorySource(ModelSource):
             )
         families.family_of(model.config.model_type)
         name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
-        label = Path(name).name or type(model).__name__  # no path of this machine in the artefact
+        label = Path(name).name or type(model).__name__  # no path of this machine in the artifact
         quantised = getattr(model.config, "quantization_config", None)
         if quantised is not None or any(p.device.type == "meta" for p in model.parameters()):
             state = "quantised" if quantised is not None else "without weights (device 'meta')"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["folder", "gguf", "hub", "memory"]
 
-# What transformers lets through on damaged files: it indexes and converts as they say.
+# What transformers lets through on damaged files: it indexes and converts by their values.
 _ERRORS = (
     ValueError,
     LookupError,
@@ -68,7 +68,7 @@ class ModelSource:
         return families.architecture(self._config)
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer, which may know more tokens than the model has: a warning says so.
+        """The tokenizer, which may know more tokens than the model has: that is a warning.
 
         Raises ArtifactError when it is missing or damaged, UsageError when it is code that is not trusted,
         MissingDependencyError when a package is missing that reads it.
@@ -138,7 +138,7 @@ class ModelSource:
         return {file: sha256_of(self.path / file) for file in shown_files}
 
     def to_dict(self) -> dict[str, Any]:
-        """What the manifest says of the source: kind, id, revision and hashes; no path of this machine."""
+        """Entry of the source in the manifest: kind, id, revision and hashes; no path of this machine."""
         return {
             "kind": self.kind,
             "id": self.source_id,
@@ -229,7 +229,7 @@ def tokenizer_in(folder: Path, model_type: str) -> PreTrainedTokenizerFast:
 
 
 def _reason(error: BaseException, tokenizer_class: str | None) -> str:
-    """What a library says of damaged files, as a clause that goes on after a colon.
+    """A library's complaint about damaged files, as a clause that goes on after a colon.
 
     Python's own words, of a value that the library did not expect, come after what they mean.
     """

@@ -1,4 +1,4 @@
-"""Whether a server can be reached at all, told in seconds: the hub's own client tries five times before it gives up."""
+"""Check in seconds that a server can be reached at all: the hub's own client tries five times before it gives up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an artefact remembers of its source model, and how a later command finds that model again.
+"""What an artifact records of its source model, and how a later command finds that model again.
 
 A model is known by what its files hold, wherever they lie: a folder that was moved, renamed or downloaded again is the
 same model, one in which a file was changed is another. Where the files lay is remembered beside it, for the next
@@ -19,11 +19,11 @@ from compress.source.model import ModelSource
 from compress.source.resolve import resolve
 
 _SETTINGS = ("config.json", *hub.SETTINGS)
-"""Files beside the weights that decide what the model computes, reads or says. A GGUF file has them in itself."""
+"""Files beside the weights that decide what the model computes, reads or writes. A GGUF file has them in itself."""
 
 
 def is_local(source: ModelSource) -> bool:
-    """Whether the model is a folder or file of the user's, which only its path finds again."""
+    """True for a folder or file of the user's, which only its path finds again."""
     return source.kind == "folder" or (source.kind == "gguf" and source.source_id == source.gguf_file)
 
 
@@ -41,7 +41,7 @@ def identity(source: ModelSource) -> list[str]:
 
 
 def record_of(source: ModelSource) -> dict[str, Any]:
-    """What manifest.json says of the source: kind, id, revision and the hashes of its files; of a local one also
+    """Entry of the source in manifest.json: kind, id, revision and the hashes of its files; of a local one also
     `location`, the path as it was given and as it was found."""
     recorded = {**source.to_dict(), "sha256": file_hashes(source)}
     if is_local(source):

@@ -45,7 +45,7 @@ class Reader(ABC):
     """What all readers share: the checks on the values."""
 
     loads_copies = False
-    """Whether `_load` gives memory that nobody else sees."""
+    """True if `_load` returns memory that has no other user."""
 
     @abstractmethod
     def names(self) -> tuple[str, ...]: ...
@@ -147,7 +147,7 @@ def use_model_names(reader: FileReader, architecture: Architecture, names: Tenso
 
     Two layouts differ. A checkpoint of the base model lacks the prefix `model.` (old OPT files); one with
     tied embeddings may hold the shared matrix as `lm_head.weight`, alone or twice. Raises ArtifactError when
-    the two copies differ: then the embeddings are not tied, whatever config.json says.
+    the two copies differ: then the embeddings are not tied, whatever config.json has.
     """
     stored = {name: name for name in reader.names()}
     prefix = "model."

@@ -24,7 +24,7 @@ TEXTS = ("merges.txt", "chat_template.jinja")
 MAX_TEXT_BYTES = 32 << 20
 MODELS = ("tokenizer.json", "tokenizer.model")
 MAX_MODEL_BYTES = 256 << 20
-"""Of a vocabulary with its merges; the largest known, of 262,000 tokens, takes 33 MB."""
+"""Limit of a vocabulary with its merges; the largest known, of 262,000 tokens, takes 33 MB."""
 
 MAX_TOKEN_ID = (1 << 31) - 1
 
@@ -61,14 +61,14 @@ def tokenizer_class(folder: Path, model_type: str, trust_remote_code: bool) -> t
     if present == ["tokenizer.model"]:
         named = str(said.get("tokenizer_class", "LlamaTokenizer" if model_type in ("llama", "mistral") else ""))
         if _check_model(folder / "tokenizer.model") and named.removesuffix("Fast") == "LlamaTokenizer":
-            # Where nothing names a class, transformers 5 takes one that adds no leading space, and where nothing says
-            # so no BOS: Llama's own tokenizer, and that of transformers 4, does both.
+            # Where nothing names a class, transformers 5 takes one that adds no leading space, and no BOS unless
+            # it is asked for: Llama's own tokenizer, and that of transformers 4, does both.
             return LlamaTokenizer, {} if "add_bos_token" in said else {"add_bos_token": True}
     return AutoTokenizer, {}
 
 
 def _check_model(path: Path) -> bool:
-    """Whether `path` is of sentencepiece, not of tiktoken (Llama 3's original files); its package is there."""
+    """True if `path` is of sentencepiece, not of tiktoken (Llama 3's original files); its package is there."""
     with path.open("rb") as file:
         is_sentencepiece = file.read(1) == b"\n"  # the first field of the protocol buffer; tiktoken's is base64
     if not is_sentencepiece:
@@ -113,7 +113,7 @@ def check_files(folder: Path) -> None:
 
 
 def _fault_of(name: str, value: Mapping[str, Any]) -> str | None:
-    """What no tokenizer can have in one of OBJECTS, as `fault_of_fields` tells it; None where there is nothing."""
+    """What no tokenizer can have in one of OBJECTS, in the words of `fault_of_fields`; None where there is nothing."""
     if name in ("added_tokens.json", "vocab.json"):
         needed = whole(MAX_TOKEN_ID, smallest=0)
         return next((f"{shown(k)} = {shown(v)}, but {why}" for k, v in value.items() if (why := needed(v))), None)

@@ -34,7 +34,7 @@ ENTRIES = (
 )
 
 
-# What torch's restricted unpickler and its storages let through on a damaged file: it does as the bytes say.
+# What torch's restricted unpickler and its storages let through on a damaged file: it does what the bytes demand.
 _UNPICKLING = (
     RuntimeError,
     OSError,
@@ -170,7 +170,7 @@ def _check_shard(path: Path) -> None:
 
 
 def check_index(entry: str, file_of: Mapping[str, str], files: Mapping[str, WeightFile]) -> None:
-    """Raise ArtifactError unless the files hold the tensors of the index, each once and where it says."""
+    """Raise ArtifactError unless the files hold the tensors of the index, each once and in the file that it names."""
     advice = "the files are of different versions: download the model again."
     for name, file in file_of.items():
         if name not in files[file].shapes:

@@ -29,7 +29,7 @@ def fuse(structures: Mapping[str, Structure], compared: Compared, biased: Collec
     """Group the readers of one input, in order. `biased`: the roles that have a bias; those that have one and those
     that have none stay apart.
 
-    Linears of one structure stack where its family says so (`Family.stacks`) and the factors that it compares are
+    Linears of one structure stack where its family allows it (`Family.stacks`) and the factors that it compares are
     equal. The U of low-rank matrices that share a V stack whatever their biases: the V must be multiplied once.
     Everything else stays alone.
     """

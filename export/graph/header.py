@@ -1,4 +1,4 @@
-"""What an exported ONNX file says of itself: inputs, outputs, metadata, nodes. The one place that reads it.
+"""Facts that an exported ONNX file holds about itself: inputs, outputs, metadata, nodes. The one place that reads it.
 
 From the file (`read_header`), whose weights stay where they are, or from a session of ONNX Runtime that has read it
 already (`session_header`): both give the same.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 PREFIX = "procrustes."
-"""Of the metadata that the export writes, as JSON; others of any kind may stand beside it."""
+"""Prefix of the metadata that the export writes, as JSON; others of any kind may stand beside it."""
 
 CACHE = "past_key_values."
 """How the names of the cache's inputs begin."""
@@ -42,7 +42,7 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class Header:
-    """Of one file. `metadata` is what the export wrote, without `PREFIX`."""
+    """Header of one file. `metadata` is what the export wrote, without `PREFIX`."""
 
     path: Path
     inputs: tuple[TensorHeader, ...]
@@ -64,12 +64,12 @@ class Header:
 
     @property
     def dtype(self) -> str:
-        """Of the logits, and so of the graph. Raises ArtifactError where there are none."""
+        """Type of the logits, and so of the graph. Raises ArtifactError where there are none."""
         return self.logits.dtype
 
     @property
     def vocabulary(self) -> int:
-        """Tokens that the logits tell apart. Raises ArtifactError where the graph leaves it open."""
+        """Number of tokens that the logits are over. Raises ArtifactError where the graph leaves it open."""
         size = self.logits.axes[2]
         if not isinstance(size, int):
             raise ArtifactError(f"{self.path} has logits of a vocabulary of no fixed size; export the model again")
@@ -112,7 +112,7 @@ def read_graph(path: Path) -> onnx.ModelProto:
 
 
 def header_of(path: Path, model: onnx.ModelProto) -> Header:
-    """Of a model that `read_graph` has read from `path`."""
+    """Header of a model that `read_graph` has read from `path`."""
     import onnx
 
     def of(value: onnx.ValueInfoProto) -> TensorHeader:
@@ -130,7 +130,7 @@ def header_of(path: Path, model: onnx.ModelProto) -> Header:
 
 
 def session_header(path: Path, session: onnxruntime.InferenceSession) -> Header:
-    """Of the file that a session of ONNX Runtime has loaded, without the onnx package."""
+    """Header of the file that a session of ONNX Runtime has loaded, without the onnx package."""
 
     def of(value: Any) -> TensorHeader:
         name = value.type.removeprefix("tensor(").removesuffix(")")

@@ -132,7 +132,7 @@ class DeviceRunner(Runner):
     # -- inside --------------------------------------------------------------------------------------------
 
     def _room(self, length: int) -> int:
-        """Slots of a cache that holds `length` tokens: one more at least, if the engine takes so many."""
+        """Slots of a cache that holds `length` tokens: one more, if the engine takes so many."""
         most = self.executor.spans.cache.most
         if length > most:
             raise UsageError(f"{length} tokens in the cache are more than the {most} that this engine was built for")

@@ -11,12 +11,12 @@ Axes = Mapping[str, Sequence[int | str]]
 """Input -> its axes: sizes, and names of those that vary."""
 Shape = tuple[int, ...]
 Profile = dict[str, tuple[Shape, Shape, Shape]]
-"""Input -> its least, best and largest shape."""
+"""Input -> its smallest, best and largest shape."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """The least, the usual and the largest of a size; an engine is fastest at the usual one."""
+    """The smallest, the usual and the largest of a size; an engine is fastest at the usual one."""
 
     least: int
     best: int

@@ -1,4 +1,4 @@
-"""One engine to build: what the process that builds it is told, and how that process is run and read."""
+"""One engine to build: what the process that builds it is given, and how that process is run and read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from compress.progress import log
 from export.runtime.profiles import Profile
 
 HARMLESS = re.compile(r"catchCudaError|cudaError 35|TF32 is disabled by default")
-"""What the libraries say of every build, on a machine without a driver or anywhere."""
+"""Lines that the libraries write in every build, on a machine without a driver or anywhere."""
 
 _LACK = re.compile(r"std::bad_alloc|^MemoryError|[Cc]annot allocate memory")
 

@@ -29,7 +29,7 @@ class Options:
     timing_cache: Path | None = None
 
     def flags(self) -> list[str]:
-        """As flags of export.build, what is not given left out."""
+        """Flags of export.build for these options, what is not given left out."""
         flags = [*self.spans.flags(), "--plugin", self.plugin]
         if self.optimization is not None:
             flags += ["--opt-level", str(self.optimization)]

@@ -19,7 +19,7 @@ WITHOUT_PLUGIN = "KroneckerLinearGeneral"  # and its twin: their function bodies
 
 
 def wants_plugins(artifact: Artifact) -> bool:
-    """Whether OUT/onnx has an op that a plugin runs."""
+    """True if OUT/onnx has an op that a plugin runs."""
     return any(not name.startswith(WITHOUT_PLUGIN) for name in structured_ops(artifact))
 
 
@@ -34,7 +34,7 @@ def build_plugins(
 
     libraries: a folder in which `python -m trt_plugins.build` left them, in place of compiling them now. keep: what is
     there already stays, whatever it was compiled from. Raises MissingDependencyError without a compiler, ArtifactError
-    where `libraries` has them not.
+    where `libraries` does not have them.
     """
     if keep and libraries is None and artifact.has_stage("plugins"):
         artifact.verify(["plugins"])

@@ -88,7 +88,7 @@ class Health:
         self._sender, self._batcher = sender, batcher
 
     def deliver(self) -> bool:
-        """`ready`, or an error; without a word in the metrics, for nobody asked for text."""
+        """`ready`, or an error; without an entry in the metrics, for no text was asked for."""
         reason = unwell(self._batcher)
         if reason is None:
             response = pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("text_output", _words("ready"))])
@@ -140,7 +140,7 @@ class Client:
             self._post.put(self)
 
     def cancelled(self) -> bool:
-        """As of the last look."""
+        """The result of the last look."""
         return self._cancelled
 
     # -- for the post --------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ class Client:
 
 
 def _send(sender: Any, response: Any, *, last: bool) -> bool:
-    """Whether the server took it."""
+    """Send; True if the server took it."""
     try:
         if response is None:
             sender.send(flags=FINAL)
@@ -196,7 +196,7 @@ def _error(reason: str) -> Any:
 
 
 def _response(pieces: list[Piece], prompt: int, told: bool, before: str) -> Any:
-    """Without outputs that nobody asked for: each tensor has its price, and there is a response for every token."""
+    """One response with the outputs that were asked for: each tensor has its price, and every token has a response."""
     tokens = [token for piece in pieces for token in piece.tokens]
     values = {
         "text_output": _words(before + "".join(piece.text for piece in pieces)),

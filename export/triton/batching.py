@@ -49,7 +49,7 @@ class Listener(Protocol):
         ...
 
     def cancelled(self) -> bool:
-        """Whether nobody waits for the answer any more."""
+        """True when no client waits for the answer any more."""
         ...
 
 
@@ -164,7 +164,7 @@ class Batcher:
                 if self._running:
                     self._step()
             whole = True
-        finally:  # also where this thread fails: nobody may wait for ever
+        finally:  # also where this thread fails: no client may wait for ever
             self.failed = not whole
             self._closing.set()
             for answer in [*self._running.values(), *self._entering]:
@@ -206,7 +206,7 @@ class Batcher:
         try:
             with self._engine():
                 logits = self._slots.step([answer.made[-1] for answer in order])
-        except (ProcrustesError, RuntimeError, MemoryError) as error:  # nobody's answer can go on from here
+        except (ProcrustesError, RuntimeError, MemoryError) as error:  # no answer can go on from here
             for answer in order:
                 self._end(answer, Piece("", finish="error", error=_reason(error)))
             self._try_engine()
@@ -216,7 +216,7 @@ class Batcher:
             self._take(answer, row)
 
     def _try_engine(self) -> None:
-        """After a failure, and with free rows: an engine that cannot read the smallest prompt will answer nobody."""
+        """After a failure, and with free rows: an engine that cannot read the smallest prompt answers none."""
         with self._engine():
             handle, _ = self._slots.admit([0] * max(1, self._slots.executor.spans.prompt.least))
         self._slots.release(handle)
@@ -230,7 +230,7 @@ class Batcher:
             self._called = None
 
     def _take(self, answer: _Answer, logits: npt.NDArray[np.floating[Any]]) -> None:
-        """Choose the next token and tell it."""
+        """Choose the next token and pass it on."""
         with Contained(lambda reason: self._fail(answer, reason)):
             piece = self._next(answer, logits)
             if piece.finish is None:
@@ -278,7 +278,7 @@ class Batcher:
 
 
 def _reason(error: Exception) -> str:
-    """What a client is told of a failing engine. What is no UsageError is for the operator, and may name files."""
+    """Message to a client about a failing engine. What is no UsageError is for the operator, and may name files."""
     if isinstance(error, UsageError):
         return str(error)
     log(f"the engine failed: {error}")

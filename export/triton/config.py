@@ -73,8 +73,8 @@ class Tensor:
 
 
 def text_config(name: str, engine: str, parameters: dict[str, str]) -> str:
-    """Of the model that takes text. A batch of one: what Triton's OpenAI front end sends has that axis. Requests are
-    batched by the model itself, where sequences of unlike length can come and go."""
+    """config.pbtxt of the model that takes text. A batch of one: what Triton's OpenAI front end sends has that axis.
+    Requests are batched by the model itself, where sequences of unlike length can come and go."""
     lines = [f"name: {json.dumps(name)}", 'backend: "python"', "max_batch_size: 1"]
     lines.append("model_transaction_policy { decoupled: true }")
     lines += [_tensor("input", Tensor(n, kind, (size,)), optional=True) for n, kind, size in INPUTS]
@@ -91,8 +91,8 @@ def text_config(name: str, engine: str, parameters: dict[str, str]) -> str:
 def network_config(
     name: str, backend: Backend, tensors: tuple[Sequence[Tensor], Sequence[Tensor]], parameters: dict[str, str]
 ) -> str:
-    """Of the network by itself, from the inputs and outputs of its graph (`graph_tensors`): tokens, mask, positions and
-    cache in, logits and cache out. The batch is an axis like any other, for Triton batches no caches."""
+    """config.pbtxt of the network by itself, from the inputs and outputs of its graph (`graph_tensors`): tokens, mask,
+    positions and cache in, logits and cache out. The batch is an axis like any other, for Triton batches no caches."""
     inputs, outputs = tensors
     lines = [f"name: {json.dumps(name)}", f"backend: {json.dumps(backend)}", "max_batch_size: 0"]
     if backend == "tensorrt":

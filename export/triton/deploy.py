@@ -11,7 +11,7 @@ from pathlib import Path
 
 IMAGE = "nvcr.io/nvidia/tritonserver:26.07-py3"
 """The container that Dockerfile starts from: pinned, for a newer one may bring another Python or TensorRT."""
-REQUIREMENTS = ("onnx", "onnxruntime", "torch", "transformers", "typing-extensions", "wrapt")
+REQUIREMENTS = ("onnx", "onnxruntime", "torch", "transformers", "typing-extensions")
 TEMPLATES = Path(__file__).parent / "templates"
 GPU = """    deploy:
       resources:

@@ -17,8 +17,8 @@ LONGEST_REASON = 500
 class Contained:
     """A context manager: a failure inside it ends one request, and neither the thread nor the requests beside it.
 
-    `end` is called with a sentence for the client: that of a ProcrustesError, and `A_BUG` for whatever nobody thought
-    of, whose traceback goes to the server's log. What is no Exception, such as KeyboardInterrupt, passes through.
+    `end` is called with a sentence for the client: that of a ProcrustesError, and `A_BUG` for whatever was not
+    foreseen, whose traceback goes to the server's log. What is no Exception, such as KeyboardInterrupt, passes through.
     """
 
     def __init__(self, end: Callable[[str], None]) -> None:

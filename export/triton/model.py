@@ -33,6 +33,9 @@ class TritonPythonModel:
         slots = Slots(_executor(artifact, parameters), int(parameters["sequences"]))
         from transformers import AutoTokenizer
 
+        from compress.checkpoint.loading import register
+
+        register()  # the tokenizer's files are beside a config.json of our model type
         tokenizer = cast(Tokenizer, AutoTokenizer.from_pretrained(folder, local_files_only=True))
         ends = slots.executor.metadata["eos_token_id"]
         ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
@@ -88,7 +91,7 @@ class TritonPythonModel:
     def _end_with_batcher(self) -> None:
         self.batcher.join()
         if self.batcher.failed:
-            self.post.close()  # everybody has been told
+            self.post.close()  # every client has its answer
             _end_process("the thread that decodes has failed")
 
     def _end_with_post(self) -> None:

@@ -1,4 +1,4 @@
-"""What a model of OUT/triton is told by its config.pbtxt, and finds in OUT."""
+"""What a model of OUT/triton reads in its config.pbtxt, and finds in OUT."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ class Settings:
     repetition_penalty r divides the positive logits of tokens that were there before, in the prompt or the answer, by r
     and multiplies the negative ones by it (CTRL, arXiv 1909.05858, section 4.1). From the logit of a token that the
     answer has n times already, n frequency_penalty and, where n > 0, presence_penalty are subtracted (as in OpenAI's
-    interface). logprobs: so many of the likeliest tokens are told at each place, beside the one that was taken; None:
-    nothing is told. Raises UsageError.
+    interface). logprobs: so many of the likeliest tokens are sent at each place, beside the one that was taken; None:
+    none. Raises UsageError.
     """
 
     max_tokens: int = 128

@@ -1,4 +1,4 @@
-"""What a request changes in the model's logits before a token is chosen, and what it is told of them."""
+"""What a request changes in the model's logits before a token is chosen, and what it gets of them."""
 
 from __future__ import annotations
 

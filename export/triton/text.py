@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 INCOMPLETE = "\ufffd"  # what a tokenizer makes of a part of a character
-LONGEST_CHARACTER = 4  # tokens that one character may be spread over, at least
+LONGEST_CHARACTER = 4  # tokens that one character may be spread over, as a minimum
 
 
 class Decodes(Protocol):
@@ -23,7 +23,7 @@ class TextStream:
     def __init__(self, tokenizer: Decodes, stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._tokens: list[int] = []
-        self._before = self._read = 0  # tokens[before:read] are told already, and give the others their context
+        self._before = self._read = 0  # tokens[before:read] are sent already, and give the others their context
         self._held = ""
         self.stopped = False
 

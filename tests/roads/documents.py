@@ -15,13 +15,17 @@ import trt_plugins
 import validate
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md"))))
+GUIDE = ("README.md", "docs/usage.md")
+"""What a new user reads, in that order."""
+DOCUMENTS = tuple(
+    dict.fromkeys((*GUIDE, "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))))
+)
 # In a block, or after `run:` of a workflow: a line that begins with a program. In a sentence: a span of code.
 LINE = re.compile(r"^\s+(?:run: )?((?:[A-Z_]+=\S+ )*(?:python|make|pip|curl|docker|bash|[^\s`]*\.sh)(?: .*)?)$", re.M)
 SPAN = re.compile(r"`((?:python -m|make|pip|docker) [^`]+)`")
 
 NOT_RUN = {
-    r"^make ": "installs an environment; what it runs is in the Makefile, and a test holds that against the README",
+    r"^make ": "installs an environment; what it runs is in the Makefile, and a test holds that against the documents",
     r"^pip ": "needs a network",
     r"^docker ": "needs Docker",
     r"--gpu\b": "needs a GPU",
@@ -38,6 +42,7 @@ NOT_RUN = {
     r"--position P\b|-m [a-z.]+ OUT\b": "a form to fill in",
     r"-m [a-z_.]+$": "a command's name alone, in a sentence",
     r"-m export\.build --engine ort$": "a flag alone, in a sentence",
+    r"-m tests\.pyproject\b": "writes constraints-lowest.txt, which tests/test_packaging.py checks",
     r"-m tests\.faults": "minutes of kills and load: a test of its own",
 }
 """Pattern of a shown command -> why no test here runs it. One that is neither run nor listed fails a test."""

@@ -264,7 +264,6 @@ class Road:
         """from_pretrained and generate, and the runner: the same greedy tokens."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        import compress  # noqa: F401
         from export.runtime.ort import OrtRunner
 
         folder = self.out / "checkpoint"

@@ -16,7 +16,7 @@ import torch
 
 from tests import tiny
 from tests.roads.commands import Done, command_module, run
-from tests.roads.documents import ROOT, Shown, all_shown, shown_in
+from tests.roads.documents import GUIDE, ROOT, Shown, all_shown, shown_in
 from validate.tasks.data import Example, Task
 
 MODELS = {
@@ -120,28 +120,31 @@ Text with `python -m compress.run --model x --out y` and `make demo`.
     assert found[2:4] == ["python -m export.build --model x --out y", "out/demo/triton/launch.sh --network"]
 
 
-def test_the_demo_of_the_makefile_is_the_readmes() -> None:
+def of_the_guide() -> list[Shown]:
+    """The commands of README and docs/usage.md, in that order."""
+    return [shown for name in GUIDE for shown in shown_in(name, (ROOT / name).read_text())]
+
+
+def test_the_demo_of_the_makefile_is_the_documents() -> None:
     makefile = (ROOT / "Makefile").read_text()
     [recipe] = re.findall(r"^demo:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
     values = dict(re.findall(r"^(\w+) \?= (.*)$", makefile, re.MULTILINE))
     lines = [re.sub(r"^.*\$\(bin\)/", "", line) for line in recipe.splitlines()]
     wanted = [re.sub(r"\$\((\w+)\)", lambda variable: values[variable[1]], line) for line in lines]
-    shown = [s.text for s in shown_in("README.md", (ROOT / "README.md").read_text())]
     assert wanted
-    assert set(wanted) <= set(shown)
+    assert set(wanted) <= {s.text for s in of_the_guide()}
 
 
-def test_the_readme_runs(folder: Path) -> None:
+def test_the_guide_runs(folder: Path) -> None:
     """Its commands for the CPU, in its order."""
-    shown = shown_in("README.md", (ROOT / "README.md").read_text())
-    main = [s for s in shown if s.module != "validate.quality"]
+    main = [s for s in of_the_guide() if s.module != "validate.quality"]
     assert len([s for s in main if s.reason is None]) >= 6
     assert not (problems := broken(main)), "\n\n".join(problems)
     assert (folder / "out" / "mine" / "reports" / "summary.md").is_file()
 
 
 @pytest.mark.slow
-def test_the_readme_runs_in_processes_of_its_own(folder: Path) -> None:
+def test_the_guide_runs_in_processes_of_its_own(folder: Path) -> None:
     """As a user runs it: a fresh interpreter for each command, nothing left over from the one before."""
 
     def process(module: str, words: list[str]) -> Done:
@@ -152,8 +155,7 @@ def test_the_readme_runs_in_processes_of_its_own(folder: Path) -> None:
         )
         return Done(shlex.join(command), done.returncode, done.stdout, done.stderr)
 
-    shown = shown_in("README.md", (ROOT / "README.md").read_text())
-    main = [s for s in shown if s.module in ("export.build", "validate.run", "compress.run")]
+    main = [s for s in of_the_guide() if s.module in ("export.build", "validate.run", "compress.run")]
     assert not (problems := broken(main, process)), "\n\n".join(problems)
 
 

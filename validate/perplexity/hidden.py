@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def window_sha256(windows: Windows) -> str:
-    """Of the tokens and how they are cut: equal for equal windows."""
+    """SHA-256 of the tokens and how they are cut: equal for equal windows."""
     end = windows.length + (windows.count - 1) * windows.stride
     shape = json.dumps([windows.length, windows.stride, windows.count]).encode()
     return hashlib.sha256(shape + windows.ids[:end].contiguous().numpy().tobytes()).hexdigest()

@@ -1,7 +1,7 @@
 """The quality table: every method compressed, measured against the dense model on the same text, side by side.
 
 Each method has a folder in OUT and is compressed and evaluated once; run the same command again and it goes on where
-it was. A method that fails is a line that says so. The table is printed and kept as OUT/quality.md and
+it was. A method that fails is a line with the reason. The table is printed and kept as OUT/quality.md and
 OUT/quality.json. Exit code 1 when a method failed, 3 when --check is given and a bar is not held.
 """
 

@@ -1,6 +1,6 @@
 """One line of the quality table: compress in a process of its own, evaluate against dense, keep both in OUT.
 
-OUT/<key>/              the artefact; its checkpoint is reused when it was made by this very request
+OUT/<key>/              the artifact; its checkpoint is reused when it was made by this very request
 OUT/<key>/reports/      quality-<hash>.json, tasks-<hash>.json: figures, by a hash of their protocol
 OUT/recipes/<key>.yaml  what compress.run was given
 OUT/costs/<key>.json    wall time and peak memory of each attempt
@@ -73,7 +73,7 @@ class Bench:
 
     @cached_property
     def dense_digest(self) -> str:
-        """Of the dense checkpoint, which must be there."""
+        """Digest of the dense checkpoint, which must be there."""
         return self.artifact("dense").stage_digest("checkpoint")
 
     @property

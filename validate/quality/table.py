@@ -1,4 +1,4 @@
-"""The quality table as Markdown, its bars, and what is said around it."""
+"""The quality table as Markdown, its bars, and the text around it."""
 
 from __future__ import annotations
 

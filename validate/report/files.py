@@ -42,7 +42,7 @@ def add_report(artifact: Artifact, name: str, value: dict[str, Any]) -> None:
 
 
 def _current(artifact: Artifact) -> bool:
-    """Whether there is an OUT/reports that was made from the checkpoint (and export) of now."""
+    """True if OUT/reports was made from the present checkpoint (and export)."""
     if not artifact.has_stage("reports"):
         return False
     stages = artifact.read_manifest()["stages"]

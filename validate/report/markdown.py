@@ -23,7 +23,7 @@ def marks(name: str) -> tuple[str, str]:
 def surroundings(file: Path, name: str, new: str) -> tuple[str, str]:
     """What stands before and after the table in `file`; `new` and nothing when there is no such file.
 
-    Raises UsageError when the file has not both marks, once and in order.
+    Raises UsageError when the file does not have both marks, once and in order.
     """
     if not file.exists():
         return new, "\n"

@@ -1,6 +1,6 @@
-"""The plots of reports/: layers.png, size and error of each layer, and frontier.png, this artefact against dense.
+"""The plots of reports/: layers.png, size and error of each layer, and frontier.png, this artifact against dense.
 
-Colours are told apart by people with any kind of colour vision: Okabe and Ito's for roles, each with a marker of its
+Colours differ for people with any kind of colour vision: Okabe and Ito's for roles, each with a marker of its
 own, and `cividis` for fields.
 """
 
@@ -94,7 +94,7 @@ def _field(
 def plot_frontier(
     size: dict[str, Any], quality: dict[str, Any], speed: dict[str, Any] | None, path: Path, title: str
 ) -> None:
-    """Perplexity against size and against speed: the dense model, and this artefact."""
+    """Perplexity against size and against speed: the dense model, and this artifact."""
     figure = _figure(9, 4.6)
     protocol = quality["protocol"]
     figure.suptitle(f"{title}: what the compression costs, and what it brings")

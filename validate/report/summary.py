@@ -21,7 +21,7 @@ from validate.report.markdown import markdown_table
 
 @dataclass(frozen=True)
 class Report:
-    """All results of one validation. `model` and `size` describe the artefact; `fit` is checkpoint/fit.json."""
+    """All results of one validation. `model` and `size` describe the artifact; `fit` is checkpoint/fit.json."""
 
     name: str
     model: dict[str, Any]
@@ -334,7 +334,7 @@ def kept_of(record: dict[str, Any]) -> float:
 
 
 def _read_text(report: Report) -> bool:
-    """Whether the compression read a calibration text; see `Recipe.needs_text`."""
+    """True if the compression read a calibration text; see `Recipe.needs_text`."""
     entry = catalog.get(report.recipe["structure"], report.recipe.get("fit", catalog.USUAL_FIT))
     return entry.reads_text(fits_named=bool(report.size["structured_linears"]))
 

@@ -253,7 +253,7 @@ MARK = "layers"
 
 
 def beginning(file: Path) -> str:
-    """Of a new document."""
+    """First lines of a new document."""
     shown = file.name if file.is_absolute() else file.as_posix()
     return f"# Speed\n\nPrinted by `python -m validate.speed --layers --write-docs {shown}`.\n\n"
 

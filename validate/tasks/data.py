@@ -70,7 +70,7 @@ class Task:
         return examples
 
     def read(self, record: Any, number: int) -> Example:
-        """The question of record `number`. Raises ArtifactError when it has not what the task's prompt needs."""
+        """The question of record `number`. Raises ArtifactError when it lacks what the task's prompt needs."""
         try:
             return self.example(record)
         except (LookupError, TypeError, ValueError, AttributeError) as error:

@@ -25,7 +25,7 @@ MOST_NEW_TOKENS = 256
 
 
 def load_harness_model(target: str | Path, dtype: str = "float32") -> Any:
-    """An `lm_eval.api.model.LM` of an artefact folder or a checkpoint. Raises MissingDependencyError."""
+    """An `lm_eval.api.model.LM` of an artifact folder or a checkpoint. Raises MissingDependencyError."""
     from validate.tasks.__main__ import load_compressed
 
     return harness_model(*load_compressed(Path(target), dtype))
@@ -94,7 +94,7 @@ class _Adapter:
         return texts
 
     def _said(self, until: Sequence[str], begin: int) -> Any:
-        """Whether one of these strings has been written. transformers' own criterion also looks into the prompt."""
+        """Criterion: one of these strings has been written. transformers' own criterion also looks into the prompt."""
 
         def said(ids: Tensor, scores: Tensor, **unused: Any) -> Tensor:
             text = self.tokenizer.decode(ids[0, begin:], skip_special_tokens=True)

@@ -88,7 +88,7 @@ def figures(task: Task, examples: Sequence[Example], scores: Sequence[Sequence[S
 
 
 def difference(dense: dict[str, Any], compressed: dict[str, Any]) -> dict[str, Any]:
-    """Of the main figure, compressed - dense; the standard error is that of the paired differences."""
+    """Difference of the main figure, compressed - dense; the standard error is that of the paired differences."""
     found = {}
     for name, first in dense.items():
         metric = first["main"]

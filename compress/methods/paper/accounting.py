@@ -50,8 +50,8 @@ class PaperSize:
 def paper_size(arch: Architecture, kind: Kind, kept: float, *, ends: bool) -> PaperSize:
     """Count a model that keeps `kept` of each compressed matrix; `ends`: of embeddings and head, too (Table 1).
 
-    Table 3 and the Llama configurations as shipped leave the ends dense. Raises UsageError for a `kept` that the paper
-    has no shapes for.
+    Table 3 and the Llama configurations as shipped leave embeddings and head dense. Raises UsageError for a `kept` that
+    the paper has no shapes for.
     """
     check_kept(kept)
     d, layers, linears = arch.hidden_size, arch.num_layers, arch.linears()

@@ -25,7 +25,7 @@ from compress.rotation.nested import StreamTerm, nested_rotation, nested_start
 from compress.structures import KroneckerStructure, Structure
 
 GRAM_DAMPING = 1e-3
-"""Of our Kronecker solver, as in a recipe; the errors reported are without."""
+"""Damping of our Kronecker solver, as in a recipe; the errors reported are without."""
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ class Grams:
 
 @torch.no_grad()
 def position_grams(model: FoldedModel, tokens: Tensor, position: int, runner: Runner) -> dict[tuple[int, str], Grams]:
-    """Of the blocks that meet at `position`, on tokens (samples, length): `solver.position_members` asks for no more.
+    """Moments of the blocks that meet at `position`, all that `solver.position_members` needs.
 
-    Runs the dense model as far as that; the stream of all tokens is in memory. Raises UsageError for a position that
-    the model does not have.
+    tokens (samples, length). Runs the dense model as far as that; the stream of all tokens is in memory. Raises
+    UsageError for a position that the model does not have.
     """
     arch, last = model.arch, 2 * model.arch.num_layers
     if not 0 <= position <= last:

@@ -34,7 +34,7 @@ class Paper:
         check_named_layers(arch, recipe, paper_structures(arch, kind, kept))
 
     def space(self, arch: Architecture, recipe: Recipe) -> Space:
-        """As `Method.space`."""
+        """See `Method.space`."""
         after = {
             "rotations": rotation_bytes(arch, recipe),
             "factors": FLOAT * projections(arch, recipe),
@@ -44,7 +44,7 @@ class Paper:
         return Space(with_calibration(arch, recipe, after), memory)
 
     def fit(self, context: Context) -> Fitted:
-        """As `Method.fit`."""
+        """See `Method.fit`."""
         model, recipe, tokens = context.model, context.recipe, context.text
         moments = moments_of(context)
         kind, kept = _shape(model.arch, recipe)

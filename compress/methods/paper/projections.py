@@ -22,12 +22,12 @@ from compress.structures.gs import GroupShuffleStructure
 from compress.structures.gs_fit import cut, join
 
 LSMR_TOLERANCE = 1e-3
-"""Of the inner solver of the L-step (`ftol` and `xtol` of the paper's code)."""
+"""Tolerance of the inner solver of the L-step (`ftol` and `xtol` of the paper's code)."""
 LSMR_ITERATIONS = 200
 
 SINGULAR = 1e-10
 DAMPING = (0.0, 1e-8, 1e-6, 1e-4, 1e-2)
-"""Of the mean diagonal. A pivot below SINGULAR of it, the mean diagonal, asks for the next."""
+"""Fractions of the mean diagonal. A pivot below SINGULAR of it, the mean diagonal, asks for the next."""
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ the network rotated by stage 1: weighted projections at Q = I, the weighted Proc
 positions do not depend on each other. Each block's weights are read once, and one block is in memory at a time.
 
 Matrices that stay dense (v, embeddings, head) fit exactly at any Q: in stage 1 each adds W^T W Q to the Procrustes
-problem (embedding and head with rows times sqrt(D + 1), D the tokens' counts), in stage 2 they are left out (the paper
-says so of v). Position 0, which the embedding writes, is left where stage 1 put it.
+problem (embedding and head with rows times sqrt(D + 1), D the tokens' counts), in stage 2 they are left out (as the
+paper does for v). Position 0, which the embedding writes, is left where stage 1 put it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from compress.rewrites.rotations import Rotations
 from compress.structures import KroneckerStructure, Structure, cast
 
 ALS_ITERATIONS = 10
-"""Of stage 1: the paper's configuration file; its text has 50, and 25 for the 13b models."""
+"""Alternations of stage 1: the paper's configuration file; its text has 50, and 25 for the 13b models."""
 GD_ITERATIONS = 500
 
 Factors = dict[str, dict[str, Tensor]]

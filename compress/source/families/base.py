@@ -1,4 +1,4 @@
-"""What a family says about a model: its architecture, and where each tensor is in the checkpoint.
+"""What a family describes of a model: its architecture, and where each tensor is in the checkpoint.
 
 A family describes; it has no maths. Nothing here reads a weight.
 """
@@ -98,7 +98,7 @@ def expected_shapes(architecture: Architecture, names: TensorNames) -> dict[str,
 
 
 def has_source_bias(architecture: Architecture, role: str) -> bool:
-    """Whether the source model has a bias on `role`. (`Architecture.has_bias` is about the folded model.)"""
+    """True if the source model has a bias on `role`. (`Architecture.has_bias` is about the folded model.)"""
     if role == "attn.o":
         return architecture.output_bias
     return architecture.attention_bias if role.startswith("attn.") else architecture.mlp_bias

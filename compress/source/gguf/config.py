@@ -2,7 +2,7 @@
 
 Every key of the model's own (`llama.*`, `qwen2.*`, ...) is either translated, or known to change nothing at the value
 it has, or refused: a key that is passed over in silence gives another model. Defaults are llama.cpp's (`load_hparams`
-in llama-model.cpp), since the format says what a file means by what its own program does with it.
+in llama-model.cpp), since the format is defined by what its own program does with a file.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def config_of(header: GgufHeader) -> PretrainedConfig:
 
 @dataclass
 class _Keys:
-    """The keys `ARCHITECTURE.*`, each taken by name; what nobody took is refused at the end."""
+    """The keys `ARCHITECTURE.*`, each taken by name; what was not taken is refused at the end."""
 
     header: GgufHeader
     taken: set[str] = field(default_factory=set)

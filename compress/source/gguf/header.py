@@ -101,7 +101,7 @@ class GgufHeader:
 
 
 def _holds(value: Any, wanted: str) -> bool:
-    """Whether `value` is of the type that is `wanted`, in the words of `_HELD`. true is not a number."""
+    """True if `value` is of the type that is `wanted`, in the words of `_HELD`. true is not a number."""
     if wanted == "a string":
         return isinstance(value, str)
     if wanted == "a whole number":

@@ -65,7 +65,7 @@ def rope_parameters(header: GgufHeader, scaling: dict[str, Any], *, base: float,
     original = found.pop("original_context_length", None)
     if original is not None and (type(original) is not int or original < 1):
         raise _refused(header, f"{header.architecture}.rope.scaling.original_context_length = {original!r:.100}")
-    # finetuned tells whether the model was trained with the scaling, and changes nothing.
+    # finetuned records whether the model was trained with the scaling, and changes nothing.
     if not isinstance(finetuned := found.pop("finetuned", False), bool):
         raise _refused(header, f"{header.architecture}.rope.scaling.finetuned = {finetuned!r:.100}")
     attention = _number(header, "attn_factor", found.get("attn_factor", 1.0)) or 1.0

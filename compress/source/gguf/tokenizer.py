@@ -1,4 +1,4 @@
-"""What a GGUF file says of its tokenizer: checked before transformers builds one from it, and completed after."""
+"""The tokenizer in a GGUF file: checked before transformers builds one from it, and completed after."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def check_tokenizer(header: GgufHeader) -> None:
 
 
 def split_as_trained(tokenizer: Any, header: GgufHeader) -> None:
-    """Make `tokenizer`, built by transformers, split text as the file says; a warning where that is not known."""
+    """Make `tokenizer`, built by transformers, split text in the file's way; a warning where that is not known."""
     from tokenizers import pre_tokenizers
 
     name = header.metadata.get("tokenizer.ggml.pre", "default")

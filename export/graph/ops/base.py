@@ -20,7 +20,7 @@ from compress.structures import Structure, core_of
 DOMAIN = "procrustes"
 DOMAIN_VERSION = 1
 OPSET = 23
-"""Of graphs and bodies: the first with Attention, RMSNormalization, RotaryEmbedding. 24 measures alike."""
+"""Opset of graphs and bodies: the first with Attention, RMSNormalization, RotaryEmbedding. 24 measures alike."""
 
 PLUGIN_VERSION = "1"
 BIAS_SUFFIX = "Bias"
@@ -93,7 +93,7 @@ class Op:
 
     @property
     def has_bias(self) -> bool:
-        """Whether the last input is a bias."""
+        """True if the last input is a bias."""
         return self.inputs[-1] == "bias"
 
     def reference(self, inputs: Arrays, attributes: Attributes) -> Array:
@@ -217,7 +217,7 @@ def op(op_type: str) -> Op:
 
 
 def is_ours(op_type: str) -> bool:
-    """Whether the contract has an op of that name."""
+    """True if the contract has an op of that name."""
     return _find(op_type.removesuffix(BIAS_SUFFIX)) is not None
 
 

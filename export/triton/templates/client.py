@@ -76,7 +76,7 @@ def by_grpc():
 
 
 def reason_of(error):
-    """What a server, or something before it, says of a request that it refuses."""
+    """The reason for which a server, or something before it, refuses a request."""
     content = error.read().decode("utf-8", "replace").removeprefix("data: ")
     try:
         return json.loads(content)["error"]

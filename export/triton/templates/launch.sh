@@ -19,7 +19,7 @@ command -v python3 > /dev/null || {
 }
 missing="$(python3 -c 'import sys
 from importlib.util import find_spec
-print(*(name for name in sys.argv[1:] if find_spec(name) is None))' numpy onnx onnxruntime torch transformers wrapt)"
+print(*(name for name in sys.argv[1:] if find_spec(name) is None))' numpy onnx onnxruntime torch transformers)"
 [ -z "$missing" ] || {
   echo "launch.sh: $(command -v python3) lacks $missing: pip install -r $here/requirements.txt," \
     "or put the python3 that has them first on PATH" >&2

@@ -53,8 +53,8 @@ def ask_text(url, timeout):
 
 
 def ask_network(url, timeout):
-    """The network by itself, where it is loaded: in a process of its own, which only an answer tells of, it must read
-    one token."""
+    """The network by itself, where it is loaded: in a process of its own, whose state only an answer shows, it must
+    read one token."""
     path = f"/v2/models/{NETWORK}"
     status, content = call(url, path, None, timeout)
     if status != 200:

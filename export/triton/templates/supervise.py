@@ -23,7 +23,7 @@ RESTRICTED = (401, 403)
 
 
 def value_of(arguments, name, default):
-    """Of a flag of tritonserver, which takes --name value and --name=value."""
+    """Value of a flag of tritonserver, which takes --name value and --name=value."""
     for place, argument in enumerate(arguments):
         if argument == name:
             return arguments[place + 1] if place + 1 < len(arguments) else default
@@ -52,7 +52,7 @@ def ends_with_us():
 
 
 class Supervisor:
-    """One server after the other, until one ends as it should or we are told to stop."""
+    """One server after the other, until one ends as it should or a signal asks to stop."""
 
     def __init__(self, arguments, restarts):
         self.arguments, self.restarts, self.url = arguments, restarts, url_of(arguments)
