@@ -186,6 +186,10 @@ class Road:
         unplanned = self.structure in ("kron", "gs") and (self.structure == "gs") == (self.cell["method"][2] != "none")
         return 0.03 if planned and not rotated and not unplanned else 0.16
 
+    def _named(self, name: str) -> list[str]:
+        """--serve-as, of a model that is served."""
+        return ["--serve-as", name] if self.architecture.sliding_window is None else []
+
     def build(self) -> None:
         """export.build makes the same checkpoint, and OUT/dense where there is one."""
         graph = [
@@ -195,8 +199,7 @@ class Road:
             self.cell["graph"],
             "--logits",
             self.cell["logits"],
-            "--serve-as",
-            "small",
+            *self._named("small"),
         ]
         self.build_arguments = [*self.arguments, *graph, "--out", self.out]
         sure = self.no_dense_model() is None and not self.may_write_means()
@@ -283,7 +286,7 @@ class Road:
     def dense_model(self) -> Path:
         """An artefact of the model as it is, served as `dense`: what validate.serving compares with."""
         base = self.folder / "dense-model"
-        words = ["--model", self.model, "--structure", "dense", "--engine", "ort", "--serve-as", "dense", "--out", base]
+        words = ["--model", self.model, "--structure", "dense", "--engine", "ort", *self._named("dense"), "--out", base]
         succeed("export.build", *words)
         return base
 

@@ -319,7 +319,7 @@ def _fit_text(report: Report, plot: bool) -> str:
 
 
 def readable(perplexity: float, digits: int = 3) -> str:
-    """18.005; 1.234e+09, where nobody counts digits."""
+    """18.005; or 1.234e+09, where digits say nothing."""
     return f"{perplexity:.{digits}f}" if perplexity < 1e6 else f"{perplexity:.{digits}e}"
 
 

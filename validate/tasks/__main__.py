@@ -96,7 +96,7 @@ def _dense(name: str, dtype: str) -> tuple[ProcrustesForCausalLM, Any]:
 
 
 def _look_at(target: Path) -> None:
-    """Raise what shows that `target` is neither an artefact nor a checkpoint, before the dense model is scored."""
+    """Raise what shows that `target` is neither an artifact nor a checkpoint, before the dense model is scored."""
     from compress.artifact.store import Artifact
 
     if Artifact(target).exists():
