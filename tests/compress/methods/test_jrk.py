@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from compress import pipeline
+from compress import preflight
 from compress.artifact.store import Artifact
 from compress.calibration import text as textdata
 from compress.checkpoint.loading import load_model
@@ -141,7 +141,7 @@ def no_text(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError(f"the text {name!r} was opened")
 
     monkeypatch.setattr(textdata, "load_text", refuse)
-    monkeypatch.setattr(pipeline, "load_text", refuse)
+    monkeypatch.setattr(preflight, "load_text", refuse)
 
 
 def recipe(**changes: Any) -> Recipe:
