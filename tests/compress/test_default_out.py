@@ -17,6 +17,7 @@ from compress.recipe import parse_recipe, read_yaml
 from compress.run import main
 from compress.source.resolve import resolve
 from export.build import main as build
+from tests import tiny
 from tests.compress import helpers
 from tests.compress.helpers import TinyModel
 
@@ -94,7 +95,9 @@ def test_the_command_of_the_mission(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     given = ["--model", str(tiny_model("tiny_opt")), "--structure", "kron", "--engine", "trt"]
-    given += ["--dry-run", "--json", "--sequence-length", "64"]  # a tiny model has few positions
+    Path("text.txt").write_text(tiny.TEXT)  # the default text is in a package of the demo's
+    given += ["--dry-run", "--json", "--sequence-length", "64", "--calibration-samples", "2"]  # of few positions
+    given += ["--calibration-data", "text.txt"]
     assert run_cli(build, given) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["out"] == "out/tiny_opt-kron-0.75"

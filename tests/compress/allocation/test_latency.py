@@ -26,6 +26,7 @@ from compress.structures import (
     Structure,
     structure_from_config,
 )
+from tests import tiny
 from tests.compress import helpers
 from tests.compress.helpers import TinyModel, compressed, tiny_source
 from validate.latency import jobs_of
@@ -300,7 +301,18 @@ def test_a_dry_run_tells_no_ratio_that_was_not_asked_for(
     path = table_file(tmp_path, arch, 8)
     command = ["--model", str(tiny_model("tiny_llama_tied")), "--out", str(tmp_path / "out"), "--structure", "auto"]
     command += ["--rotation", rotation, "--budget-latency", "1", "--latency-table", str(path), "--dry-run"]
-    command += ["--sequence-length", "32", "--inner", "none"]
+    text = tmp_path / "text.txt"
+    text.write_text(tiny.TEXT)
+    command += [
+        "--sequence-length",
+        "32",
+        "--calibration-samples",
+        "2",
+        "--inner",
+        "none",
+        "--calibration-data",
+        str(text),
+    ]
     found = []
     for ratio in ("0.3", "0.75"):
         recipe = tmp_path / "recipe.yaml"

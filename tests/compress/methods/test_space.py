@@ -15,6 +15,7 @@ from compress.cli.entry import run_cli
 from compress.forecast import forecast, lines, readable
 from compress.pipeline import compress_model
 from compress.run import main
+from tests import tiny
 from tests.compress import helpers
 from tests.compress.helpers import TinyModel, text_file, tiny_source
 
@@ -98,7 +99,10 @@ def test_the_plan_s_matrices_are_of_all_layers(tiny_model: TinyModel, tmp_path: 
 
 def test_the_command_lists_them(tiny_model: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = shutil.copytree(tiny_model("tiny_llama"), tmp_path / "mine")
-    given = ["--model", str(model), "--dry-run", "--sequence-length", "32", "--materialize-dense"]
+    text = tmp_path / "text.txt"
+    text.write_text(tiny.TEXT)
+    given = ["--model", str(model), "--dry-run", "--sequence-length", "32", "--calibration-samples", "2"]
+    given += ["--calibration-data", str(text), "--materialize-dense"]
     assert run_cli(main, given) == 0
     printed = capsys.readouterr().out
     for name in ("state: moments", "state: streams", "checkpoint", "dense"):
