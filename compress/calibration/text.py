@@ -63,7 +63,7 @@ class TextData:
         parts: list[str] = []
         left = characters
         for index in range(len(self.rows)) if order is None else order:
-            if left <= 0:
+            if left < 0:
                 return (ROW_SEPARATOR.join(parts) + ROW_SEPARATOR)[:characters], False
             if isinstance(self.rows, Rows):
                 part, whole = self.rows.beginning(index, left)

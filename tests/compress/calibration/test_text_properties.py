@@ -86,6 +86,7 @@ def test_any_bytes(content: bytes, name: str, packed: bool, tmp_path: Path, toke
 
 @quick
 @given(content=ANY_TEXT, name=st.sampled_from(NAMES))
+@example(content="0\n\r", name="wikitext:a.raw")  # it ends where the last row, an empty one, begins
 @example(content="\n0", name="wikitext:a.raw")  # the beginning ends inside of what separates rows
 def test_any_text(content: str, name: str, tmp_path: Path, tokenizer: Any) -> None:
     data = outcome(tmp_path, name, content.encode("utf-8", "surrogatepass"))
