@@ -32,7 +32,7 @@ ONE_WIDTH: tuple[SkipName, ...] = ("cs", "householder", "slice")
 ROTATED: tuple[MenuName, ...] = ("kron",)
 """Entries of a menu whose mix of coordinates a rotation absorbs: they need one, and no others gain from it."""
 
-INNER: tuple[Inner, ...] = get_args(Inner)
+ALL: tuple[Inner, ...] = get_args(Inner)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,6 @@ class Entry:
         return {"structure": self.structure, "fit": self.fit, "rotation": self.rotation, "skip": skip}
 
 
-ALL: tuple[Inner, ...] = ("vo", "neurons", "bias")
 LOW_RANK = "low rank is the same in every rotation"
 PAPER_STEPS = "the paper's sizes come in steps, and the next larger one exceeds the budget"
 DICTIONARIES = "its dictionaries are bases of their own"

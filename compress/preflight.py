@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.allocation.budget import latency_table
+from compress.artifact.files import may_be_folder
 from compress.artifact.store import Artifact
 from compress.calibration.streams import torch_device
 from compress.calibration.text import TextData, load_text, look_for_text
@@ -123,10 +124,8 @@ def check(
         from compress.checkpoint.plain import check_plain
 
         check_plain(source.name, source.architecture(), recipe)
-    if statistics is not None:
-        present = next(path for path in (statistics, *statistics.parents) if path.exists())
-        if not present.is_dir():
-            raise UsageError(f"{statistics} is not, or is not in, a folder; choose another --statistics")
+    if statistics is not None and not may_be_folder(statistics):
+        raise UsageError(f"{statistics} is not, or is not in, a folder; choose another --statistics")
 
 
 @dataclass(frozen=True)

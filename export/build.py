@@ -9,7 +9,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.cli.commands import command_parser, listed, tell
+from compress.cli.commands import check_at_least, command_parser, listed, tell
 from compress.cli.entry import run_cli
 from compress.errors import ArtifactError, MissingDependencyError, UsageError
 from compress.lazy import CORE, check_versions, require
@@ -240,9 +240,7 @@ def _check_values(args: argparse.Namespace) -> None:
 
     if args.serve_as is not None:
         check_name(args.serve_as)
-    for flag in ("sequences", "threads"):
-        if (value := getattr(args, flag)) is not None and value < 1:
-            raise UsageError(f"--{flag} must be at least 1, not {value}")
+    check_at_least(args, 1, "sequences", "threads")
     spans = Spans.parse(args.batch, args.prompt, args.cache, sys.maxsize)
     if args.engine == "trt" and args.sequences is not None and args.sequences > spans.batch.most:
         raise UsageError(

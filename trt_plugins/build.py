@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from compress.artifact.files import may_be_folder
 from compress.cli.commands import add_common_arguments, command_parser, tell
 from compress.cli.entry import run_cli
 from compress.errors import MissingDependencyError, UsageError
@@ -88,8 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [a for a in architectures if not a.isdigit() or int(a) < 80]
     if unknown:
         raise UsageError(f"--arch {unknown[0]!r} is no compute capability of 8.0 or later: give 90, or 80,86,90")
-    present = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
-    if not present.is_dir():
+    if not may_be_folder(args.out):
         raise UsageError(f"--out {args.out} is not, or is not in, a folder; choose another one")
     plugins, autoload = build(args.out, architectures)
     lines = (

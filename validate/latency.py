@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.cli.commands import add_common_arguments, command_parser, tell
+from compress.cli.commands import add_common_arguments, check_at_least, check_seconds, command_parser, tell
 from compress.cli.entry import run_cli
 from compress.errors import UsageError
 from compress.progress import log, track
@@ -276,12 +276,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     structures = _names("--structures", args.structures, STRUCTURES)
     inner = [] if args.inner == "none" else _names("--inner", args.inner, INNER)
-    for flag in ("tokens", "threads", "working_set", "unit"):
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise UsageError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
-    if not 0 < args.seconds < 3600:
-        raise UsageError(f"--seconds must be above 0 and below 3600, not {args.seconds}")
+    check_at_least(args, 1, "tokens", "threads", "working_set", "unit")
+    check_seconds(args)
     if args.out.is_dir() or not args.out.absolute().parent.is_dir():
         raise UsageError(f"--out {args.out} must be a file in a folder that exists")
     if not os.access(args.out.absolute().parent, os.W_OK):

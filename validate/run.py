@@ -14,7 +14,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.cli.commands import add_common_arguments, command_parser, tell
+from compress.cli.commands import add_common_arguments, check_at_least, check_seconds, command_parser, tell
 from compress.cli.entry import run_cli
 from compress.errors import GateError, UsageError
 from compress.lazy import CORE, check_versions, require
@@ -208,14 +208,9 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
         limits[flag] = None if text is None else parse(text)
         if text is not None and part in args.skip:
             raise UsageError(f"--{flag.replace('_', '-')} needs the {part} part, which --skip {part} leaves out")
-    for flag in ("prefill", "past", "threads", "batch", "max_windows", "stride"):
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise UsageError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
-    if not 0 < args.seconds < 3600:
-        raise UsageError(f"--seconds must be above 0 and below 3600, not {args.seconds}")
-    if args.sequence_length is not None and args.sequence_length < 2:
-        raise UsageError(f"--sequence-length must be at least 2, not {args.sequence_length}")
+    check_at_least(args, 1, "prefill", "past", "threads", "batch", "max_windows", "stride")
+    check_seconds(args)
+    check_at_least(args, 2, "sequence_length")
     for parts, flags in _FLAGS_OF.items():
         if set(parts) <= set(args.skip) and (idle := given_flags(parser(), args, only=flags)):
             raise UsageError(

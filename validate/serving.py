@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from compress.cli.commands import add_common_arguments, command_parser, tell
+from compress.cli.commands import add_common_arguments, check_at_least, command_parser, tell
 from compress.cli.entry import run_cli
 from compress.errors import ArtifactError, GateError, MissingDependencyError, UsageError
 from compress.progress import log
@@ -93,9 +93,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, measure, write the report, print the table; 3 where a speed-up is below --min-speedup."""
     args = parser().parse_args(argv)
-    for flag in ("tokens", "requests", "rounds"):
-        if getattr(args, flag) < 1:
-            raise UsageError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
+    check_at_least(args, 1, "tokens", "requests", "rounds")
     from compress.artifact.store import Artifact
     from validate.gates import Gate, failures, parse_batch_sizes, parse_speedup
     from validate.report.files import add_report

@@ -10,6 +10,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from compress.artifact.manifest import FileEntry
 from compress.errors import ArtifactError, ProcrustesError
@@ -101,11 +102,22 @@ def refuse_links(path: Path, top: Path) -> None:
         raise ArtifactError(f"{path} is a hard link (it has {status.st_nlink} names); copy it instead")
 
 
+def may_be_folder(path: Path) -> bool:
+    """True if `path` is a folder, or can be made as one: what is there of it and above it is no file."""
+    return next(part for part in (path, *path.absolute().parents) if part.exists()).is_dir()
+
+
 def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
+    """SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+        return sha256_of_open(file)
+
+
+def sha256_of_open(file: IO[bytes]) -> str:
+    """SHA-256 of what is left to read of an open file, in hex."""
+    digest = hashlib.sha256()
+    while chunk := file.read(_CHUNK):
+        digest.update(chunk)
     return digest.hexdigest()
 
 

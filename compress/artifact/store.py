@@ -26,7 +26,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from compress.artifact.files import files_below, fsync, located, named, refuse_links, remove, seal, sha256_of
+from compress.artifact.files import (
+    files_below,
+    fsync,
+    located,
+    may_be_folder,
+    named,
+    refuse_links,
+    remove,
+    seal,
+    sha256_of,
+)
 from compress.artifact.ledger import KeptFolder, check_folder, clear, clear_unused, request_of
 from compress.artifact.locking import locked
 from compress.artifact.manifest import FileEntry, Manifest
@@ -192,10 +202,9 @@ class Artifact:
 
         Hidden files, and what an interrupted first run leaves, are no reason.
         """
-        present = next(path for path in (self.out, *self.out.absolute().parents) if path.exists())
-        if not present.is_dir():
+        if not may_be_folder(self.out):
             raise self._no_folder()
-        if present != self.out:
+        if not self.out.exists():
             return
         if not self.exists():
             names = {path.name for path in self.out.iterdir()}

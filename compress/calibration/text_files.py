@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, overload
 
+from compress.artifact.files import sha256_of_open
 from compress.artifact.reading import RefusedError, open_file, shown
 from compress.errors import ArtifactError, UsageError
 from compress.progress import log
@@ -73,11 +74,8 @@ def look_for_file(path: Path) -> None:
 
 def text_sha256(path: Path) -> str:
     """SHA-256 of the file's bytes as they are. Raises UsageError as `open_text`."""
-    digest = hashlib.sha256()
     with _opened(path) as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return sha256_of_open(file)
 
 
 def _opened(path: Path) -> IO[bytes]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from compress.cli.parser import CommandParser
+from compress.errors import UsageError
 
 
 def command_parser(module: str, description: str | None, examples: str | None = None) -> CommandParser:
@@ -24,6 +25,20 @@ def add_common_arguments(parser: argparse.ArgumentParser, json_help: str = "the 
     """--json and --debug, the last of every command: `tell` reads the one, `run_cli` the other."""
     parser.add_argument("--json", action="store_true", help=json_help)
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+
+
+def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
+    """Raise UsageError for a number below `least`; names: those of the flags in `args`. What was not given is None."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+
+
+def check_seconds(args: argparse.Namespace) -> None:
+    """Raise UsageError for --seconds that no timing takes."""
+    if args.seconds is not None and not 0 < args.seconds < 3600:
+        raise UsageError(f"--seconds must be above 0 and below 3600, not {args.seconds}")
 
 
 def listed(result: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from compress.allocation.budget import (
     uses_leading_mix,
 )
 from compress.allocation.choose import allocate, allocate_uniformly
+from compress.allocation.groups import SELECTED
 from compress.allocation.kept_menus import kept_groups
 from compress.allocation.plan import Plan
 from compress.architecture import WRITERS, Architecture
@@ -117,7 +118,7 @@ def _check_table(arch: Architecture, recipe: Recipe) -> None:
 
 def _option(role: str) -> str | None:
     """The inner freedom that drops features of a linear."""
-    return "vo" if role in ("attn.v", "attn.o") else "neurons" if role.startswith("mlp.") else None
+    return next((option for option, roles in SELECTED.items() if role in roles), None)
 
 
 def _check_unit(arch: Architecture, unit: int) -> None:

@@ -89,15 +89,7 @@ class MemorySource(ModelSource):
 
     def reference_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """A copy in `dtype` on the CPU; the user's own stays as it is."""
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        reader = self.reader()
-        model = AutoModelForCausalLM.from_config(self._config, dtype=dtype)  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            for name in reader.names():
-                model.get_parameter(name).copy_(reader.get(name, dtype))
-        return cast("PreTrainedModel", model.eval())
+        return self._filled(self.reader(), dtype)
 
     @cached_property
     def sha256(self) -> dict[str, str]:

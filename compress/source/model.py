@@ -113,13 +113,19 @@ class ModelSource:
 
         Raises ArtifactError as `reader` does: transformers alone would initialise what is missing at random.
         """
-        import torch
         from transformers import AutoModelForCausalLM
 
         reader = self.reader()
-        if self.gguf_file is None:
-            model = self._from_pretrained(AutoModelForCausalLM, "model", dtype=dtype)
-            return cast("PreTrainedModel", model.eval())
+        if self.gguf_file is not None:
+            return self._filled(reader, dtype)
+        model = self._from_pretrained(AutoModelForCausalLM, "model", dtype=dtype)
+        return cast("PreTrainedModel", model.eval())
+
+    def _filled(self, reader: WeightReader, dtype: torch.dtype) -> PreTrainedModel:
+        """The model of this config in eval mode, with the weights of `reader` in `dtype`."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
         model = AutoModelForCausalLM.from_config(self._config, dtype=dtype)  # type: ignore[no-untyped-call]
         # One tensor at a time: the model is the only copy in memory.
         with torch.no_grad():

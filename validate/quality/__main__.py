@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.artifact.files import may_be_folder
 from compress.artifact.reading import RefusedError, read_json, shown
-from compress.cli.commands import add_common_arguments, command_parser, tell
+from compress.cli.commands import add_common_arguments, check_at_least, command_parser, tell
 from compress.cli.entry import run_cli
 from compress.cli.parser import fraction
 from compress.errors import GateError, UsageError
@@ -225,14 +226,9 @@ def _numbers(text: str | None, flag: str) -> list[float] | None:
 
 def _check_now(args: argparse.Namespace) -> None:
     """What would otherwise fail after hours of work. Raises UsageError and MissingDependencyError."""
-    for flag in ("max_windows", "batch", "task_limit", "calibration_samples"):
-        if (value := getattr(args, flag)) is not None and value < 1:
-            raise UsageError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
-    for flag in ("window", "sequence_length"):
-        if (value := getattr(args, flag)) < 2:
-            raise UsageError(f"--{flag.replace('_', '-')} must be at least 2, not {value}")
-    present = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
-    if not present.is_dir():
+    check_at_least(args, 1, "max_windows", "batch", "task_limit", "calibration_samples")
+    check_at_least(args, 2, "window", "sequence_length")
+    if not may_be_folder(args.out):
         raise UsageError(f"--out {args.out} is not, or is not in, a folder; choose another one")
     if args.write_docs is not None:
         from validate.report.markdown import surroundings

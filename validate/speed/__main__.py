@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.cli.commands import add_common_arguments, command_parser, tell
+from compress.cli.commands import add_common_arguments, check_at_least, check_seconds, command_parser, tell
 from compress.cli.entry import run_cli
 from compress.errors import UsageError
 from compress.lazy import require
@@ -55,11 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from validate.gates import parse_batch_sizes
 
     sizes = parse_batch_sizes(args.batch_sizes)
-    for flag, value in (("--threads", args.threads), ("--prefill", args.prefill), ("--past", args.past)):
-        if value is not None and value < 1:
-            raise UsageError(f"{flag} must be at least 1, not {value}")
-    if args.seconds is not None and not 0 < args.seconds < 3600:
-        raise UsageError(f"--seconds must be above 0 and below 3600, not {args.seconds}")
+    check_at_least(args, 1, "threads", "prefill", "past")
+    check_seconds(args)
     of_models = ("model", "trust_remote_code", "dense", "prefill", "past", "batch_sizes")
     if idle := given_flags(p, args, only=of_models if args.layers else ("write_docs",)):
         what = "the layer benchmark" if args.layers else f"the speed of {args.out}"

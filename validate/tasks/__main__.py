@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.cli.commands import add_common_arguments, command_parser, tell
+from compress.cli.commands import add_common_arguments, check_at_least, command_parser, tell
 from compress.cli.entry import run_cli
 from compress.errors import UsageError
 
@@ -46,9 +46,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, score, print."""
     args = parser().parse_args(argv)
-    for flag in ("limit", "tokens_at_once"):
-        if (value := getattr(args, flag)) is not None and value < 1:
-            raise UsageError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
+    check_at_least(args, 1, "limit", "tokens_at_once")
     if args.target is None and args.model is None:
         raise UsageError("there is nothing to score: give an artefact folder, --model M, or both")
     from compress.source.resolve import look_up
